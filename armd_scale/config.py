@@ -1,0 +1,425 @@
+"""The one typed run configuration.
+
+- ``RunConfig`` and its parts: every field is documented where it is defined; nothing else configures a run.
+- ``load``: YAML file + dotted overrides (``model.layers=4``) -> ``RunConfig``. An unknown key or a wrong type is
+  one line that names the field, and the nearest valid name.
+- ``save``: the resolved configuration; loading it again reruns the run.
+
+Fields marked [D] are decisions of this project where the paper is silent; ``docs/decisions.md`` gives the reasons.
+"""
+
+import difflib
+import os
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from armd_scale.errors import UserError
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class PrefixConfig(_Section):
+    """Prefix aggregation, the seed of the strictly causal stream (paper section 3.2; design section 2)."""
+
+    kernel: Literal["gaussian", "sinusoid", "learned"] = "gaussian"
+    """Position embedding rows. ``gaussian``: sines at normal quantiles, so that the inner product is about
+    exp(-distance^2 / 2 width^2) [D]; ``sinusoid``: the usual 10000-base table; ``learned``: a trained table."""
+    width: Annotated[float, Field(gt=0.0)] = 3.0
+    """Width of the Gaussian kernel in tokens (sigma) [D]."""
+    dim: Annotated[int, Field(ge=2, multiple_of=2)] = 256
+    """Width of a position embedding row, d_pe; the decoding state is d_pe x hidden [D]."""
+    scale: Literal["none", "sqrt", "mean"] = "none"
+    """Divide the sum by 1, by the square root of the prefix size, or by the prefix size [D]."""
+    target_position: bool = False
+    """Add a learned projection of the target's own position embedding [D]."""
+
+
+class ModelConfig(_Section):
+    """The network (design section 2)."""
+
+    layers: Positive = 12
+    """Number of transformer layers, L."""
+    hidden: Positive = 768
+    """Width of the residual stream, d."""
+    heads: Positive = 12
+    """Query heads."""
+    kv_heads: Positive | None = None
+    """Key and value heads of grouped-query attention; null: as many as query heads."""
+    ffn: Positive | None = None
+    """Inner width of the MLP; null: 4 x hidden for gelu, 8/3 x hidden rounded up to 128 for swiglu."""
+    length: Annotated[int, Field(ge=2)] = 1024
+    """Tokens in a sequence without BOS, N; also the length of a packed sample."""
+    two_stream_layers: Positive | None = None
+    """Leading layers with two streams; null: half of the layers, as in the paper."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation before attention, MLP and head; scale only, no bias [D]."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """Activation of the MLP."""
+    tied_head: bool = True
+    """Use the token embedding as the output projection."""
+    rope_base: Annotated[float, Field(gt=1.0)] = 10000.0
+    """Base of the rotary frequencies; positions are always the original ones [D]."""
+    norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
+    """Added to the variance in every normalisation."""
+    init_std: Annotated[float, Field(gt=0.0)] = 0.02
+    """Standard deviation of initial weights; projections into the residual stream use it / sqrt(2 layers) [D]."""
+    vocab_size: Positive | None = None
+    """Size of the vocabulary; null: read from the data set's index."""
+    bos_id: Count | None = None
+    """Token id at position 0; null: read from the data set's index."""
+    prefix: PrefixConfig = PrefixConfig()
+    """Prefix aggregation."""
+
+    @property
+    def key_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def ffn_width(self) -> int:
+        if self.ffn:
+            return self.ffn
+        return 4 * self.hidden if self.mlp == "gelu" else -(-8 * self.hidden // 3 // 128) * 128
+
+    @property
+    def two_stream(self) -> int:
+        return self.two_stream_layers or max(1, self.layers // 2)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding table: the vocabulary rounded up to 128, whatever the layout."""
+        assert self.vocab_size is not None
+        return -(-self.vocab_size // 128) * 128
+
+    @model_validator(mode="after")
+    def _fits(self) -> typing.Self:
+        if self.hidden % self.heads or self.head_dim % 2:
+            raise ValueError(f"hidden ({self.hidden}) must be an even multiple of heads ({self.heads})")
+        if self.heads % self.key_heads:
+            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.key_heads})")
+        if self.two_stream > self.layers:
+            raise ValueError(f"two_stream_layers ({self.two_stream}) exceeds layers ({self.layers})")
+        return self
+
+
+class OrderConfig(_Section):
+    """Training phases: left to right, progressive permutation, strided fine-tuning (paper sections 3.4 and 4)."""
+
+    ar_steps: Count = 9_000
+    """Steps trained left to right only, i_AR."""
+    permutation_steps: Count = 48_000
+    """Step at which the number of shuffled tokens reaches rho, i_perm."""
+    rho: Count = 32
+    """Tokens shuffled in each sequence from i_perm on; the model's length for fully random orders."""
+    strided_steps: Count = 0
+    """Strided fine-tuning steps after the base training, i_SBP."""
+    streams: list[Positive] = [1, 2, 4]
+    """Numbers of streams of which each strided step draws one."""
+
+    @model_validator(mode="after")
+    def _grows(self) -> typing.Self:
+        if self.permutation_steps < self.ar_steps:
+            raise ValueError(
+                f"permutation_steps ({self.permutation_steps}) must not come before ar_steps ({self.ar_steps})"
+            )
+        if self.strided_steps and not self.streams:
+            raise ValueError("strided_steps needs at least one number in streams")
+        return self
+
+
+class DataConfig(_Section):
+    """Text, tokenizer and shards."""
+
+    directory: str | None = None
+    """Where corpus, tokenizer and shards live; null: ``data`` in the run folder. Can be shared between runs."""
+    text: list[str] = ["builtin:python"]
+    """Files, folders or globs of text (txt, jsonl, zst and gz of these, parquet), or ``builtin:python``: the language
+    reference and the docstrings that every Python installation carries."""
+    text_field: str = "text"
+    """Field of a jsonl record or parquet column that holds the text."""
+    heldout_text: list[str] = []
+    """Text for validation; empty: ``heldout_fraction`` of the documents of ``text``, chosen by their hash."""
+    heldout_fraction: Fraction = 0.02
+    """Share of the documents held out when ``heldout_text`` is empty."""
+    tokenizer: str | None = None
+    """A sentencepiece ``.model`` file or a folder with ``tokenizer.json``; null: train sentencepiece on ``text``."""
+    vocab_size: Positive = 4096
+    """Size of a tokenizer trained here."""
+    samples_per_shard: Positive = 8192
+    """Packed samples in one WebDataset shard."""
+
+
+class OptimizerConfig(_Section):
+    """AdamW with warm-up and an exponential moving average of the weights (SEDD's settings by default)."""
+
+    lr: Annotated[float, Field(gt=0.0)] = 3e-4
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up."""
+    warmup_steps: Count = 2_500
+    """Steps of linear warm-up from 0."""
+    min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """End of the cosine as a share of the peak."""
+    beta1: Fraction = 0.9
+    """Decay of the first moment."""
+    beta2: Fraction = 0.999
+    """Decay of the second moment."""
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Decoupled weight decay on matrices."""
+    clip: Annotated[float, Field(gt=0.0)] = 1.0
+    """Largest global gradient norm."""
+    ema: Fraction = 0.9999
+    """Decay of the average of the weights that is evaluated and exported; 0 keeps none."""
+
+
+class TrainConfig(_Section):
+    """The loop."""
+
+    steps: Positive = 400_000
+    """Steps of the base training; strided fine-tuning comes on top."""
+    global_batch: Positive = 512
+    """Sequences in one optimiser step, over all ranks and micro-batches."""
+    micro_batch: Positive = 8
+    """Sequences in one forward pass of one rank."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of weights and activations; master weights, gradients' sums and moments are always float32."""
+    log_every: Positive = 10
+    """Steps between two lines of ``metrics.jsonl``."""
+    eval_every: Positive = 1_000
+    """Steps between two held-out evaluations."""
+    eval_samples: Positive = 512
+    """Held-out samples in an evaluation during training."""
+    eval_streams: Positive = 4
+    """Streams of the strided order in an evaluation."""
+    checkpoint_every: Positive = 1_000
+    """Steps between two checkpoints."""
+    keep_checkpoints: Positive = 2
+    """Checkpoints kept, the newest ones."""
+
+
+class ParallelConfig(_Section):
+    """Layout of the processes. What tensor parallelism leaves is data parallel, with DeepSpeed ZeRO-1: master weights,
+    moments and the moving average are sharded over it."""
+
+    tensor: Positive = 1
+    """Tensor-parallel size: processes that share each layer."""
+    sequence: bool = False
+    """Split activations between the tensor-parallel regions along the sequence as well."""
+
+
+class ReportConfig(_Section):
+    """What is done with the trained model at the end of the main job, and what it is logged to."""
+
+    heldout_samples: Positive = 256
+    """Held-out samples scored by the exported model."""
+    generate_streams: list[Positive] = [1, 2, 4]
+    """Numbers of streams for the samples."""
+    prompt: str = ""
+    """Prompt of the samples."""
+    wandb: Literal["auto", "disabled"] = "auto"
+    """``auto``: Weights & Biases, online when WANDB_API_KEY is set, else offline in the run folder."""
+
+
+class ClusterConfig(_Section):
+    """Where the processes run."""
+
+    nodes: Positive = 1
+    """Machines."""
+    tasks_per_node: Positive = 1
+    """Processes on a machine: one per GPU."""
+    cpus_per_task: Positive = 1
+    """CPU cores of a process; also its number of threads."""
+    gpus_per_node: Count = 0
+    """GPUs of a machine; 0: run on CPU with gloo."""
+    timeout_minutes: Positive = 24 * 60
+    """Time limit of a Slurm job."""
+    partition: str | None = None
+    """Slurm partition."""
+    account: str | None = None
+    """Slurm account."""
+
+    @property
+    def processes(self) -> int:
+        return self.nodes * self.tasks_per_node
+
+
+class RunConfig(_Section):
+    """Everything that defines a run."""
+
+    name: str = "armd"
+    """Name of the run."""
+    run_dir: str | None = None
+    """Run folder; null: ``runs/<name>``."""
+    seed: Count = 0
+    """Seed of initial weights, data order and generation orders."""
+    model: ModelConfig = ModelConfig()
+    """The network."""
+    orders: OrderConfig = OrderConfig()
+    """Training phases."""
+    data: DataConfig = DataConfig()
+    """Text and shards."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimiser."""
+    train: TrainConfig = TrainConfig()
+    """Loop."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Layout of the processes."""
+    report: ReportConfig = ReportConfig()
+    """End of the job."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Machines."""
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.run_dir or f"runs/{self.name}")
+
+    @property
+    def data_directory(self) -> Path:
+        return Path(self.data.directory) if self.data.directory else self.directory / "data"
+
+    @property
+    def total_steps(self) -> int:
+        return self.train.steps + self.orders.strided_steps
+
+    @property
+    def data_parallel(self) -> int:
+        return self.cluster.processes // self.parallel.tensor
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches that one rank accumulates in a step."""
+        return self.train.global_batch // (self.data_parallel * self.train.micro_batch)
+
+    @model_validator(mode="after")
+    def _fits(self) -> typing.Self:
+        processes, tensor, model = self.cluster.processes, self.parallel.tensor, self.model
+        if processes % tensor:
+            raise ValueError(
+                f"{processes} processes (cluster.nodes x cluster.tasks_per_node) cannot be split into "
+                f"groups of parallel.tensor = {tensor}; choose a divisor of {processes}"
+            )
+        for name, value in (("heads", model.heads), ("kv_heads", model.key_heads), ("ffn", model.ffn_width)):
+            if value % tensor:
+                raise ValueError(f"model.{name} = {value} is not a multiple of parallel.tensor = {tensor}")
+        if 128 % tensor:
+            raise ValueError(f"parallel.tensor = {tensor} must divide 128, the padding of the vocabulary")
+        if self.parallel.sequence and model.length % tensor:
+            raise ValueError(
+                f"parallel.sequence needs model.length = {model.length} to be a multiple of parallel.tensor = {tensor}"
+            )
+        per_pass = self.data_parallel * self.train.micro_batch
+        if self.train.global_batch % per_pass:
+            raise ValueError(
+                f"train.global_batch = {self.train.global_batch} is not a multiple of {per_pass} = train.micro_batch "
+                f"({self.train.micro_batch}) x data-parallel processes ({self.data_parallel})"
+            )
+        if self.cluster.gpus_per_node and self.cluster.gpus_per_node != self.cluster.tasks_per_node:
+            raise ValueError("cluster.tasks_per_node must equal cluster.gpus_per_node: one process per GPU")
+        if self.orders.rho > model.length:
+            raise ValueError(f"orders.rho = {self.orders.rho} exceeds model.length = {model.length}")
+        if self.orders.permutation_steps > self.train.steps:
+            raise ValueError(
+                f"orders.permutation_steps = {self.orders.permutation_steps} exceeds train.steps = {self.train.steps}"
+            )
+        return self
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a YAML file and dotted overrides into a checked configuration; ``UserError`` on anything wrong."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no configuration file {path}; see configs/ for examples")
+    try:
+        tree: Any = OmegaConf.load(path)
+        if not OmegaConf.is_dict(tree):
+            raise UserError(f"{path} is not a configuration: it must hold `section:` and `field: value` lines")
+        for override in overrides:
+            if "=" not in override or override.startswith("="):
+                raise UserError(f"override '{override}' is not of the form section.field=value")
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+        values = OmegaConf.to_container(tree, resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {error}") from error
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from error
+
+
+def save(config: RunConfig, path: str | Path) -> None:
+    """Write the resolved configuration as YAML, atomically."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def with_vocabulary(config: RunConfig, vocab_size: int, bos_id: int) -> RunConfig:
+    """The configuration with the vocabulary of its data set filled in; ``UserError`` when they disagree."""
+    for name, value in (("vocab_size", vocab_size), ("bos_id", bos_id)):
+        wanted = getattr(config.model, name)
+        if wanted not in (None, value):
+            raise UserError(
+                f"model.{name} is {wanted} in the configuration but {value} in the data set "
+                f"{config.data_directory}; remove the field or use the data set it was made for"
+            )
+    model = config.model.model_copy(update={"vocab_size": vocab_size, "bos_id": bos_id})
+    return config.model_copy(update={"model": model})
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem of a validation error as one line, with the nearest valid name for an unknown key."""
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    where = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        names = {".".join([*location[:-1], name]) for name in _fields(location[:-1])}
+        near = difflib.get_close_matches(where, names, n=1, cutoff=0.5) or difflib.get_close_matches(
+            location[-1], _all_names(RunConfig), n=1, cutoff=0.0
+        )
+        return f"unknown key '{where}'; did you mean '{near[0]}'?"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _fields(location: list[str]) -> list[str]:
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        section = _section_of(section.model_fields[part].annotation) or section
+    return list(section.model_fields)
+
+
+def _section_of(annotation: object) -> type[BaseModel] | None:
+    if isinstance(annotation, types.UnionType):
+        return None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _all_names(section: type[BaseModel], prefix: str = "") -> list[str]:
+    names = []
+    for name, field in section.model_fields.items():
+        inner = _section_of(field.annotation)
+        names += _all_names(inner, f"{prefix}{name}.") if inner else [prefix + name]
+    return names

@@ -1,0 +1,218 @@
+"""What a finished run shows: ``summary.json``, ``samples.md`` and ``loss.png``.
+
+Beside the model's bits per byte stand two simple models of the same held-out bytes, for scale: xz, and the
+frequencies of single tokens in the training text.
+"""
+
+import json
+import lzma
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from armd_scale import inference
+from armd_scale import tokenizer as tokenizers
+from armd_scale.config import RunConfig
+from armd_scale.evaluation import likelihood
+from armd_scale.tokenizer import Tokenizer
+from armd_scale.training.telemetry import environment, read_metrics
+from data_pipeline.shards import PackedDataset, write_atomically
+
+_UNIGRAM_SAMPLES = 100_000  # training samples whose tokens are counted
+
+
+def write(config: RunConfig, export: Path) -> dict[str, Any]:
+    """Evaluate the exported model of a run, generate with it, and write the report; returns the summary."""
+    run_dir = config.directory
+    train, heldout = (PackedDataset(config.data_directory / split) for split in ("train", "heldout"))
+    model, tokenizer = inference.load(export), tokenizers.load(export)
+    chunks = list(heldout.read(np.arange(min(len(heldout), config.report.heldout_samples))))
+    if len(chunks) == len(heldout) and len(heldout.tail()):
+        chunks.append(heldout.tail())
+    tokens = np.concatenate(chunks)
+    # All of the split: its exact bytes. A part of it: its share of them.
+    size = heldout.index["bytes"] * len(tokens) / heldout.index["tokens"]
+    names = [
+        "left-to-right",
+        f"shuffled:{config.orders.rho}",
+        *(f"strided:{s}" for s in config.report.generate_streams[1:]),
+    ]
+    scores = [likelihood.score(model, chunks, name, size) for name in names if name != "shuffled:0"]
+    samples = _samples(config, model, tokenizer)
+    metrics = read_metrics(run_dir)
+    steps = [record for record in metrics if "loss" in record]
+    summary: dict[str, Any] = {
+        "name": config.name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": steps[-1]["step"] if steps else 0,
+        "tokens": steps[-1]["tokens"] if steps else 0,
+        "tokens_per_second": float(np.median([record["tokens_per_second"] for record in steps])) if steps else None,
+        "heldout_tokens": len(tokens),
+        "heldout_bytes": round(size),
+        "heldout": [score.as_dict() for score in scores],
+        "xz_bits_per_byte": xz_bits_per_byte(_text(tokens, tokenizer)),
+        "unigram_bits_per_byte": unigram_bits_per_byte(train, tokens, size),
+        "samples": [{k: sample[k] for k in ("streams", "steps", "seconds", "tokens_per_second")} for sample in samples],
+        "environment": environment(),
+    }
+    write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_atomically(run_dir / "samples.md", _samples_page(config, samples))
+    plot(config, metrics, summary, run_dir / "loss.png")
+    return {**summary, "sample_text": samples[-1]["text"]}
+
+
+def xz_bits_per_byte(text: bytes) -> float:
+    """Size of a text packed by xz at its best, in bits per byte."""
+    return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / max(1, len(text))
+
+
+def unigram_bits_per_byte(train: PackedDataset, tokens: np.ndarray, text_bytes: float) -> float:
+    """Bits per byte of held-out tokens under the frequencies of single tokens in training (add-one smoothed)."""
+    counts = np.ones(train.index["vocab_size"])
+    for start in range(0, min(len(train), _UNIGRAM_SAMPLES), 4096):
+        numbers = np.arange(start, min(start + 4096, len(train), _UNIGRAM_SAMPLES))
+        counts += np.bincount(train.read(numbers).ravel(), minlength=len(counts))
+    return float(-np.log2(counts / counts.sum())[tokens].sum() / text_bytes)
+
+
+def _text(tokens: np.ndarray, tokenizer: Tokenizer) -> bytes:
+    return tokenizer.decode(tokens.tolist()).encode("utf-8", "replace")
+
+
+def _samples(config: RunConfig, model: inference.ARMD, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    prompt = torch.tensor([tokenizer.encode(config.report.prompt)], dtype=torch.long)
+    model.generate(prompt, streams=1)  # warm-up
+    samples = []
+    for streams in config.report.generate_streams:
+        started = time.perf_counter()
+        text = prompt.new_zeros(1, model.config.length)
+        text[:, : prompt.shape[1]] = prompt
+        steps = 0
+        for step in model.decode(prompt, streams=streams, seed=config.seed):
+            text[:, [position - 1 for position in step.positions]] = step.tokens
+            steps += 1
+        seconds = time.perf_counter() - started
+        samples.append(
+            {
+                "streams": streams,
+                "steps": steps,
+                "seconds": seconds,
+                "tokens_per_second": (text.shape[1] - prompt.shape[1]) / seconds,
+                "text": tokenizer.decode(text[0].tolist()),
+            }
+        )
+    return samples
+
+
+def _samples_page(config: RunConfig, samples: list[dict[str, Any]]) -> str:
+    parts = [
+        f"# Samples of {config.name}\n\n{config.model.length} tokens, prompt {config.report.prompt!r}, "
+        f"temperature 1, seed {config.seed}. S streams are written side by side, S tokens a step.\n"
+    ]
+    for sample in samples:
+        fence = "````"
+        parts.append(
+            f"\n## S = {sample['streams']}: {sample['steps']} steps, {sample['seconds']:.3f} s, "
+            f"{sample['tokens_per_second']:.0f} tokens/s\n\n{fence}text\n{sample['text']}\n{fence}\n"
+        )
+    return "".join(parts)
+
+
+def plot(config: RunConfig, metrics: list[dict[str, Any]], summary: dict[str, Any], path: Path) -> None:
+    """Training and held-out loss in bits per byte against steps, with the phases marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    training = [record for record in metrics if "bits_per_byte" in record]
+    heldout = [record for record in metrics if "heldout_left_to_right_bits_per_byte" in record]
+    figure, axes = pyplot.subplots(figsize=(9, 5), dpi=120)
+    axes.plot(
+        [r["step"] for r in training], [r["bits_per_byte"] for r in training], color="0.7", lw=1, label="training"
+    )
+    kinds = {"left_to_right": "left to right", "permutation": f"{config.orders.rho} tokens shuffled"}
+    kinds["strided"] = f"strided, {config.train.eval_streams} streams"
+    for kind, label in kinds.items():
+        axes.plot(
+            [r["step"] for r in heldout],
+            [r[f"heldout_{kind}_bits_per_byte"] for r in heldout],
+            marker="o",
+            ms=3,
+            lw=1.5,
+            label=f"held out, {label}",
+        )
+    for name, key in (("unigram", "unigram_bits_per_byte"), ("xz", "xz_bits_per_byte")):
+        axes.axhline(summary[key], color="0.4", lw=0.8, ls=":")
+        axes.annotate(name, (1, summary[key]), xycoords=("axes fraction", "data"), fontsize=8, color="0.3")
+    values = [summary["unigram_bits_per_byte"], *(r["bits_per_byte"] for r in training[len(training) // 10 :])]
+    low = min([v for r in heldout for k, v in r.items() if k.endswith("bits_per_byte")] + values)
+    top = 1.05 * max(values)
+    axes.set_ylim(0.95 * low, top)
+    _mark_phases(axes, config)
+    axes.set_xlabel("step")
+    axes.set_ylabel("bits per byte")
+    axes.set_title(
+        f"{config.name}: {summary['parameters'] / 1e6:.2f}M parameters, {summary['tokens'] / 1e6:.2f}M tokens"
+    )
+    axes.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.93))
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _mark_phases(axes: Any, config: RunConfig) -> None:
+    edges = [0, config.orders.ar_steps, config.train.steps, config.total_steps]
+    names = ["left to right", "progressive permutation", "strided"]
+    for start, stop, name, colour in zip(edges, edges[1:], names, ("C0", "C1", "C2"), strict=False):
+        if stop > start:
+            axes.axvspan(start, stop, color=colour, alpha=0.06)
+            axes.annotate(
+                name,
+                ((start + stop) / 2, 0.96),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                fontsize=9,
+                color=colour,
+            )
+
+
+def lines(summary: dict[str, Any], run_dir: Path) -> list[str]:
+    """The last screen of a run, line by line."""
+    out = [
+        f"{summary['name']}: {summary['parameters']:,} parameters, {summary['steps']} steps, "
+        f"{summary['tokens']:,} tokens, {summary['tokens_per_second'] or math.nan:,.0f} tokens/s",
+        "",
+        f"held-out text: {summary['heldout_bytes']:,} bytes, {summary['heldout_tokens']:,} tokens",
+        f"  {'order':<18}{'nats/token':>12}{'perplexity':>12}{'bits/byte':>12}",
+    ]
+    for score in summary["heldout"]:
+        out.append(
+            f"  {score['order']:<18}{score['nll']:>12.4f}{score['perplexity']:>12.2f}{score['bits_per_byte']:>12.4f}"
+        )
+    out.append(f"  {'xz':<18}{'':>24}{summary['xz_bits_per_byte']:>12.4f}")
+    out.append(f"  {'unigram':<18}{'':>24}{summary['unigram_bits_per_byte']:>12.4f}")
+    best = summary["heldout"][0]["bits_per_byte"]
+    verb = "beats" if best < summary["xz_bits_per_byte"] else "does NOT beat"
+    out += [f"  the model {verb} xz on this text", ""]
+    for sample in summary["samples"]:
+        out.append(
+            f"  S = {sample['streams']}: {sample['steps']} steps, {sample['seconds']:.3f} s, "
+            f"{sample['tokens_per_second']:.0f} tokens/s"
+        )
+    out += ["", summary["sample_text"].strip(), "", f"{run_dir}/"]
+    for name, what in (
+        ("loss.png", "training and held-out loss"),
+        ("samples.md", "texts for each number of streams"),
+        ("summary.json", "these figures and the versions behind them"),
+        ("export/", "the standalone model: tools/generate.py, tools/eval_zeroshot.py"),
+        ("config.yaml", "the resolved configuration"),
+        ("metrics.jsonl", "every logged step"),
+        ("checkpoints/", "to resume from"),
+    ):
+        out.append(f"  {name:<15}{what}")
+    return out

@@ -1,0 +1,163 @@
+"""Transformer layers on Megatron-Core's tensor-parallel linears.
+
+- ``Norm``: scale-only LayerNorm or RMSNorm, computed in float32.
+- ``Attention``: queries from any streams, keys and values from the first one.
+- ``MLP``: GELU or SwiGLU.
+- ``Layer``: the pre-norm block. One class serves the three kinds of the model, which differ only in the number of
+  streams that come in and go out: two-stream 2 -> 2, last two-stream 2 -> 1 (X's output is not needed), causal 1 -> 1.
+
+Activations are [N, S * B, d], sequence first as Megatron's sequence parallelism wants; the S streams lie behind each
+other in the batch dimension, X first, so that one matrix product serves both (paper section 3.3; design section 2).
+"""
+
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from armd_scale.config import ModelConfig
+from armd_scale.model.attention import attend
+
+_M = TypeVar("_M", bound=nn.Module)
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines of a set of rows, [N, B, 1, D/2] each, float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def repeat(self, other: "Rotary") -> "Rotary":
+        """These rows, then the rows of ``other``, along the batch."""
+        return Rotary(torch.cat([self.cos, other.cos], dim=1), torch.cat([self.sin, other.sin], dim=1))
+
+    def rotate(self, x_NBHD: Tensor) -> Tensor:
+        """Rotate pairs (i, i + D/2) of every head by the position's angles."""
+        first, second = x_NBHD.float().chunk(2, dim=-1)
+        rotated = torch.cat([first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1)
+        return rotated.to(x_NBHD.dtype)
+
+
+def rotary(positions_BN: Tensor, head_dim: int, base: float) -> Rotary:
+    """Rotary tables of original positions."""
+    steps = torch.arange(0, head_dim, 2, device=positions_BN.device, dtype=torch.float32)
+    angles = positions_BN.t().float()[..., None, None] * base ** (-steps / head_dim)
+    return Rotary(angles.cos(), angles.sin())
+
+
+class Norm(nn.Module):
+    """Scale-only normalisation of the last dimension, in float32."""
+
+    def __init__(self, config: ModelConfig, parallel: TransformerConfig) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.centre = config.norm == "layernorm"
+        self.weight = nn.Parameter(torch.empty(config.hidden, dtype=parallel.params_dtype))
+        # Megatron's mark for weights that see only a part of the sequence on each rank.
+        self.weight.sequence_parallel = parallel.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.centre:
+            return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), None, self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Rotary grouped-query attention; heads are split over the tensor-parallel ranks."""
+
+    def __init__(self, config: ModelConfig, parallel: TransformerConfig) -> None:
+        super().__init__()
+        self.heads = config.heads // parallel.tensor_model_parallel_size
+        self.key_heads = config.key_heads // parallel.tensor_model_parallel_size
+        self.head_dim = config.head_dim
+        width = config.heads * config.head_dim
+        self.query = _column(config.hidden, width, parallel)
+        # Rows are [key head, (k, v), D], so that a contiguous cut gives whole heads under any layout.
+        self.key_value = _column(config.hidden, 2 * config.key_heads * config.head_dim, parallel)
+        self.output = _row(width, config.hidden, parallel)
+
+    def forward(
+        self, queries: Tensor, context: Tensor, query_rope: Rotary, key_rope: Rotary, visible_SBN: Tensor | None
+    ) -> Tensor:
+        """Attend from ``queries`` [N, S * B, d] to ``context`` [N, B, d] -> [N, S * B, d]."""
+        q, _ = self.query(queries)
+        kv, _ = self.key_value(context)
+        q_NRHD = query_rope.rotate(q.unflatten(-1, (self.heads, self.head_dim)))
+        k_NBGD, v_NBGD = kv.unflatten(-1, (self.key_heads, 2, self.head_dim)).unbind(-2)
+        k_NBGD = key_rope.rotate(k_NBGD)
+        streams = q_NRHD.shape[1] // k_NBGD.shape[1]
+        q_SBHND = q_NRHD.unflatten(1, (streams, -1)).permute(1, 2, 3, 0, 4)
+        out_SBHND = attend(q_SBHND, k_NBGD.permute(1, 2, 0, 3), v_NBGD.permute(1, 2, 0, 3), visible_SBN)
+        out = out_SBHND.permute(3, 0, 1, 2, 4).flatten(3).flatten(1, 2).contiguous()
+        return self.output(out)[0]
+
+
+class MLP(nn.Module):
+    """Two-layer perceptron; inner units are split over the tensor-parallel ranks."""
+
+    def __init__(self, config: ModelConfig, parallel: TransformerConfig) -> None:
+        super().__init__()
+        self.gated = config.mlp == "swiglu"
+        # Rows of a gated MLP are [unit, (gate, value)], so that a contiguous cut gives whole units.
+        self.up = _column(config.hidden, config.ffn_width * (2 if self.gated else 1), parallel)
+        self.down = _row(config.ffn_width, config.hidden, parallel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, _ = self.up(x)
+        if self.gated:
+            gate, value = hidden.unflatten(-1, (-1, 2)).unbind(-1)
+            hidden = F.silu(gate) * value
+        else:
+            hidden = F.gelu(hidden, approximate="tanh")
+        return self.down(hidden)[0]
+
+
+class Layer(nn.Module):
+    """Pre-norm block from ``streams_in`` to ``streams_out`` streams; keys and values come from the first one."""
+
+    def __init__(self, config: ModelConfig, parallel: TransformerConfig, streams_in: int, streams_out: int) -> None:
+        super().__init__()
+        self.streams_in = streams_in
+        self.streams_out = streams_out
+        self.attention_norm = Norm(config, parallel)
+        self.attention = Attention(config, parallel)
+        self.mlp_norm = Norm(config, parallel)
+        self.mlp = MLP(config, parallel)
+
+    def forward(self, h: Tensor, query_rope: Rotary, key_rope: Rotary, visible_SBN: Tensor | None) -> Tensor:
+        batch = h.shape[1] // self.streams_in
+        dropped = (self.streams_in - self.streams_out) * batch
+        normed = self.attention_norm(h)
+        # Megatron reduces a non-contiguous tensor into a copy and returns it unreduced: keep slices contiguous.
+        queries = normed[:, dropped:].contiguous()
+        context = normed[:, :batch].contiguous()
+        h = h[:, dropped:] + self.attention(queries, context, query_rope, key_rope, visible_SBN)
+        return h + self.mlp(self.mlp_norm(h))
+
+
+def _column(inputs: int, outputs: int, parallel: TransformerConfig) -> ColumnParallelLinear:
+    linear = ColumnParallelLinear(inputs, outputs, config=parallel, init_method=_later, bias=False, gather_output=False)
+    return mark_partitioned(linear, 0)
+
+
+def _row(inputs: int, outputs: int, parallel: TransformerConfig) -> RowParallelLinear:
+    linear = RowParallelLinear(
+        inputs, outputs, config=parallel, init_method=_later, bias=False, input_is_parallel=True, skip_bias_add=False
+    )
+    return mark_partitioned(linear, 1)
+
+
+def mark_partitioned(module: _M, dim: int) -> _M:
+    """Mark the weight of a Megatron module as cut in ``dim``; Megatron itself does so only when it draws the weight."""
+    if module.weight is not None:
+        set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
+    return module
+
+
+def _later(weight: Tensor) -> Tensor:
+    """Weights are drawn by ``parallel.sharding.initialise``, the same under every layout."""
+    return weight

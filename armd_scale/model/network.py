@@ -1,0 +1,121 @@
+"""The ARMD network, or one pipeline stage of it: a contiguous run of layers.
+
+The first stage embeds the context rows (stream X) and seeds the targets (stream G); layers below
+``two_stream`` carry both streams, the rest G alone; the last stage scores the targets. What passes between stages is
+one tensor: [N, 2 B, d] while both streams live, [N, B, d] after that.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    VocabParallelEmbedding,
+    scatter_to_sequence_parallel_region,
+    vocab_parallel_cross_entropy,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from armd_scale.config import ModelConfig
+from armd_scale.model.layers import Layer, Norm, Rotary, mark_partitioned, rotary
+from armd_scale.model.prefix import PrefixAggregation
+from armd_scale.model.rows import Rows
+
+
+class Stage(nn.Module):
+    """Layers ``first`` to ``last`` (exclusive) of the network."""
+
+    def __init__(
+        self, config: ModelConfig, parallel: TransformerConfig, first: int = 0, last: int | None = None
+    ) -> None:
+        super().__init__()
+        last = config.layers if last is None else last
+        self.config = parallel  # Megatron's schedules read it, and the next, under these names
+        self.model_type = ModelType.encoder_or_decoder
+        self.model = config
+        self.is_first, self.is_last = first == 0, last == config.layers
+        self._received: Tensor | None = None
+        vocab = config.padded_vocab
+        if self.is_first or (self.is_last and config.tied_head):
+            self.embedding = mark_partitioned(
+                VocabParallelEmbedding(vocab, config.hidden, init_method=lambda weight: weight, config=parallel), 0
+            )
+        if self.is_first:
+            self.prefix = PrefixAggregation(config, parallel)
+        # Names carry the global layer number, so that a checkpoint does not depend on the cut.
+        self.layers = nn.ModuleDict(
+            {str(index): Layer(config, parallel, *_streams(config, index)) for index in range(first, last)}
+        )
+        if self.is_last:
+            self.norm = Norm(config, parallel)
+            self.head = ColumnParallelLinear(
+                config.hidden,
+                vocab,
+                config=parallel,
+                init_method=lambda weight: weight,
+                bias=False,
+                gather_output=False,
+                skip_weight_param_allocation=config.tied_head,
+            )
+            mark_partitioned(self.head, 0)
+            # The table is rounded up; this rank's rows beyond the vocabulary get no probability.
+            local = self.head.output_size_per_partition
+            assert config.vocab_size is not None
+            self.vocab_rows = min(local, max(0, config.vocab_size - local * self.head.tp_group.rank()))
+
+    def set_input_tensor(self, received: Tensor | list[Tensor | None] | None) -> None:
+        """What the stage before sent; called by Megatron's schedules."""
+        self._received = received[0] if isinstance(received, list) else received
+
+    def forward(self, rows: Rows) -> Tensor:
+        """NLL of every target in nats [B, N], generation order, float32; before the last stage: its activations."""
+        h = self.hidden(rows)
+        return self.nll(h, rows.target_tokens) if self.is_last else h
+
+    def hidden(self, rows: Rows) -> Tensor:
+        """Activations after the last layer of this stage."""
+        h = self._enter(rows) if self.is_first else self._received
+        assert h is not None
+        of_context = self._rotary(rows.context_positions)
+        of_target = self._rotary(rows.target_positions)
+        of_both = of_context.repeat(of_target)
+        for layer in self.layers.values():
+            if layer.streams_in == 1:
+                h = layer(h, of_target, of_target, rows.visible and rows.visible.target_of_target[None])
+            elif layer.streams_out == 1:
+                h = layer(h, of_target, of_context, rows.visible and rows.visible.context_of_target[None])
+            else:
+                h = layer(h, of_both, of_context, rows.visible and torch.stack(rows.visible[:2]))
+        return h
+
+    def logits(self, h: Tensor) -> Tensor:
+        """This rank's part of the vocabulary for each row, [N, B, V / tensor], float32."""
+        weight = self.embedding.weight if self.model.tied_head else None
+        logits, _ = self.head(self.norm(h), weight=weight)
+        unused = logits.shape[-1] - self.vocab_rows
+        if unused:
+            logits = F.pad(logits[..., : self.vocab_rows], (0, unused), value=torch.finfo(logits.dtype).min)
+        return logits.float()
+
+    def nll(self, h: Tensor, target_tokens_BN: Tensor) -> Tensor:
+        """-log p of the targets in nats, [B, N], from activations [N, B, d]."""
+        # Megatron's cross-entropy works in place on the logits; they are used nowhere else.
+        return vocab_parallel_cross_entropy(self.logits(h), target_tokens_BN.t().contiguous()).t()
+
+    def _enter(self, rows: Rows) -> Tensor:
+        x = self.embedding(rows.context_tokens).transpose(0, 1).contiguous()
+        seen = rows.visible and rows.visible.context_of_target
+        g = self.prefix(x, rows.context_positions, rows.target_positions, seen)
+        h = torch.cat([x, g], dim=1)
+        return scatter_to_sequence_parallel_region(h) if self.config.sequence_parallel else h
+
+    def _rotary(self, positions_BN: Tensor) -> Rotary:
+        return rotary(positions_BN, self.model.head_dim, self.model.rope_base)
+
+
+def _streams(config: ModelConfig, index: int) -> tuple[int, int]:
+    """Streams into and out of layer ``index``."""
+    if index >= config.two_stream:
+        return 1, 1
+    return (2, 1) if index == config.two_stream - 1 else (2, 2)

@@ -1,0 +1,70 @@
+"""What the network reads: the rows of a batch, gathered into generation order.
+
+- context rows 0..N-1: BOS, then the tokens of the order but the last; they feed the causal stream X;
+- target rows 1..N: the tokens to predict; they live in the strictly causal stream G;
+- positions of both, always the original ones; and how many rows each row may see.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from armd_scale.orders import Layout
+
+
+class Visible(NamedTuple):
+    """Length of the prefix that a row sees, [B, N] each; B(i) is the block of row i (masks M^c and M^sc)."""
+
+    context_of_context: Tensor
+    """X over X: context rows i with B(i) <= B(n)."""
+    context_of_target: Tensor
+    """G over X: context rows i with B(i) < B(n)."""
+    target_of_target: Tensor
+    """G over G, in the causal layers: target rows i with B(i) <= B(n)."""
+
+
+class Rows(NamedTuple):
+    """A micro-batch in generation order; all tensors [B, N] of int64."""
+
+    context_tokens: Tensor
+    context_positions: Tensor
+    target_tokens: Tensor
+    target_positions: Tensor
+    visible: Visible | None
+    """None with one token a block: every mask is then the ordinary causal one."""
+
+    def to(self, device: torch.device | str) -> "Rows":
+        """The same rows on ``device``."""
+        visible = self.visible and Visible(*(t.to(device, non_blocking=True) for t in self.visible))
+        tokens = {name: getattr(self, name).to(device, non_blocking=True) for name in self._fields[:4]}
+        return Rows(**tokens, visible=visible)
+
+
+def arrange(tokens_BN: np.ndarray, layout: Layout, bos_id: int) -> Rows:
+    """Gather tokens [B, N] (text order, no BOS) by a layout [B, N] or [N] shared by the batch."""
+    order = np.broadcast_to(layout.order, tokens_BN.shape)
+    blocks = np.broadcast_to(layout.block_ids, tokens_BN.shape)
+    targets = np.take_along_axis(tokens_BN, order - 1, axis=-1)
+    first = np.zeros_like(order[:, :1])
+    visible = None
+    if (np.diff(blocks, axis=-1) == 0).any():
+        context_blocks = _tensor(np.concatenate([first, blocks[:, :-1]], axis=-1))
+        target_blocks = _tensor(blocks)
+        visible = Visible(
+            torch.searchsorted(context_blocks, context_blocks, right=True),
+            torch.searchsorted(context_blocks, target_blocks, right=False),
+            torch.searchsorted(target_blocks, target_blocks, right=True),
+        )
+    return Rows(
+        context_tokens=_tensor(np.concatenate([first + bos_id, targets[:, :-1]], axis=-1)),
+        context_positions=_tensor(np.concatenate([first, order[:, :-1]], axis=-1)),
+        target_tokens=_tensor(targets),
+        target_positions=_tensor(order),
+        visible=visible,
+    )
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(array, dtype=np.int64))

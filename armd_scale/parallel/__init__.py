@@ -1,0 +1,8 @@
+"""How processes share the model: Megatron-Core groups, parameter shards, the DeepSpeed ZeRO engine."""
+
+import os
+
+import torch
+
+# DeepSpeed chooses its accelerator when it is first imported, and warns when it has to guess.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,103 @@
+"""Process groups: torch.distributed, Megatron-Core's model-parallel groups, and DeepSpeed's view of them.
+
+- ``start``: joins the processes of a job and builds the groups of a layout;
+- ``transformer_config``: Megatron-Core's description of the model and layout;
+- ``MegatronTopology``: what DeepSpeed asks of a model-parallel unit.
+"""
+
+import datetime
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from armd_scale.config import ModelConfig, ParallelConfig
+from armd_scale.parallel import megatron_cpu
+
+
+def start(parallel: ParallelConfig, *, rank: int, processes: int, rendezvous: str | Path, device: torch.device) -> None:
+    """Join ``processes`` processes and build tensor- and data-parallel groups.
+
+    ``rendezvous``: an init method of torch.distributed (``tcp://host:port``) or the path of a file on a shared disk.
+    """
+    megatron_cpu.install()
+    # DeepSpeed reads these even when the group exists already.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(device.index or 0))
+    method = str(rendezvous) if "://" in str(rendezvous) else f"file://{Path(rendezvous).resolve()}"
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, init_method=method, rank=rank, world_size=processes, timeout=datetime.timedelta(minutes=30)
+    )
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=parallel.tensor)
+
+
+def stop() -> None:
+    """Leave the groups."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron-Core's configuration: the shapes that its schedules read, and the layout."""
+    return TransformerConfig(
+        num_layers=model.layers,
+        hidden_size=model.hidden,
+        num_attention_heads=model.heads,
+        num_query_groups=model.key_heads,
+        ffn_hidden_size=model.ffn_width,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence and parallel.tensor > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        perform_initialization=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        gradient_accumulation_fusion=False,
+    )
+
+
+class MegatronTopology:
+    """The "mpu" interface of DeepSpeed over Megatron-Core's groups; "model parallel" is tensor x pipeline."""
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_model_parallel_group()
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.get_model_parallel_group())
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(self.get_model_parallel_group())
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_tensor_model_parallel_group()
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return parallel_state.get_tensor_model_parallel_world_size()
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return parallel_state.get_tensor_model_parallel_rank()
+
+    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_pipeline_model_parallel_group()
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return parallel_state.get_pipeline_model_parallel_world_size()
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return parallel_state.get_pipeline_model_parallel_rank()
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_data_parallel_group()
+
+    def get_data_parallel_world_size(self) -> int:
+        return parallel_state.get_data_parallel_world_size()
+
+    def get_data_parallel_rank(self) -> int:
+        return parallel_state.get_data_parallel_rank()
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self.get_data_parallel_group())

@@ -1,0 +1,59 @@
+"""Parameters and their shards: the whole tensor behind a rank's part, and initial weights that no layout changes.
+
+Megatron-Core marks a parameter that is cut over the tensor-parallel ranks with ``tensor_model_parallel`` and
+``partition_dim``; all others are replicated. Every cut of this model is contiguous in its global shape.
+"""
+
+import hashlib
+import math
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from armd_scale.config import ModelConfig
+
+
+def partition_dim(param: Tensor) -> int | None:
+    """The dimension in which a parameter is cut over tensor-parallel ranks, None when it is replicated."""
+    return param.partition_dim if getattr(param, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
+
+
+def global_shape(param: Tensor) -> tuple[int, ...]:
+    """Shape of the whole tensor of which ``param`` is this rank's part."""
+    shape = list(param.shape)
+    dim = partition_dim(param)
+    if dim is not None:
+        shape[dim] *= parallel_state.get_tensor_model_parallel_world_size()
+    return tuple(shape)
+
+
+def local_part(whole: Tensor, param: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, shaped as ``param``."""
+    dim = partition_dim(param)
+    if dim is None:
+        return whole
+    size = param.shape[dim]
+    return whole.narrow(dim, parallel_state.get_tensor_model_parallel_rank() * size, size)
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Draw all weights: normal with ``init_std``, smaller into the residual stream; norms are 1.
+
+    Each parameter has a random stream of its own, keyed by (seed, global name), and each rank keeps its part of the
+    whole tensor: the weights are the same under every layout.
+    """
+    for name, param in module.named_parameters():
+        if name.endswith("norm.weight"):
+            param.fill_(1.0)
+            continue
+        std = config.init_std
+        if name.endswith(("attention.output.weight", "mlp.down.weight")):
+            std /= math.sqrt(2 * config.layers)
+        elif name == "prefix.table":
+            std = config.prefix.dim**-0.5
+        key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
+        whole = torch.empty(global_shape(param)).normal_(0.0, std, generator=generator)
+        param.copy_(local_part(whole, param))

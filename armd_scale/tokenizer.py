@@ -1,0 +1,159 @@
+"""Tokenizers behind one interface: text <-> token ids, with BOS and EOS and a hash that names them.
+
+- sentencepiece: a ``.model`` file (trained here, with byte fallback, so that any text can be encoded);
+- Hugging Face: a folder with ``tokenizer.json``, such as GPT-2's.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from armd_scale.errors import UserError
+
+
+class Tokenizer(Protocol):
+    """What the rest of the project asks of a tokenizer."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    path: Path
+    """The file that defines it."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without BOS and EOS."""
+        ...
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of several texts."""
+        ...
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Text of token ids; BOS and EOS give nothing."""
+        ...
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model."""
+
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        self.path = path
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.load(str(path))
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{path} is not a sentencepiece model: {error}") from error
+        self.vocab_size = self._processor.vocab_size()
+        self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise UserError(f"{path} has no BOS or EOS piece; train it with both")
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self._processor.encode(texts, num_threads=1)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return self._processor.decode([t for t in tokens if t not in (self.bos_id, self.eos_id)])
+
+
+class HuggingFaceTokenizer:
+    """A ``tokenizer.json``; BOS and EOS are its end-of-text token unless it names its own."""
+
+    _BOS = ("<|endoftext|>", "<s>", "[CLS]", "<bos>")
+    _EOS = ("<|endoftext|>", "</s>", "[SEP]", "<eos>")
+
+    def __init__(self, folder: Path) -> None:
+        import tokenizers
+
+        self.path = folder / "tokenizer.json"
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(self.path))
+        except Exception as error:  # the library raises a bare Exception
+            raise UserError(f"{self.path} is not a Hugging Face tokenizer: {error}") from error
+        self.vocab_size = self._tokenizer.get_vocab_size()
+        self.bos_id, self.eos_id = self._special(self._BOS), self._special(self._EOS)
+
+    def _special(self, names: tuple[str, ...]) -> int:
+        for name in names:
+            token = self._tokenizer.token_to_id(name)
+            if token is not None:
+                return token
+        raise UserError(f"{self.path} has none of the special tokens {', '.join(names)}")
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        special = {self.bos_id, self.eos_id}
+        return self._tokenizer.decode([t for t in tokens if t not in special], skip_special_tokens=False)
+
+
+def load(path: str | Path) -> Tokenizer:
+    """A tokenizer from a sentencepiece ``.model`` file or a folder that holds one or a ``tokenizer.json``."""
+    path = Path(path)
+    if path.is_file() and path.suffix == ".model":
+        return SentencePieceTokenizer(path)
+    if (path / "tokenizer.model").is_file():
+        return SentencePieceTokenizer(path / "tokenizer.model")
+    if (path / "tokenizer.json").is_file():
+        return HuggingFaceTokenizer(path)
+    raise UserError(f"there is no tokenizer at {path}: expected tokenizer.model or tokenizer.json")
+
+
+def digest(tokenizer: Tokenizer) -> str:
+    """SHA-256 of the file that defines the tokenizer."""
+    return hashlib.sha256(tokenizer.path.read_bytes()).hexdigest()
+
+
+def copy(tokenizer: Tokenizer, folder: Path) -> None:
+    """Put the defining file into a folder, under the name that ``load`` looks for."""
+    name = "tokenizer.model" if tokenizer.path.suffix == ".model" else "tokenizer.json"
+    if tokenizer.path.resolve() != (folder / name).resolve():
+        shutil.copyfile(tokenizer.path, folder / name)
+
+
+def train(texts: Iterable[str], path: Path, vocab_size: int, seed: int = 0) -> Tokenizer:
+    """Train a unigram sentencepiece model on texts and write it to ``path``.
+
+    No normalisation, byte fallback, and the line feed as a piece: decoding gives the text back.
+    """
+    import sentencepiece
+
+    sentencepiece.set_random_generator_seed(seed)
+    partial = path.with_suffix(".partial")
+    try:
+        with partial.open("wb") as file:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(texts),
+                model_writer=file,
+                vocab_size=vocab_size,
+                model_type="unigram",
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                byte_fallback=True,
+                user_defined_symbols=["\n"],
+                character_coverage=0.9999,
+                max_sentence_length=1 << 20,
+                bos_id=1,
+                eos_id=2,
+                unk_id=0,
+                num_threads=1,
+                minloglevel=2,
+            )
+    except (RuntimeError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        reason = str(error).replace("\n", " ").rsplit(") ", 1)[-1]
+        raise UserError(f"a tokenizer of {vocab_size} pieces cannot be trained on this text: {reason}") from error
+    partial.replace(path)
+    return SentencePieceTokenizer(path)

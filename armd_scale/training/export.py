@@ -1,0 +1,145 @@
+"""Training checkpoint -> standalone model folder.
+
+The folder holds ``config.json``, ``model.safetensors``, the tokenizer and ``modeling_armd.py``, the file of this
+project that defines the standalone model, carried over as it is.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from armd_scale import config as configs
+from armd_scale import inference, orders
+from armd_scale import tokenizer as tokenizers
+from armd_scale.config import ParallelConfig, RunConfig
+from armd_scale.errors import UserError
+from armd_scale.inference import modeling_armd
+from armd_scale.model.network import Stage
+from armd_scale.model.rows import arrange
+from armd_scale.parallel import groups
+from armd_scale.training import checkpoint, manifest
+from data_pipeline.shards import PackedDataset
+
+
+def load_run(run_dir: Path) -> RunConfig:
+    """The resolved configuration of a run folder, with the vocabulary of its data filled in."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run_dir} is not a run folder: it has no config.yaml")
+    config = configs.load(path, [f"run_dir={run_dir}"])
+    index = PackedDataset(config.data_directory / "train").index
+    return configs.with_vocabulary(config, index["vocab_size"], index["bos_id"])
+
+
+def newest_checkpoint(config: RunConfig) -> Path:
+    """The newest complete checkpoint of a run, verified; ``UserError`` when there is none."""
+    found = manifest.latest(config.directory / "checkpoints")
+    if found is None:
+        raise UserError(f"{config.directory} has no complete checkpoint to export: train first")
+    manifest.verify(found)
+    return found
+
+
+def standalone_config(config: RunConfig, eos_id: int) -> modeling_armd.ARMDConfig:
+    """The standalone model's description of a training model."""
+    model, prefix = config.model, config.model.prefix
+    assert model.vocab_size is not None
+    assert model.bos_id is not None
+    return modeling_armd.ARMDConfig(
+        vocab_size=model.vocab_size,
+        bos_id=model.bos_id,
+        eos_id=eos_id,
+        layers=model.layers,
+        hidden=model.hidden,
+        heads=model.heads,
+        kv_heads=model.key_heads,
+        ffn=model.ffn_width,
+        length=model.length,
+        two_stream_layers=model.two_stream,
+        norm=model.norm,
+        mlp=model.mlp,
+        tied_head=model.tied_head,
+        rope_base=model.rope_base,
+        norm_eps=model.norm_eps,
+        prefix_kernel=prefix.kernel,
+        prefix_width=prefix.width,
+        prefix_dim=prefix.dim,
+        prefix_scale=prefix.scale,
+        prefix_target_position=prefix.target_position,
+    )
+
+
+def export(config: RunConfig, source: Path, out: Path, averaged: bool = True) -> dict[str, Any]:
+    """Write the model of checkpoint ``source`` to ``out``; an ``out`` that existed is replaced only when all is
+    written.
+
+    ``averaged``: the moving average of the weights where the checkpoint holds it.
+    """
+    tokenizer = tokenizers.load(config.data_directory / "tokenizer")
+    shape = standalone_config(config, tokenizer.eos_id)
+    if out.exists() and not (out / "config.json").is_file() and any(out.iterdir() if out.is_dir() else [out]):
+        raise UserError(f"{out} exists and is no model folder: choose another place")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    weights = {}
+    for name, tensor in checkpoint.read_weights(source, averaged):
+        if name in ("embedding.weight", "head.weight"):
+            tensor = tensor[: shape.vocab_size].clone()
+        weights[name] = tensor
+    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+    fields = {**vars(shape), "tokenizer_sha256": tokenizers.digest(tokenizer), "checkpoint": source.name}
+    (partial / "config.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    tokenizers.copy(tokenizer, partial)
+    shutil.copyfile(modeling_armd.__file__, partial / "modeling_armd.py")
+    inference.load(partial)  # it must load before it replaces anything
+    if out.exists():
+        old = out.with_name(f".{out.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(out, old)
+        os.replace(partial, out)
+        shutil.rmtree(old)
+    else:
+        os.replace(partial, out)
+    return {"parameters": sum(tensor.numel() for tensor in weights.values()), "checkpoint": source.name}
+
+
+def largest_difference(config: RunConfig, source: Path, out: Path, averaged: bool = True) -> float:
+    """Largest absolute difference between the logits of the training model and of the exported one, both float32.
+
+    The training model is built on one process from the Megatron-Core layers and given the weights of the
+    checkpoint; both score one held-out sample in a left-to-right, a shuffled and a strided order.
+    """
+    model, length = config.model, config.model.length
+    assert model.bos_id is not None
+    tokens = PackedDataset(config.data_directory / "heldout").read([0])
+    layouts = [orders.left_to_right(length), orders.shuffled(length, length, 0), orders.strided(length, 4)]
+    single = ParallelConfig()
+    with tempfile.TemporaryDirectory() as folder:
+        groups.start(single, rank=0, processes=1, rendezvous=f"{folder}/store", device=torch.device("cpu"))
+        try:
+            stage = Stage(model, groups.transformer_config(model, single, torch.float32))
+            parameters = dict(stage.named_parameters())
+            with torch.no_grad():
+                for name, tensor in checkpoint.read_weights(source, averaged):
+                    parameters[name].copy_(tensor)
+                trained = [
+                    stage.logits(stage.hidden(arrange(tokens, layout, model.bos_id)))[:, 0, : model.vocab_size]
+                    for layout in layouts
+                ]
+        finally:
+            groups.stop()
+    exported = inference.load(out)
+    differences = []
+    for layout, along_order in zip(layouts, trained, strict=True):
+        order, blocks = (torch.from_numpy(np.array(field)) for field in layout)
+        logits = exported.logits(torch.from_numpy(tokens), order, blocks)[0, order - 1]
+        differences.append((logits - along_order).abs().max())
+    return float(torch.stack(differences).max())  # a tensor's maximum keeps a NaN

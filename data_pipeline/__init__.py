@@ -1,0 +1,1 @@
+"""From raw text to batches: readers, packing into WebDataset shards, and a resumable stream."""

@@ -1,0 +1,1 @@
+"""The front door: starts a run on Slurm or on this machine."""

@@ -1,0 +1,75 @@
+"""The stages of a run as jobs: prepare the data, train, finish (export, evaluate, generate, report).
+
+A job is a function of the resolved configuration that runs in processes which submitit starts. A ``UserError``
+comes back as a value, so that the front door can print it as one line.
+"""
+
+import importlib
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from armd_scale.config import RunConfig
+from armd_scale.errors import UserError
+
+STAGES = ("prepare", "train", "finish")
+
+
+def run(stage: str, config: RunConfig) -> dict[str, Any]:
+    """Run one stage in this process; {"error": line} when its input cannot be used."""
+    if not config.cluster.gpus_per_node:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        return _JOBS[stage](config) or {}
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return {"error": str(error)}
+
+
+def _prepare(config: RunConfig) -> dict[str, Any]:
+    index = importlib.import_module("data_pipeline.prepare").prepare(config)
+    return {"samples": index["samples"]}
+
+
+def _train(config: RunConfig) -> None:
+    import submitit
+
+    from armd_scale.training.loop import train
+
+    job = submitit.JobEnvironment()
+    train(config, job.global_rank, job.num_tasks, job.local_rank, _rendezvous(config, job))
+
+
+def _rendezvous(config: RunConfig, job: Any) -> str:
+    """Where the processes meet: the first host of a Slurm job, or a file of the run when all are on this machine."""
+    if len(job.hostnames) > 1 or "SLURM_JOB_ID" in os.environ:
+        port = 20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000
+        return f"tcp://{job.hostnames[0] or socket.gethostname()}:{port}"
+    folder = Path(os.environ["SUBMITIT_FOLDER"]) if "SUBMITIT_FOLDER" in os.environ else config.directory / "jobs"
+    return str(folder / f"rendezvous-{job.job_id}")
+
+
+def _finish(config: RunConfig) -> dict[str, Any]:
+    import torch
+
+    from armd_scale.evaluation import report
+    from armd_scale.training import export
+
+    torch.set_num_threads(min(torch.get_num_threads(), config.cluster.cpus_per_task * config.cluster.tasks_per_node))
+    config = export.load_run(config.directory)
+    source = export.newest_checkpoint(config)
+    out = config.directory / "export"
+    export.export(config, source, out)
+    difference = export.largest_difference(config, source, out)
+    print(f"export: largest difference to the training model's logits {difference:.1e}", flush=True)
+    return {**report.write(config, out), "export_difference": difference}
+
+
+_JOBS: dict[str, Callable[[RunConfig], dict[str, Any] | None]] = {
+    "prepare": _prepare,
+    "train": _train,
+    "finish": _finish,
+}

@@ -1,0 +1,48 @@
+"""Turn the newest checkpoint of a run into a standalone model folder, and check that it is the same function.
+
+python tools/convert_ckpt.py RUN_DIR OUT_DIR [--checkpoint DIR] [--weights averaged|last]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from armd_scale.errors import UserError, cli
+
+TOLERANCE = 1e-3
+"""Largest difference of float32 logits that two orders of summation can explain."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Training checkpoint -> standalone model folder")
+    parser.add_argument("run_dir", type=Path, help="run folder, as made by launchers/slurm.py")
+    parser.add_argument("out_dir", type=Path, help="model folder to write")
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder (default: the newest of the run)")
+    parser.add_argument(
+        "--weights",
+        choices=("averaged", "last"),
+        default="averaged",
+        help="moving average of the weights, or the last ones",
+    )
+    args = parser.parse_args()
+    from armd_scale.training import export, manifest
+
+    config = export.load_run(args.run_dir)
+    if args.checkpoint:
+        source = args.checkpoint
+        manifest.verify(source)
+    else:
+        source = export.newest_checkpoint(config)
+    averaged = args.weights == "averaged"
+    facts = export.export(config, source, args.out_dir, averaged)
+    difference = export.largest_difference(config, source, args.out_dir, averaged)
+    print(f"{args.out_dir}: {facts['parameters']:,} parameters from {source}")
+    print(f"largest difference to the training model's logits: {difference:.1e}")
+    if not difference < TOLERANCE:
+        raise UserError(f"{args.out_dir} does not agree with the training model: do not use it, and report this")
+
+
+if __name__ == "__main__":
+    cli(main)
