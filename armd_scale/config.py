@@ -41,8 +41,9 @@ class PrefixConfig(_Section):
     exp(-distance^2 / 2 width^2) [D]; ``sinusoid``: the usual 10000-base table; ``learned``: a trained table."""
     width: Annotated[float, Field(gt=0.0)] = 3.0
     """Width of the Gaussian kernel in tokens (sigma) [D]."""
-    dim: Annotated[int, Field(ge=2, multiple_of=2)] = 256
-    """Width of a position embedding row, d_pe; the decoding state is d_pe x hidden [D]."""
+    dim: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
+    """Width of a position embedding row, d_pe; null: the model's width. The Gaussian kernel's far ripple falls with it;
+    the decoding state is d_pe x hidden [D]."""
     scale: Literal["none", "sqrt", "mean"] = "none"
     """Divide the sum by 1, by the square root of the prefix size, or by the prefix size [D]."""
     target_position: bool = False
@@ -102,6 +103,10 @@ class ModelConfig(_Section):
     @property
     def head_dim(self) -> int:
         return self.hidden // self.heads
+
+    @property
+    def prefix_dim(self) -> int:
+        return self.prefix.dim or self.hidden
 
     @property
     def padded_vocab(self) -> int:
@@ -393,22 +398,28 @@ def _explain(error: ValidationError) -> str:
     location = [str(part) for part in first["loc"]]
     where = ".".join(location)
     if first["type"] == "extra_forbidden":
-        names = {".".join([*location[:-1], name]) for name in _fields(location[:-1])}
-        near = difflib.get_close_matches(where, names, n=1, cutoff=0.5) or difflib.get_close_matches(
-            location[-1], _all_names(RunConfig), n=1, cutoff=0.0
-        )
-        return f"unknown key '{where}'; did you mean '{near[0]}'?"
+        near = _nearest(location)
+        return f"unknown key '{where}'; did you mean '{near}'?"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{where}: {message}" if where else message
     return f"{where} = {first['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _fields(location: list[str]) -> list[str]:
+def _nearest(location: list[str]) -> str:
+    """The valid name that an unknown key most likely means: the same word elsewhere, or one spelt alike."""
+    *sections, word = location
+    every = _all_names(RunConfig)
+    elsewhere = [name for name in every if name.rpartition(".")[2] == word]
+    if elsewhere:
+        return elsewhere[0]
     section: type[BaseModel] = RunConfig
-    for part in location:
+    for part in sections:
         section = _section_of(section.model_fields[part].annotation) or section
-    return list(section.model_fields)
+    siblings = difflib.get_close_matches(word, section.model_fields, n=1, cutoff=0.5)
+    if siblings:
+        return ".".join([*sections, siblings[0]])
+    return difflib.get_close_matches(".".join(location), every, n=1, cutoff=0.0)[0]
 
 
 def _section_of(annotation: object) -> type[BaseModel] | None:

@@ -23,7 +23,7 @@ def training_flops_per_token(config: ModelConfig) -> float:
     rows = 2 * (config.two_stream - 1) + (config.layers - config.two_stream + 1)  # streams that leave each layer
     attention = config.length * d  # scores and sums over N / 2 keys on average
     macs = rows * (2 * d * d + mlp + attention) + config.layers * 2 * d * kv
-    macs += CHUNK * (config.prefix.dim + d) + 2 * config.prefix.dim * d
+    macs += CHUNK * (config.prefix_dim + d) + 2 * config.prefix_dim * d
     macs += d * config.padded_vocab
     return 3 * 2 * macs
 

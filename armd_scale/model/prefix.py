@@ -46,14 +46,13 @@ class PrefixAggregation(nn.Module):
     def __init__(self, config: ModelConfig, parallel: TransformerConfig) -> None:
         super().__init__()
         self.config = config.prefix
+        self.dim = config.prefix_dim
         self.rows = config.length + 1
         dtype = parallel.params_dtype
         if self.config.kernel == "learned":
-            self.table = nn.Parameter(torch.empty(self.rows, self.config.dim, dtype=dtype))
+            self.table = nn.Parameter(torch.empty(self.rows, self.dim, dtype=dtype))
         self.target_projection = (
-            nn.Parameter(torch.empty(config.hidden, self.config.dim, dtype=dtype))
-            if self.config.target_position
-            else None
+            nn.Parameter(torch.empty(config.hidden, self.dim, dtype=dtype)) if self.config.target_position else None
         )
 
     def forward(self, x_NBd: Tensor, context_BN: Tensor, targets_BN: Tensor, visible_BN: Tensor | None) -> Tensor:
@@ -89,4 +88,4 @@ class PrefixAggregation(nn.Module):
     def _table(self, device: torch.device) -> Tensor:
         if self.config.kernel == "learned":
             return self.table
-        return _fixed_table(self.rows, self.config.kernel, self.config.dim, self.config.width, device)
+        return _fixed_table(self.rows, self.config.kernel, self.dim, self.config.width, device)

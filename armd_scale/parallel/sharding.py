@@ -52,7 +52,7 @@ def initialise(module: nn.Module, config: ModelConfig, seed: int) -> None:
         if name.endswith(("attention.output.weight", "mlp.down.weight")):
             std /= math.sqrt(2 * config.layers)
         elif name == "prefix.table":
-            std = config.prefix.dim**-0.5
+            std = config.prefix_dim**-0.5
         key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
         whole = torch.empty(global_shape(param)).normal_(0.0, std, generator=generator)

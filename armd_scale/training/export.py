@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from armd_scale import config as configs
 from armd_scale import inference, orders
 from armd_scale import tokenizer as tokenizers
-from armd_scale.config import ParallelConfig, RunConfig
+from armd_scale.config import ModelConfig, ParallelConfig, RunConfig
 from armd_scale.errors import UserError
 from armd_scale.inference import modeling_armd
 from armd_scale.model.network import Stage
@@ -47,9 +47,9 @@ def newest_checkpoint(config: RunConfig) -> Path:
     return found
 
 
-def standalone_config(config: RunConfig, eos_id: int) -> modeling_armd.ARMDConfig:
+def standalone_config(model: ModelConfig, eos_id: int) -> modeling_armd.ARMDConfig:
     """The standalone model's description of a training model."""
-    model, prefix = config.model, config.model.prefix
+    prefix = model.prefix
     assert model.vocab_size is not None
     assert model.bos_id is not None
     return modeling_armd.ARMDConfig(
@@ -70,7 +70,7 @@ def standalone_config(config: RunConfig, eos_id: int) -> modeling_armd.ARMDConfi
         norm_eps=model.norm_eps,
         prefix_kernel=prefix.kernel,
         prefix_width=prefix.width,
-        prefix_dim=prefix.dim,
+        prefix_dim=model.prefix_dim,
         prefix_scale=prefix.scale,
         prefix_target_position=prefix.target_position,
     )
@@ -83,7 +83,7 @@ def export(config: RunConfig, source: Path, out: Path, averaged: bool = True) ->
     ``averaged``: the moving average of the weights where the checkpoint holds it.
     """
     tokenizer = tokenizers.load(config.data_directory / "tokenizer")
-    shape = standalone_config(config, tokenizer.eos_id)
+    shape = standalone_config(config.model, tokenizer.eos_id)
     if out.exists() and not (out / "config.json").is_file() and any(out.iterdir() if out.is_dir() else [out]):
         raise UserError(f"{out} exists and is no model folder: choose another place")
     partial = out.with_name(f".{out.name}.partial")

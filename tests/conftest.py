@@ -1,0 +1,126 @@
+"""Shared tools of the tests: small models, and real processes on gloo that start in a fraction of a second."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import dataclasses
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+
+from armd_scale import inference, orders
+from armd_scale.config import ModelConfig, ParallelConfig, PrefixConfig
+from armd_scale.inference import ARMDConfig
+from armd_scale.orders import Layout
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
+hypothesis.settings.load_profile("ci")
+
+PAPER = ModelConfig(
+    layers=4, hidden=32, heads=4, length=16, vocab_size=50, bos_id=1, prefix=PrefixConfig(dim=16), init_std=0.2
+)
+MODERN = ModelConfig(
+    layers=3,
+    hidden=32,
+    heads=4,
+    kv_heads=2,
+    length=16,
+    vocab_size=50,
+    bos_id=1,
+    norm="rmsnorm",
+    mlp="swiglu",
+    ffn=48,
+    two_stream_layers=2,
+    tied_head=False,
+    prefix=PrefixConfig(dim=16, kernel="sinusoid", scale="mean", target_position=True),
+    init_std=0.2,
+)
+LEARNED = MODERN.model_copy(
+    update={"two_stream_layers": 3, "prefix": PrefixConfig(dim=8, kernel="learned", scale="sqrt")}
+)
+MODELS = {"paper": PAPER, "modern": MODERN, "learned": LEARNED}
+
+
+def standalone(config: ModelConfig, seed: int = 0) -> inference.ARMD:
+    """A standalone float64 model with random weights of the shape of ``config``."""
+    from armd_scale.training.export import standalone_config
+
+    model = inference.ARMD(standalone_config(config, eos_id=2)).double().requires_grad_(False).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, param in model.named_parameters():
+        noise = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+        param.copy_(1 + 0.1 * noise if name.endswith("norm.weight") else 0.3 * noise)
+    return model
+
+
+def tiny_distribution(vocab: int, length: int, **changes: Any) -> inference.ARMD:
+    """A model small enough to enumerate every sequence, with decided preferences."""
+    config = ARMDConfig(
+        vocab_size=vocab, bos_id=0, eos_id=0, layers=2, hidden=8, heads=2, kv_heads=2, ffn=16, length=length,
+        two_stream_layers=1, norm="layernorm", mlp="gelu", tied_head=False, rope_base=100.0, norm_eps=1e-5,
+        prefix_kernel="gaussian", prefix_width=2.0, prefix_dim=8, prefix_scale="none", prefix_target_position=False,
+    )  # fmt: skip
+    model = inference.ARMD(dataclasses.replace(config, **changes)).double().requires_grad_(False).eval()
+    generator = torch.Generator().manual_seed(7)
+    for param in model.parameters():
+        param.copy_(0.8 * torch.randn(param.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def layouts(length: int) -> dict[str, Layout]:
+    """The kinds of layout that everything must handle; the last block of some is ragged."""
+    natural = orders.left_to_right(length)
+    return {
+        "left-to-right": natural,
+        "shuffled": orders.shuffled(length, length // 2, 3),
+        "random": orders.shuffled(length, length, 5),
+        **{f"strided-{s}": orders.strided(length, s) for s in (1, 2, 4, 8)},
+        "random-blocks": Layout(orders.shuffled(length, length, 6).order, np.arange(length) // 3 + 1),
+        "one-block": Layout(natural.order, np.ones(length, dtype=np.int64)),
+    }
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """Megatron-Core's groups for a single process."""
+    from armd_scale.parallel import groups
+
+    groups.start(ParallelConfig(), rank=0, processes=1, rendezvous=tmp_path / "store", device=torch.device("cpu"))
+    yield
+    groups.stop()
+
+
+def run_processes(count: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call ``work(rank, count, rendezvous, *args)`` in ``count`` forked processes; their results by rank.
+
+    Forking keeps the imports of this process, so a group of four starts in half a second.
+    """
+    from armd_scale.parallel import megatron_cpu
+
+    megatron_cpu.install()
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.start_processes(_call, (count, folder, work, args), nprocs=count, start_method="fork")
+        results = [pickle.loads((Path(folder) / f"{rank}").read_bytes()) for rank in range(count)]
+    return results
+
+
+def _call(rank: int, count: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    try:
+        result = work(rank, count, Path(folder) / "store", *args)
+    except BaseException:
+        traceback.print_exc()
+        raise
+    (Path(folder) / f"{rank}").write_bytes(pickle.dumps(result))

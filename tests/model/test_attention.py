@@ -1,0 +1,71 @@
+"""Every attention backend against the dense one."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from armd_scale.model import attention
+
+
+def _inputs(streams, batch, heads, key_heads, rows, keys, seed, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(streams, batch, heads, rows, 8, generator=g, dtype=dtype)
+    k, v = (torch.randn(batch, key_heads, keys, 8, generator=g, dtype=dtype) for _ in range(2))
+    visible = torch.randint(1, keys + 1, (streams, batch, rows), generator=g).sort(-1).values
+    return [q, k, v], visible
+
+
+def _gradients(function, tensors, visible):
+    tensors = [t.detach().requires_grad_() for t in tensors]
+    out = function(*tensors, visible)
+    weight = torch.arange(out.numel(), dtype=out.dtype).view_as(out).sin()
+    return out, torch.autograd.grad((out * weight).sum(), tensors)
+
+
+@given(
+    st.integers(1, 2),
+    st.integers(1, 3),
+    st.sampled_from([(4, 4), (4, 2), (4, 1)]),
+    st.integers(1, 9),
+    st.integers(0, 99),
+)
+def test_sdpa_equals_dense(streams, batch, heads, rows, seed):
+    tensors, visible = _inputs(streams, batch, *heads, rows, rows, seed)
+    for limits in (None, visible):
+        expected, expected_gradients = _gradients(attention.dense, tensors, limits)
+        got, gradients = _gradients(attention.sdpa, tensors, limits)
+        torch.testing.assert_close(got, expected)
+        for a, b in zip(gradients, expected_gradients, strict=True):
+            torch.testing.assert_close(a, b)
+        torch.testing.assert_close(attention.attend(*tensors, limits), expected)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("streams", [1, 2])
+def test_flex_equals_dense(heads, streams):
+    """Forward only: flex_attention has no backward pass on CPU."""
+    tensors, visible = _inputs(streams, 2, *heads, 40, 40, 1, torch.float32)
+    expected = attention.dense(*tensors, visible)
+    torch.testing.assert_close(attention.flex(*tensors, visible), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("streams", [1, 2])
+def test_flex_backward_on_gpu(streams):
+    tensors, visible = _inputs(streams, 2, 4, 2, 256, 256, 1, torch.float32)
+    expected, expected_gradients = _gradients(attention.dense, tensors, visible)
+    on_gpu = [t.detach().cuda().requires_grad_() for t in tensors]
+    out = attention.flex(*on_gpu, visible.cuda())
+    weight = torch.arange(out.numel(), dtype=out.dtype).view(out.shape).sin().cuda()
+    gradients = torch.autograd.grad((out * weight).sum(), on_gpu)
+    torch.testing.assert_close(out.cpu(), expected, atol=2e-3, rtol=2e-3)
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(a.cpu(), b, atol=5e-3, rtol=5e-3)
+
+
+def test_dense_by_hand():
+    q = torch.zeros(1, 1, 1, 2, 8, dtype=torch.float64)
+    v = torch.tensor([1.0, 3.0], dtype=torch.float64)[None, None, :, None].expand(1, 1, 2, 8)
+    out = attention.dense(q, torch.randn(1, 1, 2, 8, dtype=torch.float64), v)
+    torch.testing.assert_close(out[0, 0, 0, :, 0], torch.tensor([1.0, 2.0], dtype=torch.float64))

@@ -1,0 +1,156 @@
+"""The training network on Megatron-Core layers against the float64 reference, and its cut into stages."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from armd_scale import orders
+from armd_scale.config import ModelConfig, ParallelConfig
+from armd_scale.model.flops import training_flops_per_token
+from armd_scale.model.network import Stage
+from armd_scale.model.rows import arrange
+from armd_scale.orders import Layout
+from armd_scale.parallel import groups
+from armd_scale.parallel.sharding import initialise
+from armd_scale.training.export import standalone_config
+from tests import reference
+from tests.conftest import MODELS, PAPER, layouts
+
+
+def build(config, first=0, last=None, seed=3):
+    parallel = groups.transformer_config(config, ParallelConfig(), torch.float32)
+    stage = Stage(config, parallel, first, last)
+    initialise(stage, config, seed)
+    return stage
+
+
+def weights(stage, config):
+    out = {name: param.detach() for name, param in stage.named_parameters()}
+    return {n: t[: config.vocab_size] if n in ("embedding.weight", "head.weight") else t for n, t in out.items()}
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("length", [16, 11])
+def test_equals_the_reference_in_every_layout(kind, length):
+    """Identity 4: losses of every target, in float32 against float64."""
+    config = MODELS[kind]
+    stage = build(config)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, length))
+    for name, layout in layouts(length).items():
+        nll = stage(arrange(tokens, layout, config.bos_id)).detach().double()
+        for row in range(2):
+            logp = reference.log_probabilities(
+                weights(stage, config),
+                standalone_config(config, eos_id=2),
+                tokens[row].tolist(),
+                layout.order.tolist(),
+                layout.block_ids.tolist(),
+            )
+            targets = torch.from_numpy(tokens[row][layout.order - 1])[:, None]
+            torch.testing.assert_close(nll[row], -logp.gather(1, targets)[:, 0], atol=1e-4, rtol=1e-5, msg=name)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_batch_may_mix_orders():
+    config = PAPER
+    stage = build(config)
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (3, 16))
+    each = [orders.left_to_right(16), orders.shuffled(16, 16, 1), orders.shuffled(16, 4, 2)]
+    mixed = Layout(*(np.stack(field) for field in zip(*each, strict=True)))
+    together = stage(arrange(tokens, mixed, 1))
+    for row, layout in enumerate(each):
+        alone = stage(arrange(tokens[row : row + 1], layout, 1))
+        torch.testing.assert_close(together[row : row + 1], alone, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("layout", ["random", "strided-4"])
+def test_strict_causality_of_the_training_network(kind, layout):
+    """Identity 1, bit for bit: a target's loss does not see tokens of its own or a later block."""
+    config = MODELS[kind]
+    stage = build(config)
+    order, blocks = layouts(16)[layout]
+    tokens = np.random.default_rng(2).integers(0, config.vocab_size, (1, 16))
+    before = stage.hidden(arrange(tokens, Layout(order, blocks), 1))
+    for changed in range(16):
+        other = tokens.copy()
+        other[0, order[changed] - 1] = (other[0, order[changed] - 1] + 1) % config.vocab_size
+        after = stage.hidden(arrange(other, Layout(order, blocks), 1))
+        blind = torch.from_numpy(blocks <= blocks[changed])
+        assert torch.equal(before[blind], after[blind])
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("cut", [[1], [2], [1, 2]])
+@pytest.mark.parametrize("layout", ["random", "strided-2"])
+def test_stages_in_a_row_are_the_network(kind, cut, layout):
+    """A stage is a run of layers and passes on one tensor; losses and gradients are those of the whole."""
+    config = MODELS[kind]
+    whole = build(config)
+    edges = [0, *cut, config.layers]
+    stages = [build(config, a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    tokens = np.random.default_rng(4).integers(0, config.vocab_size, (2, 16))
+    rows = arrange(tokens, layouts(16)[layout], 1)
+    sent = None
+    for stage in stages:
+        stage.set_input_tensor([sent])
+        sent = stage(rows)
+        if not stage.is_last:
+            streams = 2 if int(max(stage.layers, key=int)) < config.two_stream - 1 else 1
+            assert sent.shape == (16, streams * 2, config.hidden)
+    loss = whole(rows)
+    assert torch.equal(sent, loss)
+    loss.mean().backward()
+    sent.mean().backward()
+    found: dict[str, torch.Tensor] = {}
+    for stage in stages:
+        for name, param in stage.named_parameters():
+            found[name] = found.get(name, 0) + param.grad
+    for name, param in whole.named_parameters():
+        torch.testing.assert_close(found[name], param.grad, atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_no_probability_for_padding_of_the_vocabulary():
+    config = PAPER
+    assert config.padded_vocab == 128
+    stage = build(config)
+    rows = arrange(np.zeros((1, 16), dtype=np.int64), orders.left_to_right(16), 1)
+    probabilities = stage.logits(stage.hidden(rows)).softmax(-1)
+    assert float(probabilities[..., config.vocab_size :].abs().max()) == 0.0
+
+
+@given(st.integers(2, 12), st.data())
+def test_rows_of_a_batch(length, data):
+    """Gathering by the order, and the visible prefixes, against their definitions."""
+    order = np.array(data.draw(st.permutations(range(1, length + 1))))
+    blocks = np.sort(np.array(data.draw(st.lists(st.integers(1, 4), min_size=length, max_size=length))))
+    tokens = np.arange(100, 100 + length)[None]
+    rows = arrange(tokens, Layout(order, blocks), 7)
+    assert rows.context_tokens[0].tolist() == [7, *(99 + order[:-1])]
+    assert rows.context_positions[0].tolist() == [0, *order[:-1]]
+    assert rows.target_tokens[0].tolist() == (99 + order).tolist()
+    assert rows.target_positions[0].tolist() == order.tolist()
+    context, target = [0, *blocks[:-1]], list(blocks)
+    if rows.visible is None:
+        assert len(set(blocks)) == length
+        return
+    for n in range(length):
+        assert int(rows.visible.context_of_context[0, n]) == sum(b <= context[n] for b in context)
+        assert int(rows.visible.context_of_target[0, n]) == sum(b < target[n] for b in context)
+        assert int(rows.visible.target_of_target[0, n]) == sum(b <= target[n] for b in target)
+
+
+def test_flops_match_the_definition():
+    """Against a count by hand for a small shape: two-stream layer, sealing layer, causal layers, seed, head."""
+    c = ModelConfig(layers=4, hidden=64, heads=4, length=256, vocab_size=128, bos_id=0)
+    d, n = 64, 256
+    projections_and_mlp = d * d + d * d + 8 * d * d  # query, output, MLP of one row
+    row = projections_and_mlp + n * d  # plus scores and sums over n / 2 keys
+    macs = 2 * row + 3 * row + 4 * 2 * d * d + 128 * (d + d) + 2 * d * d + 128 * d
+    assert training_flops_per_token(c) == 6 * macs

@@ -1,0 +1,76 @@
+"""Prefix aggregation: the kernel's shape, and the chunked form against the sum that defines it."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from armd_scale.model import prefix
+from armd_scale.model.prefix import PrefixAggregation, position_table
+from tests.conftest import MODELS, PAPER
+
+
+@pytest.mark.parametrize("width", [2.0, 3.0, 8.0])
+def test_gaussian_kernel(width):
+    """<PE(p), PE(q)> is exp(-(p - q)^2 / 2 width^2) near by, and small everywhere else."""
+    table = position_table(1024, "gaussian", 768, width)
+    kernel = table @ table[0]
+    distance = torch.arange(1024, dtype=torch.float64)
+    gap = (kernel - torch.exp(-(distance**2) / (2 * width**2))).abs()
+    assert float(gap[: int(3 * width)].max()) < 0.002
+    assert float(gap.max()) < 0.05
+    assert float(gap.pow(2).mean().sqrt()) < 0.02
+    # a function of the distance alone
+    torch.testing.assert_close(table[50:60] @ table[50], kernel[:10])
+
+
+def test_sinusoid_rows_have_unit_length():
+    table = position_table(100, "sinusoid", 32, 3.0)
+    torch.testing.assert_close(table.norm(dim=1), torch.ones(100, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("chunk", [1, 3, 128])
+def test_chunks_equal_the_sum(kind, chunk, monkeypatch):
+    monkeypatch.setattr(prefix, "CHUNK", chunk)
+    _compare(MODELS[kind], None, 0)
+
+
+@given(st.lists(st.integers(1, 16), min_size=16, max_size=16), st.sampled_from(list(MODELS)))
+def test_any_visibility_equals_the_sum(visible, kind):
+    limits = torch.tensor([min(v, n + 1) for n, v in enumerate(sorted(visible))])
+    _compare(MODELS[kind], limits, 1)
+
+
+def _compare(config, visible, seed):
+    generator = torch.Generator().manual_seed(seed)
+    layer = PrefixAggregation(config, type("P", (), {"params_dtype": torch.float32}))
+    for param in layer.parameters():
+        torch.nn.init.normal_(param, generator=generator)
+    x = torch.randn(16, 2, config.hidden, generator=generator, dtype=torch.float64)
+    targets = torch.stack([torch.randperm(16, generator=generator) + 1 for _ in range(2)])
+    context = torch.cat([torch.zeros(2, 1, dtype=torch.long), targets[:, :-1]], 1)
+    limits = None if visible is None else visible.expand(2, 16)
+    got = layer(x, context, targets, limits)
+    table = layer._table(torch.device("cpu")).double()
+    for b in range(2):
+        for n in range(16):
+            seen = n + 1 if visible is None else int(visible[n])
+            total = sum(table[targets[b, n]] @ table[context[b, i]] * x[i, b] for i in range(seen))
+            total = total / {"none": 1, "sqrt": math.sqrt(seen), "mean": seen}[config.prefix.scale]
+            if layer.target_projection is not None:
+                total = total + layer.target_projection.double() @ table[targets[b, n]]
+            torch.testing.assert_close(got[n, b], total.detach(), atol=1e-9, rtol=1e-9)
+
+
+def test_unchanged_when_the_future_changes():
+    layer = PrefixAggregation(PAPER, type("P", (), {"params_dtype": torch.float32}))
+    x = torch.randn(16, 1, 32)
+    positions = torch.arange(16)[None]
+    before = layer(x, positions, positions + 1, None)
+    x[10] = 1e6
+    after = layer(x, positions, positions + 1, None)
+    assert torch.equal(before[:10], after[:10])
+    assert not torch.equal(before[10], after[10])

@@ -1,0 +1,203 @@
+"""Identity 7: any layout gives the losses and the weights of one process; a layout repeated is bit-exact."""
+
+import numpy as np
+import pytest
+import torch
+
+from armd_scale.config import RunConfig
+from tests.conftest import MODERN, PAPER, run_processes
+
+STEPS = 4
+# Large enough that Adam does not blow rounding up where a gradient is nearly zero.
+EPS = 1e-4
+
+
+def config(tensor=1, processes=1, model=PAPER, **changes):
+    fields = {
+        "seed": 5,
+        "model": model.model_dump(),
+        "orders": {"ar_steps": 1, "permutation_steps": 2, "rho": 8, "strided_steps": 2, "streams": [2, 4]},
+        "optimizer": {"lr": 1e-2, "warmup_steps": 0, "eps": EPS, "weight_decay": 0.1, "clip": 0.5, "ema": 0.9},
+        "train": {"steps": 2, "global_batch": 8, "micro_batch": 2, "dtype": "float32"},
+        "parallel": {"tensor": tensor},
+        "cluster": {"tasks_per_node": processes},
+    }
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        fields[section][field] = value
+    return RunConfig.model_validate(fields)
+
+
+def train(rank, processes, rendezvous, run):
+    """A few steps on fixed tokens; losses, gradient norms and the whole weights, on rank 0."""
+    from armd_scale.model.rows import arrange
+    from armd_scale.orders import Layout
+    from armd_scale.parallel import groups
+    from armd_scale.parallel.engine import Engine
+    from armd_scale.training import schedules
+
+    device = torch.device("cpu")
+    groups.start(run.parallel, rank=rank, processes=processes, rendezvous=rendezvous, device=device)
+    engine = Engine(run, device)
+    tokens = np.random.default_rng(1).integers(0, run.model.vocab_size, (STEPS, 8, 16))
+    share = 8 // run.data_parallel
+    losses, norms = [], []
+    for step in range(STEPS):
+        mine = range(engine.data_rank * share, (engine.data_rank + 1) * share)
+        micro_batches = []
+        for start in range(0, share, run.train.micro_batch):
+            slots = mine[start : start + run.train.micro_batch]
+            each = [schedules.layout(step, slot, run) for slot in slots]
+            layout = Layout(*(np.stack(field) for field in zip(*each, strict=True)))
+            micro_batches.append(arrange(tokens[step, list(slots)], layout, run.model.bos_id))
+        rate = schedules.learning_rate(step, run.optimizer, STEPS)
+        losses.append(engine.mean(engine.train_step(micro_batches, rate)))
+        norms.append(engine.grad_norm)
+    with engine.averaged_weights():
+        averaged = _whole(engine)
+    states = _whole(engine)
+    groups.stop()
+    return (losses, norms, states, averaged) if rank == 0 else None
+
+
+def _whole(engine):
+    """All states of all parameters, gathered over the tensor-parallel ranks."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from armd_scale.parallel.sharding import partition_dim
+
+    engine.link_states()
+    out = {}
+    for name, param in engine.stage.named_parameters():
+        for state in engine.state_names:
+            part = engine.read_state(param, state).view(param.shape).contiguous()
+            dim = partition_dim(param)
+            if dim is not None:
+                parts = [torch.empty_like(part) for _ in range(parallel_state.get_tensor_model_parallel_world_size())]
+                dist.all_gather(parts, part, group=parallel_state.get_tensor_model_parallel_group())
+                part = torch.cat(parts, dim=dim)
+            out[f"{state}/{name}"] = part.clone()
+        out[f"working/{name}"] = param.detach().float().clone() if partition_dim(param) is None else torch.zeros(1)
+    return out
+
+
+@pytest.fixture(scope="module", params=[PAPER, MODERN], ids=["paper", "modern"])
+def reference(request):
+    """One process, checked against plain AdamW on the same network in ``test_one_process_is_plain_adamw``."""
+    return request.param, run_processes(1, train, config(model=request.param))[0]
+
+
+LAYOUTS = {
+    "dp2": {"processes": 2},
+    "tp2": {"tensor": 2, "processes": 2},
+    "tp2 sp": {"tensor": 2, "processes": 2, "parallel__sequence": True},
+    "tp4": {"tensor": 4, "processes": 4},
+    "tp2 dp2": {"tensor": 2, "processes": 4},
+    "tp2 dp2 sp": {"tensor": 2, "processes": 4, "parallel__sequence": True},
+    "dp4": {"processes": 4},
+    "tp4 dp2": {"tensor": 4, "processes": 8},
+    "accumulation": {"train__micro_batch": 1},
+    "no accumulation": {"train__micro_batch": 8},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_agree(reference, layout):
+    model, (losses, norms, states, averaged) = reference
+    if LAYOUTS[layout].get("tensor", 1) > model.key_heads:
+        pytest.skip("this model has fewer key heads than tensor-parallel ranks")
+    run = config(model=model, **LAYOUTS[layout])
+    got = run_processes(run.cluster.processes, train, run)[0]
+    np.testing.assert_allclose(got[0], losses, atol=2e-6)
+    np.testing.assert_allclose(got[1], norms, rtol=2e-5)
+    assert states.keys() == got[2].keys()
+    for expected, found in ((states, got[2]), (averaged, got[3])):
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, atol=3e-6, rtol=2e-5, msg=name)
+
+
+def test_one_process_is_plain_adamw():
+    """The engine against torch.optim.AdamW, clip_grad_norm_ and a hand-written moving average on the same network."""
+    run = config()
+    losses, norms, states, averaged = run_processes(1, train, run)[0]
+    expected = run_processes(1, _plain, run)[0]
+    np.testing.assert_allclose(losses, expected[0], atol=1e-6)
+    np.testing.assert_allclose(norms, expected[1], rtol=1e-5)
+    for name, tensor in expected[2].items():
+        torch.testing.assert_close(states[f"weight/{name}"], tensor, atol=2e-6, rtol=1e-5, msg=name)
+        torch.testing.assert_close(averaged[f"weight/{name}"], expected[3][name], atol=2e-6, rtol=1e-5, msg=name)
+
+
+def _plain(rank, processes, rendezvous, run):
+    from armd_scale.model.network import Stage
+    from armd_scale.model.rows import arrange
+    from armd_scale.orders import Layout
+    from armd_scale.parallel import groups
+    from armd_scale.parallel.sharding import initialise
+    from armd_scale.training import schedules
+
+    groups.start(run.parallel, rank=rank, processes=1, rendezvous=rendezvous, device=torch.device("cpu"))
+    stage = Stage(run.model, groups.transformer_config(run.model, run.parallel, torch.float32))
+    initialise(stage, run.model, run.seed)
+    decayed = [p for p in stage.parameters() if p.dim() > 1]
+    rest = [p for p in stage.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=1e-2, eps=EPS
+    )
+    tokens = np.random.default_rng(1).integers(0, run.model.vocab_size, (STEPS, 8, 16))
+    losses, norms, average = [], [], None
+    for step in range(STEPS):
+        layout = Layout(*(np.stack(f) for f in zip(*(schedules.layout(step, j, run) for j in range(8)), strict=True)))
+        loss = stage(arrange(tokens[step], layout, run.model.bos_id)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(stage.parameters(), 0.5)))
+        optimizer.step()
+        losses.append(loss.item())
+        now = {n: p.detach().clone() for n, p in stage.named_parameters()}
+        decay = min(0.9, (2 + step) / (11 + step))
+        average = now if average is None else {n: decay * average[n] + (1 - decay) * now[n] for n in now}
+    groups.stop()
+    return losses, norms, now, average
+
+
+def test_a_layout_repeated_is_bit_exact():
+    run = config(tensor=2, processes=4)
+    first, second = (run_processes(4, train, run)[0] for _ in range(2))
+    assert first[:2] == second[:2]
+    for name, tensor in first[2].items():
+        assert torch.equal(tensor, second[2][name]), name
+
+
+@pytest.mark.parametrize("layout", [{}, {"processes": 2}, {"tensor": 2, "processes": 4}])
+def test_bfloat16_follows_float32(reference, layout):
+    """Float32 master weights and gradient sums: bf16 losses stay within its rounding of the float32 ones."""
+    model, (losses, *_) = reference
+    run = config(model=model, train__dtype="bfloat16", **layout)
+    got = run_processes(run.cluster.processes, train, run)[0]
+    np.testing.assert_allclose(got[0], losses, atol=0.05)
+    working = next(v for k, v in got[2].items() if k == "working/norm.weight")
+    assert torch.equal(working, working.bfloat16().float())
+    assert not torch.equal(got[2]["weight/norm.weight"], got[2]["weight/norm.weight"].bfloat16().float())
+
+
+def test_initial_weights_do_not_depend_on_the_layout():
+    whole = run_processes(1, _initial, config())[0]
+    parts = run_processes(2, _initial, config(tensor=2, processes=2))
+    for name, tensor in whole.items():
+        dim = next((d for d in range(tensor.dim()) if parts[0][name].shape[d] != tensor.shape[d]), None)
+        joined = parts[0][name] if dim is None else torch.cat([parts[0][name], parts[1][name]], dim)
+        assert torch.equal(joined, tensor), name
+
+
+def _initial(rank, processes, rendezvous, run):
+    from armd_scale.model.network import Stage
+    from armd_scale.parallel import groups
+    from armd_scale.parallel.sharding import initialise
+
+    groups.start(run.parallel, rank=rank, processes=processes, rendezvous=rendezvous, device=torch.device("cpu"))
+    stage = Stage(run.model, groups.transformer_config(run.model, run.parallel, torch.float32))
+    initialise(stage, run.model, 0)
+    groups.stop()
+    return {name: param.detach().clone() for name, param in stage.named_parameters()}

@@ -1,0 +1,122 @@
+"""The model once more, slow and obvious: float64, dense masks written from the definitions, one sequence, loops.
+
+Shares nothing with the product but the names of the weights. Rows are 0 (BOS) and 1..N along the generation order;
+B is the block of a row. Every mask is spelled out as a condition on B.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from armd_scale.inference import ARMDConfig
+
+
+def log_probabilities(
+    weights: dict[str, Tensor], c: ARMDConfig, tokens: list[int], order: list[int], blocks: list[int]
+):
+    """Log-probabilities of every target along the order, [N, V] float64."""
+    w = {name: tensor.double() for name, tensor in weights.items()}
+    length = len(tokens)
+    position = [0, *order]
+    ids = [c.bos_id, *(tokens[p - 1] for p in order)]
+    block = [0, *blocks]
+    rows, targets = range(length + 1), range(1, length + 1)
+
+    x = torch.stack([w["embedding.weight"][i] for i in ids])
+    pe = [_position_row(w, c, p) for p in position]
+    g = torch.zeros(length + 1, c.hidden, dtype=torch.float64)  # row 0 is not used
+    for n in targets:
+        seen = [i for i in rows if block[i] < block[n]]
+        seed = sum(torch.dot(pe[n], pe[i]) * x[i] for i in seen)
+        g[n] = seed / {"none": 1.0, "sqrt": math.sqrt(len(seen)), "mean": len(seen)}[c.prefix_scale]
+        if c.prefix_target_position:
+            g[n] = g[n] + w["prefix.target_projection"] @ pe[n]
+
+    at_most = torch.tensor([[block[i] <= block[n] for i in rows] for n in rows])
+    before = torch.tensor([[block[i] < block[n] for i in rows] for n in rows])
+    targets_only = torch.tensor([[i > 0 for i in rows] for _ in rows])
+    for index in range(c.layers):
+        layer = {name: w[f"layers.{index}.{name}.weight"] for name in _LAYER}
+        if index < c.two_stream_layers:
+            x, g = (
+                _block(layer, c, x, x, position, at_most),
+                _block(layer, c, g, x, position, before),
+            )
+        else:
+            g = _block(layer, c, g, g, position, at_most & targets_only)
+    head = w["embedding.weight"] if c.tied_head else w["head.weight"]
+    return (_norm(g[1:], w["norm.weight"], c) @ head.t()).log_softmax(-1)
+
+
+_LAYER = (
+    "attention_norm",
+    "attention.query",
+    "attention.key_value",
+    "attention.output",
+    "mlp_norm",
+    "mlp.up",
+    "mlp.down",
+)
+
+
+def _position_row(w: dict[str, Tensor], c: ARMDConfig, p: int) -> Tensor:
+    if c.prefix_kernel == "learned":
+        return w["prefix.table"][p]
+    count = c.prefix_dim // 2
+    row = []
+    for part in (math.sin, math.cos):
+        for k in range(count):
+            if c.prefix_kernel == "gaussian":
+                quantile = (1 + (k + 0.5) / count) / 2
+                omega = math.sqrt(2) * float(torch.erfinv(torch.tensor(2 * quantile - 1, dtype=torch.float64)))
+                omega /= c.prefix_width
+            else:
+                omega = 10000.0 ** (-k / count)
+            row.append(part(omega * p) / math.sqrt(count))
+    return torch.tensor(row, dtype=torch.float64)
+
+
+def _block(layer, c: ARMDConfig, queries: Tensor, context: Tensor, position: list[int], mask: Tensor) -> Tensor:
+    """The whole pre-norm block: queries from one stream, keys and values from another."""
+    width = c.hidden // c.heads
+    a, b = (_norm(rows, layer["attention_norm"], c) for rows in (queries, context))
+    q = (a @ layer["attention.query"].t()).view(-1, c.heads, width)
+    kv = (b @ layer["attention.key_value"].t()).view(-1, c.kv_heads, 2, width)
+    out = torch.zeros(len(queries), c.heads, width, dtype=torch.float64)
+    for h in range(c.heads):
+        group = h // (c.heads // c.kv_heads)
+        for n in range(len(queries)):
+            seen = [i for i in range(len(context)) if mask[n, i]]
+            if not seen:
+                continue  # row 0 of G
+            query = _rope(q[n, h], position[n], c)
+            keys = torch.stack([_rope(kv[i, group, 0], position[i], c) for i in seen])
+            weight = (keys @ query / math.sqrt(width)).softmax(0)
+            out[n, h] = weight @ torch.stack([kv[i, group, 1] for i in seen])
+    h = queries + out.flatten(1) @ layer["attention.output"].t()
+    inner = _norm(h, layer["mlp_norm"], c) @ layer["mlp.up"].t()
+    if c.mlp == "swiglu":
+        gate, value = inner[:, 0::2], inner[:, 1::2]
+        inner = gate * torch.sigmoid(gate) * value
+    else:
+        inner = F.gelu(inner, approximate="tanh")
+    return h + inner @ layer["mlp.down"].t()
+
+
+def _rope(vector: Tensor, position: int, c: ARMDConfig) -> Tensor:
+    half = len(vector) // 2
+    out = vector.clone()
+    for i in range(half):
+        angle = position * c.rope_base ** (-i / half)
+        cos, sin = math.cos(angle), math.sin(angle)
+        out[i] = vector[i] * cos - vector[i + half] * sin
+        out[i + half] = vector[i + half] * cos + vector[i] * sin
+    return out
+
+
+def _norm(rows: Tensor, scale: Tensor, c: ARMDConfig) -> Tensor:
+    if c.norm == "layernorm":
+        rows = rows - rows.mean(-1, keepdim=True)
+    return rows / (rows.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * scale

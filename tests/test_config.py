@@ -1,0 +1,105 @@
+"""The configuration: what it accepts, and the one line that it answers with."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from armd_scale import config as configs
+from armd_scale.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("name: x\nmodel:\n  layers: 4\ntrain:\n  global_batch: 16\n")
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configurations_are_valid(path):
+    config = configs.load(path)
+    assert config.micro_batches >= 1
+    assert config.total_steps > 0
+
+
+def test_every_field_is_documented():
+    def check(section):
+        for name, field in section.model_fields.items():
+            assert field.description, f"{section.__name__}.{name}"
+            inner = configs._section_of(field.annotation)
+            if inner:
+                check(inner)
+
+    check(configs.RunConfig)
+
+
+def test_overrides_and_round_trip(file, tmp_path):
+    config = configs.load(file, ["model.layers=6", "optimizer.lr=1e-3", "orders.streams=[1,8]", "model.kv_heads=null"])
+    assert (config.model.layers, config.optimizer.lr, config.orders.streams) == (6, 1e-3, [1, 8])
+    configs.save(config, tmp_path / "resolved.yaml")
+    assert configs.load(tmp_path / "resolved.yaml") == config
+    assert yaml.safe_load((tmp_path / "resolved.yaml").read_text())["model"]["layers"] == 6
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("model.layer=4", "unknown key 'model.layer'; did you mean 'model.layers'"),
+        ("modle.layers=4", "unknown key 'modle'; did you mean 'model'"),
+        ("layers=4", "unknown key 'layers'; did you mean 'model.layers'"),
+        ("model.layers=four", "model.layers = 'four'"),
+        ("model.layers=4.5", "model.layers = 4.5"),
+        ("model.layers=0", "model.layers = 0"),
+        ("model.layers=true", "model.layers = True"),
+        ("model.norm=batchnorm", "model.norm = 'batchnorm'"),
+        ("train.dtype=float16", "train.dtype"),
+        ("model.heads=7", "hidden (768) must be an even multiple of heads (7)"),
+        ("model.kv_heads=5", "heads (12) must be a multiple of kv_heads (5)"),
+        ("model.two_stream_layers=9", "exceeds layers (4)"),
+        ("orders.rho=2000", "orders.rho = 2000 exceeds model.length"),
+        ("orders.ar_steps=50000", "permutation_steps"),
+        ("parallel.tensor=3", "1 processes (cluster.nodes x cluster.tasks_per_node) cannot be split into groups of"),
+        ("train.global_batch=12", "not a multiple of 8"),
+        ("cluster.gpus_per_node=2", "one process per GPU"),
+        ("model", "not of the form"),
+        ("=3", "not of the form"),
+    ],
+)
+def test_mistakes_are_one_line(file, override, line):
+    with pytest.raises(UserError) as error:
+        configs.load(file, [override])
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "just words", "\x00"])
+def test_broken_files(tmp_path, text):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError):
+        configs.load(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match="no configuration file"):
+        configs.load(tmp_path / "absent.yaml")
+
+
+def test_layout_that_needs_more_heads(file):
+    with pytest.raises(UserError, match=r"model.heads = 12 is not a multiple of parallel.tensor = 8"):
+        configs.load(file, ["cluster.tasks_per_node=8", "parallel.tensor=8"])
+
+
+def test_vocabulary_must_agree(file):
+    config = configs.load(file, ["model.vocab_size=100"])
+    with pytest.raises(UserError, match="vocab_size is 100 in the configuration but 90"):
+        configs.with_vocabulary(config, 90, 1)
+    assert configs.with_vocabulary(config, 100, 1).model.bos_id == 1
+
+
+def test_derived_sizes():
+    model = configs.ModelConfig(layers=5, hidden=96, heads=6, mlp="swiglu", vocab_size=130)
+    assert (model.ffn_width, model.two_stream, model.key_heads, model.padded_vocab) == (256, 2, 6, 256)

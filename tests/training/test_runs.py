@@ -1,0 +1,212 @@
+"""Whole training runs on gloo: resuming, checkpoints, and what they refuse. Identity 8 on one layout."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from armd_scale import config as configs
+from armd_scale.config import RunConfig
+from armd_scale.errors import UserError
+from armd_scale.training import manifest, schedules
+from armd_scale.training.telemetry import read_metrics
+from data_pipeline import prepare
+from data_pipeline.shards import PackedDataset
+from data_pipeline.stream import SampleStream
+from tests.conftest import run_processes
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A small prepared data set of made-up prose."""
+    folder = tmp_path_factory.mktemp("data")
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "a",
+        "lazy",
+        "dog",
+        "while",
+        "seven",
+        "wizards",
+        "quietly",
+        "judge",
+        "my",
+        "vow",
+        "of",
+        "black",
+        "quartz",
+    ]
+    draw = np.random.default_rng(0)
+    text = folder / "text.jsonl"
+    lines = [json.dumps({"text": " ".join(draw.choice(words, 60)) + ".\n"}) for _ in range(200)]
+    text.write_text("\n".join(lines))
+    config = run(folder, text, folder / "unused")
+    prepare.prepare(config)
+    return folder
+
+
+def run(folder, text, run_dir, processes=1, tensor=1, **train):
+    return RunConfig.model_validate(
+        {
+            "run_dir": str(run_dir),
+            "model": {"layers": 2, "hidden": 32, "heads": 2, "length": 32},
+            "orders": {"ar_steps": 2, "permutation_steps": 4, "rho": 8, "strided_steps": 2, "streams": [1, 2, 4]},
+            "data": {
+                "text": [str(text)],
+                "directory": str(folder / "data"),
+                "vocab_size": 300,
+                "heldout_fraction": 0.1,
+                "samples_per_shard": 16,
+            },
+            "optimizer": {"lr": 3e-3, "warmup_steps": 2, "schedule": "cosine", "ema": 0.9},
+            "train": {
+                "steps": 6, "global_batch": 8, "micro_batch": 2, "dtype": "float32", "log_every": 1, "eval_every": 3,
+                "eval_samples": 6, "checkpoint_every": 2, "keep_checkpoints": 9, **train,
+            },
+            "report": {"wandb": "disabled"},
+            "parallel": {"tensor": tensor},
+            "cluster": {"tasks_per_node": processes},
+        }
+    )  # fmt: skip
+
+
+def start(config):
+    config.directory.mkdir(parents=True, exist_ok=True)
+    run_processes(config.cluster.processes, _train, config)
+    return read_metrics(config.directory)
+
+
+def _train(rank, processes, rendezvous, config):
+    from armd_scale.training.loop import train
+
+    train(config, rank, processes, rank, rendezvous)
+
+
+def figures(records):
+    """What must be equal bit for bit: everything but the times."""
+    return [{k: v for k, v in record.items() if "second" not in k} for record in records]
+
+
+@pytest.mark.parametrize(("processes", "tensor"), [(1, 1), (4, 2)])
+def test_a_resumed_run_is_the_uninterrupted_one(data, tmp_path, processes, tensor):
+    """Identity 8: stopped after a checkpoint, in any phase, and resumed: the same losses and files, bit for bit."""
+    text = data / "text.jsonl"
+    whole = run(data, text, tmp_path / "whole", processes, tensor)
+    expected = figures(start(whole))
+    assert [r["step"] for r in expected if "loss" in r] == list(range(1, 9))
+    assert {r["phase"] for r in expected if "loss" in r} == {"left-to-right", "permutation", "strided"}
+    for stop in (2, 4, 6):
+        config = run(data, text, tmp_path / f"stopped-{stop}", processes, tensor)
+        (config.directory / "checkpoints").mkdir(parents=True)
+        # a run that died some steps after its checkpoint: later records, and a half-written next checkpoint
+        shutil.copy(whole.directory / "metrics.jsonl", config.directory)
+        name = f"checkpoints/step-{stop:08d}"
+        shutil.copytree(whole.directory / name, config.directory / name)
+        (config.directory / "checkpoints/.step-00000007.partial").mkdir()
+        (config.directory / "checkpoints/step-00000009").mkdir()
+        assert figures(start(config)) == expected
+        last = "checkpoints/step-00000008"
+        assert _tensors(whole.directory / last) == _tensors(config.directory / last)
+
+
+def _tensors(checkpoint):
+    from torch.distributed.checkpoint import FileSystemReader, load
+
+    entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    target = {key: torch.empty(entry.size) for key, entry in entries.items()}
+    load(target, checkpoint_id=checkpoint, no_dist=True)
+    assert {key.partition("/")[0] for key in target} == {"weight", "exp_avg", "exp_avg_sq", "ema"}
+    return {key: tensor.numpy().tobytes() for key, tensor in target.items()}
+
+
+def test_a_checkpoint_is_free_of_its_layout(data, tmp_path):
+    """Saved on four processes (tensor 2 x data 2), resumed on one, and the other way round: losses within rounding."""
+    text = data / "text.jsonl"
+    four, one = run(data, text, tmp_path / "four", 4, 2), run(data, text, tmp_path / "one")
+    expected = start(four), start(one)
+    for source, target in ((four, one), (one, four)):
+        moved = target.model_copy(update={"run_dir": str(tmp_path / f"from-{source.directory.name}")})
+        name = "checkpoints/step-00000004"
+        shutil.copytree(source.directory / name, moved.directory / name)
+        got = start(moved)
+        wanted = [r for r in expected[0] if r["step"] > 4]
+        for found, known in zip((r for r in got if r["step"] > 4), wanted, strict=True):
+            for key in ("loss", "grad_norm", "heldout_left_to_right", "heldout_strided"):
+                if key in known:
+                    assert found[key] == pytest.approx(known[key], rel=1e-4)
+
+
+def test_every_sample_once_and_the_same_on_any_number_of_ranks(data):
+    """The samples of a step are those of the stream, whatever the ranks, and an epoch is a permutation."""
+    index = PackedDataset(data / "data/train")
+    stream = SampleStream(len(index), 0)
+    seen = stream.take(0, len(index))
+    assert sorted(seen.tolist()) == list(range(len(index)))
+    for step in range(3):
+        for ranks in (1, 2, 4):
+            share = 8 // ranks
+            parts = [stream.take(step * 8 + rank * share, share) for rank in range(ranks)]
+            assert np.array_equal(np.concatenate(parts), stream.take(step * 8, 8))
+
+
+def test_damaged_checkpoints_are_named(data, tmp_path):
+    config = run(data, data / "text.jsonl", tmp_path / "run")
+    start(config)
+    newest = manifest.latest(config.directory / "checkpoints")
+    assert newest.name == "step-00000008"
+    good = next(newest.glob("*.distcp")).read_bytes()
+    file = next(newest.glob("*.distcp"))
+    file.write_bytes(good[:-7])
+    with pytest.raises(UserError, match=rf"step-00000008 is damaged: {file.name} has \d+ bytes instead of"):
+        manifest.verify(newest)
+    file.write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
+    with pytest.raises(UserError, match="does not have its SHA-256"):
+        manifest.verify(newest)
+    file.unlink()
+    with pytest.raises(UserError, match="is missing"):
+        manifest.verify(newest)
+    (newest / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="no readable manifest"):
+        manifest.verify(newest)
+    (newest / "manifest.json").unlink()
+    assert manifest.latest(config.directory / "checkpoints").name == "step-00000006"
+
+
+def test_old_checkpoints_are_removed(data, tmp_path):
+    config = run(data, data / "text.jsonl", tmp_path / "run", keep_checkpoints=2)
+    start(config)
+    names = [path.name for path in manifest.complete(config.directory / "checkpoints")]
+    assert names == ["step-00000006", "step-00000008"]
+
+
+def test_training_learns(data, tmp_path):
+    """Random words: the loss must fall from log V towards the entropy of the words."""
+    config = run(data, data / "text.jsonl", tmp_path / "run", steps=60, eval_every=60, checkpoint_every=60)
+    records = [r for r in start(config) if "loss" in r]
+    assert records[0]["loss"] == pytest.approx(np.log(300), abs=0.2)
+    assert records[-1]["loss"] < 0.75 * records[0]["loss"]
+
+
+def test_learning_rate():
+    options = configs.OptimizerConfig(lr=1.0, warmup_steps=4, schedule="cosine", min_lr_ratio=0.1)
+    rates = [schedules.learning_rate(step, options, 12) for step in range(13)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[12] == pytest.approx(0.1)
+    assert rates[8] == pytest.approx(0.55)
+    constant = options.model_copy(update={"schedule": "constant"})
+    assert schedules.learning_rate(10**6, constant, 12) == 1.0
+
+
+def test_wrong_number_of_processes(data, tmp_path):
+    from armd_scale.training.loop import train
+
+    with pytest.raises(UserError, match="laid out for 1 processes .* but 2 were started"):
+        train(run(data, data / "text.jsonl", tmp_path), 0, 2, 0, tmp_path / "store")
