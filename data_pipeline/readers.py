@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+import zstandard
+
 from armd_scale.errors import UserError
 
 BUILTIN = "builtin:python"
@@ -51,9 +53,11 @@ def python_documents() -> tuple[str, ...]:
 
 def _python_documents() -> Iterator[str]:
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    for name in sorted(topics):
-        yield topics[name].strip() + "\n"
     seen: set[str] = set()
+    for name in sorted(topics):
+        if topics[name] not in seen:
+            seen.add(topics[name])
+            yield topics[name].strip() + "\n"
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         if not _NOT_LIBRARY.intersection(path.relative_to(root).parts):
@@ -149,30 +153,44 @@ def _open(path: Path) -> IO[bytes]:
     if path.name.endswith(".gz"):
         return io.BufferedReader(gzip.GzipFile(path, "rb"))
     if path.name.endswith(".zst"):
-        import zstandard
-
-        return io.BufferedReader(_ZstdStream(zstandard.open(path, "rb"), path), 1 << 20)
+        return io.BufferedReader(_ZstdStream(path), 1 << 20)
     return path.open("rb")
 
 
 class _ZstdStream(io.RawIOBase):
-    """A zst file whose errors, a missing end among them, are errors of reading."""
+    """The text of a zst file of any number of frames; damage and a missing end are errors of reading."""
 
-    def __init__(self, stream: IO[bytes], path: Path) -> None:
-        self._stream, self._path = stream, path
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._started = False
+        self._packed = self._ready = b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
-        import zstandard
+        while not self._ready:
+            self._packed = self._packed or self._file.read(1 << 18)
+            if not self._packed:
+                if self._started:
+                    raise OSError("it ends in the middle of a zstd frame")
+                return 0
+            try:
+                self._ready = self._frame.decompress(self._packed)
+            except zstandard.ZstdError as error:
+                raise OSError(str(error)) from error
+            self._packed, self._started = self._frame.unused_data, not self._frame.eof
+            if self._frame.eof:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
 
-        try:
-            data = self._stream.read(len(buffer))
-        except zstandard.ZstdError as error:
-            raise OSError(str(error)) from error
-        buffer[: len(data)] = data
-        return len(data)
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _record(path: Path, number: int, line: bytes, field: str) -> str:

@@ -55,11 +55,12 @@ def main() -> None:
 def _prepare_folder(config: Any) -> None:
     """Make the run folder, refuse one that belongs to another run, and write down what is about to run."""
     from armd_scale import config as configs
+    from armd_scale.training import manifest
     from armd_scale.training.telemetry import environment
 
     folder = config.directory
     saved = folder / "config.yaml"
-    if saved.is_file():
+    if saved.is_file() and manifest.latest(folder / "checkpoints"):
         before, now = configs.load(saved).model_dump(), config.model_dump()
         for name in _FIXED:
             old, new = before, now
@@ -80,9 +81,9 @@ def _prepare_folder(config: Any) -> None:
 
 def _trained(config: Any) -> bool:
     """Whether the last checkpoint of the run is there already."""
-    from armd_scale.training.manifest import latest
+    from armd_scale.training import manifest
 
-    newest = latest(config.directory / "checkpoints")
+    newest = manifest.latest(config.directory / "checkpoints")
     return newest is not None and int(newest.name.removeprefix("step-")) >= config.total_steps
 
 

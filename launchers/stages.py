@@ -65,7 +65,7 @@ def _finish(config: RunConfig) -> dict[str, Any]:
     export.export(config, source, out)
     difference = export.largest_difference(config, source, out)
     print(f"export: largest difference to the training model's logits {difference:.1e}", flush=True)
-    return {**report.write(config, out), "export_difference": difference}
+    return report.write(config, out, difference)
 
 
 _JOBS: dict[str, Callable[[RunConfig], dict[str, Any] | None]] = {

@@ -124,3 +124,11 @@ def _call(rank: int, count: int, folder: str, work: Callable[..., Any], args: tu
         traceback.print_exc()
         raise
     (Path(folder) / f"{rank}").write_bytes(pickle.dumps(result))
+
+
+def shared_data(name: str) -> Path:
+    """A file of the data that is kept beside the repository for experiments; skips the test where there is none."""
+    path = Path(__file__).resolve().parents[2] / "shared" / "data" / name
+    if not path.exists():
+        pytest.skip(f"the data for experiments is not here ({name})")
+    return path

@@ -25,8 +25,11 @@ from data_pipeline.shards import PackedDataset, write_atomically
 _UNIGRAM_SAMPLES = 100_000  # training samples whose tokens are counted
 
 
-def write(config: RunConfig, export: Path) -> dict[str, Any]:
-    """Evaluate the exported model of a run, generate with it, and write the report; returns the summary."""
+def write(config: RunConfig, export: Path, export_difference: float) -> dict[str, Any]:
+    """Evaluate the exported model of a run, generate with it, and write the report; returns the summary.
+
+    ``export_difference``: how far its logits are from the training model's, a figure for the report.
+    """
     run_dir = config.directory
     train, heldout = (PackedDataset(config.data_directory / split) for split in ("train", "heldout"))
     model, tokenizer = inference.load(export), tokenizers.load(export)
@@ -57,6 +60,7 @@ def write(config: RunConfig, export: Path) -> dict[str, Any]:
         "xz_bits_per_byte": xz_bits_per_byte(_text(tokens, tokenizer)),
         "unigram_bits_per_byte": unigram_bits_per_byte(train, tokens, size),
         "samples": [{k: sample[k] for k in ("streams", "steps", "seconds", "tokens_per_second")} for sample in samples],
+        "export_difference": export_difference,
         "environment": environment(),
     }
     write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")

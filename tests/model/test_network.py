@@ -1,5 +1,7 @@
 """The training network on Megatron-Core layers against the float64 reference, and its cut into stages."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -93,7 +95,7 @@ def test_stages_in_a_row_are_the_network(kind, cut, layout):
     config = MODELS[kind]
     whole = build(config)
     edges = [0, *cut, config.layers]
-    stages = [build(config, a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    stages = [build(config, a, b) for a, b in itertools.pairwise(edges)]
     tokens = np.random.default_rng(4).integers(0, config.vocab_size, (2, 16))
     rows = arrange(tokens, layouts(16)[layout], 1)
     sent = None

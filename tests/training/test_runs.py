@@ -17,32 +17,14 @@ from data_pipeline.shards import PackedDataset
 from data_pipeline.stream import SampleStream
 from tests.conftest import run_processes
 
+PANGRAMS = "the quick brown fox jumps over a lazy dog while seven wizards quietly judge my vow of black quartz"
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A small prepared data set of made-up prose."""
     folder = tmp_path_factory.mktemp("data")
-    words = [
-        "the",
-        "quick",
-        "brown",
-        "fox",
-        "jumps",
-        "over",
-        "a",
-        "lazy",
-        "dog",
-        "while",
-        "seven",
-        "wizards",
-        "quietly",
-        "judge",
-        "my",
-        "vow",
-        "of",
-        "black",
-        "quartz",
-    ]
+    words = PANGRAMS.split()
     draw = np.random.default_rng(0)
     text = folder / "text.jsonl"
     lines = [json.dumps({"text": " ".join(draw.choice(words, 60)) + ".\n"}) for _ in range(200)]
@@ -208,5 +190,5 @@ def test_learning_rate():
 def test_wrong_number_of_processes(data, tmp_path):
     from armd_scale.training.loop import train
 
-    with pytest.raises(UserError, match="laid out for 1 processes .* but 2 were started"):
+    with pytest.raises(UserError, match=r"laid out for 1 processes .* but 2 were started"):
         train(run(data, data / "text.jsonl", tmp_path), 0, 2, 0, tmp_path / "store")

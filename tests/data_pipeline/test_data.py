@@ -1,0 +1,283 @@
+"""Text in, shards and samples out: readers, tokenizers, packing, shards, the stream."""
+
+import gzip
+import json
+import tarfile
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import webdataset
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from armd_scale import tokenizer as tokenizers
+from armd_scale.config import RunConfig
+from armd_scale.errors import UserError
+from data_pipeline import readers, shards
+from data_pipeline.prepare import prepare
+from data_pipeline.shards import PackedDataset
+from data_pipeline.stream import SampleStream
+from tests.conftest import shared_data
+
+TEXTS = [
+    "First document.\n",
+    "Zweites, mit Umlauten: \u00e4\u00f6\u00fc \u2014 \u4f60\u597d \U0001f600",
+    "  indented\n\tand tabs\n\n",
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The same documents in every format."""
+    lines = "".join(json.dumps({"text": text, "id": n}) + "\n" for n, text in enumerate(TEXTS)).encode()
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(lines))
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS, "n": [1, 2, 3]}), tmp_path / "d.parquet")
+    (tmp_path / "e.txt").write_text(TEXTS[0], encoding="utf-8")
+    (tmp_path / "ignored.bin").write_bytes(b"\x00")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"])
+def test_every_format_gives_the_documents(folder, name):
+    assert list(readers.documents([str(folder / name)])) == TEXTS
+
+
+def test_folders_and_globs(folder):
+    assert list(readers.documents([str(folder)])) == TEXTS * 4 + TEXTS[:1]
+    assert list(readers.documents([str(folder / "*.jsonl*")])) == TEXTS * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("x.jsonl", b'{"text": "ok"}\n{"text": \n', "line 2 is not a JSON object"),
+        ("x.jsonl", b'{"body": "ok"}\n', "line 1 is not a JSON object with a field 'text'"),
+        ("x.jsonl", b"[1]\n", "line 1 is not a JSON object"),
+        ("x.jsonl", b'{"text": 3}\n', "field 'text' is not text"),
+        ("x.txt", b"\xff\xfe\x00", "is not UTF-8"),
+        ("x.txt.gz", b"not gzip", "cannot be read"),
+        ("x.txt.gz", gzip.compress(b"a" * 1000)[:-9], "cannot be read"),
+        ("x.jsonl.zst", b"not zstd", "cannot be read"),
+        ("x.parquet", b"PAR1", "cannot be read"),
+        ("x.doc", b"", "no known format"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, line):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=line) as error:
+        list(readers.documents([str(tmp_path / name)]))
+    assert name in str(error.value)
+
+
+def test_a_truncated_zst_is_not_taken_for_a_short_one(tmp_path):
+    whole = zstandard.compress(json.dumps({"text": "x" * 5000}).encode() + b"\n" + b'{"text": "y"}\n' * 3000)
+    (tmp_path / "x.jsonl.zst").write_bytes(whole[: len(whole) - 5])
+    with pytest.raises(UserError, match="cannot be read"):
+        list(readers.documents([str(tmp_path / "x.jsonl.zst")]))
+
+
+def test_missing_and_empty(tmp_path):
+    with pytest.raises(UserError, match="there is no text at"):
+        list(readers.documents([str(tmp_path / "absent.txt")]))
+    with pytest.raises(UserError, match="there is no text at"):
+        list(readers.documents([str(tmp_path)]))
+    (tmp_path / "blank.txt").write_text("  \n")
+    assert list(readers.documents([str(tmp_path / "blank.txt")])) == []
+
+
+def test_a_parquet_column_that_is_not_there(folder):
+    with pytest.raises(UserError, match=r"no column 'body'; its columns: text, n"):
+        list(readers.documents([str(folder / "d.parquet")], "body"))
+
+
+def test_the_text_that_python_carries():
+    documents = readers.python_documents()
+    joined = "".join(documents)
+    assert len(joined) > 1_500_000
+    assert 'The "if" statement is used for conditional execution' in joined
+    assert "def dumps(" in joined
+    assert len(set(documents)) == len(documents)
+
+
+@pytest.fixture(scope="module")
+def piece(tmp_path_factory):
+    texts = [" ".join(f"word{i % 37} and line {i}\n    indented {i * 7}" for i in range(400))] * 3
+    return tokenizers.train(texts, tmp_path_factory.mktemp("t") / "tokenizer.model", 400)
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\u2581\x00"), max_size=60))
+def test_sentencepiece_gives_the_text_back(piece, text):
+    tokens = piece.encode(text)
+    assert piece.decode([piece.bos_id, *tokens, piece.eos_id]) == text
+    assert all(0 <= t < piece.vocab_size and t not in (piece.bos_id, piece.eos_id) for t in tokens)
+    assert piece.encode_batch([text]) == [tokens]
+
+
+def test_a_vocabulary_that_the_text_cannot_fill(tmp_path):
+    with pytest.raises(UserError, match="a tokenizer of 5000 pieces cannot be trained on this text"):
+        tokenizers.train(["too little text"], tmp_path / "x.model", 5000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tokenizer_folders(tmp_path, piece):
+    with pytest.raises(UserError, match="there is no tokenizer at"):
+        tokenizers.load(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"junk")
+    with pytest.raises(UserError, match="is not a sentencepiece model"):
+        tokenizers.load(tmp_path)
+    tokenizers.copy(piece, tmp_path)
+    assert tokenizers.digest(tokenizers.load(tmp_path)) == tokenizers.digest(piece)
+
+
+def test_gpt2_tokenizer():
+    gpt2 = tokenizers.load(shared_data("tokenizers/gpt2"))
+    assert gpt2.vocab_size == 50257
+    assert gpt2.bos_id == gpt2.eos_id == 50256
+    for text in TEXTS:
+        assert gpt2.decode([*gpt2.encode(text), gpt2.eos_id]) == text
+    assert gpt2.encode("Hello world") == [15496, 995]
+
+
+@given(st.lists(st.lists(st.integers(3, 99), max_size=30), max_size=20), st.integers(1, 16))
+def test_packing_loses_nothing(documents, length):
+    samples = list(shards.pack(documents, 2, length))
+    whole = [token for document in documents for token in [*document, 2]]
+    assert [t for sample in samples for t in sample] == whole
+    assert all(len(sample) == length for sample in samples[:-1])
+
+
+@given(st.integers(0, 40), st.integers(1, 12), st.integers(1, 7), st.sampled_from([300, 70_000]), st.randoms())
+def test_shards_hold_the_samples(tmp_path_factory, count, length, per_shard, vocab, random):
+    folder = tmp_path_factory.mktemp("shards")
+    tokens = np.array([random.randrange(vocab) for _ in range(count * length + random.randrange(length))])
+    samples = [tokens[i : i + length] for i in range(0, len(tokens), length)]
+    shards.write(folder, samples, length, per_shard, {"vocab_size": vocab, "bytes": 1})
+    data = PackedDataset(folder)
+    shards.verify(folder)
+    assert len(data) == count
+    numbers = np.array([random.randrange(count) for _ in range(10)]) if count else np.array([], dtype=int)
+    assert np.array_equal(data.read(numbers), tokens[: count * length].reshape(count, length)[numbers])
+    assert np.array_equal(data.tail(), tokens[count * length :])
+    # any WebDataset reader sees the same
+    names = [str(folder / shard["name"]) for shard in data.index["shards"]]
+    if names:
+        streamed = [s["npy"] for s in webdataset.WebDataset(names, shardshuffle=False).decode()]
+        assert np.array_equal(np.stack(streamed), tokens[: count * length].reshape(count, length))
+
+
+def test_damaged_shards_are_named(tmp_path):
+    shards.write(tmp_path, np.arange(80).reshape(10, 8), 8, 4, {"vocab_size": 100, "bytes": 1})
+    shard = tmp_path / "shard-000001.tar"
+    good = shard.read_bytes()
+    with tarfile.open(shard) as tar:
+        assert len(tar.getnames()) == 4
+    shard.write_bytes(good[:-1])
+    with pytest.raises(UserError, match="shard-000001.tar is damaged"):
+        PackedDataset(tmp_path).read([5])
+    shard.write_bytes(good[:700] + b"x" + good[701:])
+    with pytest.raises(UserError, match="shard-000001.tar is damaged: its SHA-256"):
+        shards.verify(tmp_path)
+    shard.unlink()
+    with pytest.raises(UserError, match="shard-000001.tar is missing"):
+        PackedDataset(tmp_path).read([5])
+    (tmp_path / "index.json").unlink()
+    with pytest.raises(UserError, match="is not a complete data set"):
+        PackedDataset(tmp_path)
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**31), st.data())
+def test_the_stream_is_a_permutation_of_every_epoch(samples, seed, data):
+    stream = SampleStream(samples, seed)
+    whole = stream.take(0, 2 * samples)
+    for epoch in range(2):
+        assert np.array_equal(np.sort(whole[epoch * samples : (epoch + 1) * samples]), np.arange(samples))
+    # stopping and going on anywhere gives the same sequence
+    cut = data.draw(st.integers(0, 2 * samples))
+    again = SampleStream(samples, seed)
+    assert np.array_equal(np.concatenate([again.take(0, cut), again.take(cut, 2 * samples - cut)]), whole)
+
+
+def test_the_stream_shuffles():
+    """Neighbours are spread, and epochs differ: no correlation beyond chance between place and sample."""
+    stream = SampleStream(5000, 0)
+    first, second = stream.take(0, 5000), stream.take(5000, 5000)
+    assert (first == second).mean() < 0.01
+    for order in (first, second):
+        assert abs(np.corrcoef(np.arange(5000), order)[0, 1]) < 0.05
+        assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.05
+
+
+def _config(tmp_path, **data):
+    return RunConfig.model_validate(
+        {
+            "run_dir": str(tmp_path / "run"),
+            "model": {"length": 16},
+            "orders": {"rho": 8},
+            "data": {"vocab_size": 300, **data},
+        }
+    )
+
+
+@pytest.fixture
+def prose(tmp_path):
+    path = tmp_path / "prose.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document number {n}, {n * n} words " * 4}) + "\n" for n in range(90)))
+    return str(path)
+
+
+def test_prepare_is_reproducible_and_done_once(tmp_path, prose):
+    first, second = (
+        _config(tmp_path, text=[prose], directory=str(tmp_path / name), heldout_fraction=0.2) for name in ("one", "two")
+    )
+    index = prepare(first)
+    prepare(second)
+    for split in ("train", "heldout"):
+        assert PackedDataset(tmp_path / "one" / split).index == PackedDataset(tmp_path / "two" / split).index
+    shard = tmp_path / "one/train/shard-000000.tar"
+    before = shard.stat().st_mtime_ns
+    assert prepare(first) == index
+    assert shard.stat().st_mtime_ns == before
+    other = _config(tmp_path, text=[prose], directory=str(tmp_path / "one"), heldout_fraction=0.3)
+    with pytest.raises(UserError, match=r"prepared with other settings \(heldout_fraction\)"):
+        prepare(other)
+
+
+def test_splits_do_not_overlap(tmp_path, prose):
+    config = _config(tmp_path, text=[prose], heldout_fraction=0.2)
+    index = prepare(config)
+    heldout = PackedDataset(config.data_directory / "heldout").index
+    assert index["documents"] + heldout["documents"] == 90
+    assert heldout["documents"] > 5
+    total = sum(len(text.encode()) for text in readers.documents([prose]))
+    assert index["bytes"] + heldout["bytes"] == total
+
+
+def test_interrupted_preparation_starts_again(tmp_path, prose):
+    config = _config(tmp_path, text=[prose], heldout_fraction=0.2)
+    index = prepare(config)
+    (config.data_directory / "complete.json").unlink()
+    (config.data_directory / "train/index.json").unlink()
+    assert prepare(config) == index
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ({"text": ["/nowhere/*.txt"]}, "there is no text at /nowhere"),
+        ({"text": ["EMPTY"]}, "cannot be trained on this text|has only 0 tokens"),
+        ({"text": ["PROSE"], "heldout_fraction": 0.0}, "held-out text has only 0 tokens"),
+        ({"text": ["PROSE"], "tokenizer": "/nowhere"}, "there is no tokenizer at /nowhere"),
+    ],
+)
+def test_text_that_cannot_be_used(tmp_path, prose, data, line):
+    (tmp_path / "empty.txt").write_text("")
+    places = {"EMPTY": str(tmp_path / "empty.txt"), "PROSE": prose}
+    data = {**data, "text": [places.get(name, name) for name in data["text"]]}
+    with pytest.raises(UserError, match=line):
+        prepare(_config(tmp_path, **data))
+    assert not (tmp_path / "run/data/complete.json").exists()

@@ -1,0 +1,280 @@
+"""The front door and the tools as a user runs them: real commands, real processes, and one line for every mistake."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from armd_scale import inference
+from armd_scale import tokenizer as tokenizers
+from armd_scale.training.telemetry import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SMALL = """
+name: small
+run_dir: {run_dir}
+seed: 3
+model: {{layers: 2, hidden: 32, heads: 2, length: 32}}
+orders: {{ar_steps: 2, permutation_steps: 4, rho: 4, strided_steps: 2, streams: [1, 2]}}
+data: {{text: ["{text}"], vocab_size: 300, heldout_fraction: 0.2, samples_per_shard: 64}}
+optimizer: {{lr: 0.003, warmup_steps: 2, ema: 0.5}}
+train: {{steps: 6, global_batch: 8, micro_batch: 2, dtype: float32, log_every: 1, eval_every: 4, eval_samples: 8,
+  checkpoint_every: 4}}
+parallel: {{tensor: 2}}
+report: {{prompt: "word", generate_streams: [1, 2, 4]}}
+cluster: {{tasks_per_node: 4}}
+"""
+
+
+def command(*words, **environment):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, env=env, check=False, timeout=300
+    )
+
+
+def refused(result, line):
+    """Exit code 2, the line on stderr, nothing that looks like a traceback."""
+    assert result.returncode == 2, result.stderr
+    errors = [row for row in result.stderr.splitlines() if row.startswith("error: ")]
+    assert len(errors) == 1
+    assert re.search(line, errors[0]), errors[0]
+    assert "Traceback" not in result.stderr + result.stdout
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    lines = [json.dumps({"text": f"word number {n} and {n * n % 97} more words of text. " * 5}) for n in range(150)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, text):
+    """A run from text to report on four processes, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = folder / "small.yaml"
+    config.write_text(SMALL.format(run_dir=folder / "run", text=text))
+    result = command("launchers/slurm.py", "--config", config, "--cluster", "local")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return config, folder / "run", result.stdout
+
+
+def test_the_run_folder_holds_everything(finished):
+    _, run, printed = finished
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "loss.png", "samples.md", "summary.json"):
+        assert (run / name).stat().st_size > 0, name
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 8
+    assert summary["tokens"] == 8 * 8 * 32
+    assert [score["order"] for score in summary["heldout"]] == [
+        "left-to-right", "shuffled:4", "strided:2", "strided:4",
+    ]  # fmt: skip
+    assert summary["export_difference"] < 1e-4
+    assert summary["unigram_bits_per_byte"] > 0 < summary["xz_bits_per_byte"]
+    assert summary["environment"]["packages"]["torch"].startswith("2.")
+    samples = (run / "samples.md").read_text()
+    for streams, steps in ((1, 31), (2, 17), (4, 11)):
+        assert re.search(rf"S = {streams}: \d+ steps", samples), steps
+    assert len([r for r in read_metrics(run) if "loss" in r]) == 8
+    assert list((run / "wandb").glob("offline-run-*/*.wandb"))
+    for word in ("loss.png", "left-to-right", "S = 4", str(run)):
+        assert word in printed
+
+
+def test_heldout_figures_are_those_of_the_exported_model(finished):
+    """The training loop's last evaluation (averaged weights, tensor parallel 2) and the exported model agree."""
+    from armd_scale import orders
+    from data_pipeline.shards import PackedDataset
+
+    _, run, _ = finished
+    last = [r for r in read_metrics(run) if "heldout_left_to_right" in r][-1]
+    model = inference.load(run / "export")
+    tokens = torch.from_numpy(PackedDataset(run / "data/heldout").read(range(8)))
+    assert float(model.nll(tokens).mean()) == pytest.approx(last["heldout_left_to_right"], abs=2e-5)
+    order, blocks = (torch.from_numpy(f) for f in orders.strided(32, 4))
+    assert float(model.nll(tokens, order, blocks).mean()) == pytest.approx(last["heldout_strided"], abs=2e-5)
+
+
+def test_the_same_command_again_trains_no_more(finished):
+    config, run, _ = finished
+    before = (run / "metrics.jsonl").read_text()
+    result = command("launchers/slurm.py", "--config", config, "--cluster", "local")
+    assert result.returncode == 0, result.stderr
+    assert (run / "metrics.jsonl").read_text() == before
+    assert "train:" not in result.stdout
+
+
+def test_the_resolved_configuration_reruns_the_run(finished, tmp_path):
+    """Losses are those of the first run, bit for bit."""
+    _, run, _ = finished
+    result = command(
+        "launchers/slurm.py", "--config", run / "config.yaml", "--cluster", "local", f"run_dir={tmp_path}/r"
+    )
+    assert result.returncode == 0, result.stderr
+    losses = [[r["loss"] for r in read_metrics(folder) if "loss" in r] for folder in (run, tmp_path / "r")]
+    assert losses[0] == losses[1]
+
+
+def test_convert_generate_evaluate(finished, tmp_path, text):
+    _, run, _ = finished
+    out = tmp_path / "model"
+    result = command("tools/convert_ckpt.py", run, out)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"largest difference to the training model's logits: \d\.\de[-+]\d\d", result.stdout)
+    assert {p.name for p in out.iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.model", "modeling_armd.py",
+    }  # fmt: skip
+    # the folder's own code is enough: no package of this project on the path
+    alone = subprocess.run(
+        [sys.executable, "-I", "-c",
+         f"import sys; sys.path.insert(0, {str(out)!r}); import modeling_armd as m; "
+         f"print(m.load({str(out)!r}).generate(length=8, streams=2).shape)"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert alone.stdout.strip() == "torch.Size([1, 8])"
+    first, second = (
+        command("tools/generate.py", out, "--prompt", "word number", "--streams", 2, "--seed", 5) for _ in range(2)
+    )
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == second.stdout
+    assert first.stdout.startswith("word number")
+    assert "streams 2, seed 5" in first.stderr
+    figures = tmp_path / "figures.json"
+    score = command(
+        "tools/eval_zeroshot.py", out, "--text", text, "--order", "left-to-right", "strided:4", "--json", figures
+    )
+    assert score.returncode == 0, score.stderr
+    results = json.loads(figures.read_text())["results"]
+    tokenizer = tokenizers.load(out)
+    documents = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    tokens = [t for d in documents for t in [*tokenizer.encode(d), tokenizer.eos_id]]
+    assert [r["tokens"] for r in results] == [len(tokens)] * 2
+    model = inference.load(out)
+    chunks = [torch.tensor([tokens[i : i + 32]]) for i in range(0, len(tokens), 32)]
+    total = sum(float(model.nll(chunk).double().sum()) for chunk in chunks)
+    assert results[0]["nll"] == pytest.approx(total / len(tokens), rel=1e-5)
+    assert results[0]["bits_per_byte"] == pytest.approx(
+        total / 0.6931471805599453 / sum(len(d.encode()) for d in documents), rel=1e-5
+    )
+    assert results[0]["sha256"] in score.stdout
+
+
+def test_bad_runs_are_one_line(finished, tmp_path, text):
+    config, run, _ = finished
+    values = yaml.safe_load(config.read_text())
+
+    def launch(*overrides, **changes):
+        path = tmp_path / "bad.yaml"
+        path.write_text(yaml.safe_dump({**values, "run_dir": str(tmp_path / "bad"), **changes}))
+        return command("launchers/slurm.py", "--config", path, "--cluster", "local", *overrides)
+
+    refused(command("launchers/slurm.py", "--config", tmp_path / "no.yaml"), "there is no configuration file")
+    refused(launch("model.layer=3"), "did you mean 'model.layers'")
+    refused(launch("parallel.tensor=3"), r"4 processes .* cannot be split into groups of parallel.tensor = 3")
+    refused(launch("cluster.nodes=2"), "there is no Slurm on this machine")
+    refused(launch("data.text=[/nowhere/*.txt]"), "there is no text at /nowhere")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    refused(launch(f"data.text=[{empty}]"), "cannot be trained on this text|has only 0 tokens")
+    refused(launch(f"run_dir={run}", "model.layers=3"), "holds a run with another 'model'")
+    file = tmp_path / "file"
+    file.write_text("")
+    refused(launch(f"run_dir={file}/run"), "cannot be written")
+    assert not list(tmp_path.glob("bad/checkpoints/*"))
+
+
+def test_bad_checkpoints_and_exports_are_one_line(finished, tmp_path):
+    _, run, _ = finished
+    refused(command("tools/convert_ckpt.py", tmp_path, tmp_path / "out"), "is not a run folder")
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    shutil.copytree(run / "export", tmp_path / "model")
+    part = next((copy / "checkpoints/step-00000008").glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:-100])
+    refused(command("tools/convert_ckpt.py", copy, tmp_path / "model"), rf"{part.name} has \d+ bytes instead of")
+    # what was there is untouched
+    assert inference.load(tmp_path / "model").config.vocab_size > 0
+    again = copy / "config.yaml"
+    result = command("launchers/slurm.py", "--config", again, "--cluster", "local", f"run_dir={copy}", "train.steps=8")
+    refused(result, "step-00000008 is damaged")
+    shutil.rmtree(copy / "checkpoints")
+    refused(command("tools/convert_ckpt.py", copy, tmp_path / "model"), "has no complete checkpoint")
+    (tmp_path / "model/model.safetensors").unlink()
+    for tool in (
+        ["tools/generate.py", tmp_path / "model"],
+        ["tools/eval_zeroshot.py", tmp_path / "model", "--text", again],
+    ):
+        result = command(*tool)
+        if "--text" in tool:
+            refused(result, "is not a model folder|no known format")
+        else:
+            refused(result, "is not a model folder: model.safetensors is missing")
+    full = tmp_path / "other"
+    shutil.copytree(run / "export", full)
+    refused(command("tools/generate.py", full, "--prompt", "word " * 200), r"the prompt has \d+ tokens")
+    refused(command("tools/generate.py", full, "--length", 999), "length 999 does not fit")
+    refused(command("tools/generate.py", full, "--streams", 0), "streams must be at least 1")
+    refused(command("tools/generate.py", full, "--device", "cuda", CUDA_VISIBLE_DEVICES=""), "device cuda is not there")
+    refused(command("tools/eval_zeroshot.py", full, "--text", tmp_path / "no.txt"), "there is no text file")
+    refused(command("tools/eval_zeroshot.py", full, "--text", again, "--order", "zigzag"), "unknown order 'zigzag'")
+    weights = full / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    refused(command("tools/generate.py", full), "cannot be read")
+    (full / "config.json").write_text("{}")
+    refused(command("tools/generate.py", full), "does not describe an ARMD model")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/file").write_text("keep")
+    refused(command("tools/convert_ckpt.py", run, tmp_path / "precious"), "exists and is no model folder")
+    assert (tmp_path / "precious/file").read_text() == "keep"
+
+
+def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(finished, tmp_path, text):
+    """kill -9 of one of four processes: the launcher says so, and the run resumed has the undisturbed losses."""
+    config, _run, _ = finished
+    values = yaml.safe_load(config.read_text())
+    values["run_dir"] = str(tmp_path / "run")
+    values["train"] |= {"steps": 60, "checkpoint_every": 4, "eval_every": 1000}
+    path = tmp_path / "long.yaml"
+    path.write_text(yaml.safe_dump(values))
+    words = [sys.executable, "launchers/slurm.py", "--config", str(path), "--cluster", "local"]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(read_metrics(tmp_path / "run")) < 12 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    victims = [
+        int(p.name) for p in Path("/proc").glob("[0-9]*")
+        if b"submitit.core._submit" in _cmdline(p) and str(tmp_path).encode() in _cmdline(p)
+    ]  # fmt: skip
+    assert len(victims) >= 4
+    os.kill(max(victims), signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "stage 'train' failed" in errors
+    assert "Traceback" not in errors
+    before = {r["step"]: r["loss"] for r in read_metrics(tmp_path / "run")}
+    assert max(before) < 60
+    again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    after = {r["step"]: r["loss"] for r in read_metrics(tmp_path / "run") if "loss" in r}
+    assert sorted(after) == list(range(1, 63))
+    assert {step: after[step] for step in before} == before
+
+
+def _cmdline(path):
+    try:
+        return (path / "cmdline").read_bytes()
+    except OSError:
+        return b""
