@@ -123,7 +123,9 @@ class _Trainer:
         """Held-out loss in nats and bits per byte under the three kinds of order, with the averaged weights."""
         config = self.config
         length, ranks = config.model.length, config.data_parallel
-        numbers = np.arange(min(len(self.heldout), config.train.eval_samples))[self.engine.data_rank :: ranks]
+        # Spread over the split: neighbours come from one document.
+        count = min(len(self.heldout), config.train.eval_samples)
+        numbers = (np.arange(count) * len(self.heldout) // count)[self.engine.data_rank :: ranks]
         tokens = self.heldout.read(numbers)
         kinds = {
             "left_to_right": [orders.left_to_right(length)] * len(numbers),
