@@ -223,13 +223,23 @@ class TrainConfig(_Section):
 
 
 class ParallelConfig(_Section):
-    """Layout of the processes. What tensor parallelism leaves is data parallel, with DeepSpeed ZeRO-1: master weights,
-    moments and the moving average are sharded over it."""
+    """Layout of the processes. What tensor and pipeline parallelism leave is data parallel."""
 
     tensor: Positive = 1
     """Tensor-parallel size: processes that share each layer."""
     sequence: bool = False
     """Split activations between the tensor-parallel regions along the sequence as well."""
+    pipeline: Positive = 1
+    """Pipeline-parallel size: groups of processes that hold consecutive layers."""
+    chunks: Positive = 1
+    """Runs of layers in each pipeline group; more than 1 interleaves them (a smaller bubble, more communication)."""
+    cut: list[Positive] | None = None
+    """First layers of all runs but the first, in order; null: cut so that the costliest run is as cheap as possible."""
+    zero: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage over data parallel: 1 shards masters, moments and moving average, 2 gradients too, 3 weights
+    too. With pipeline stages 0 or 1."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass: none, those inside attention, or all inside a layer."""
 
 
 class ReportConfig(_Section):
@@ -308,7 +318,7 @@ class RunConfig(_Section):
 
     @property
     def data_parallel(self) -> int:
-        return self.cluster.processes // self.parallel.tensor
+        return self.cluster.processes // (self.parallel.tensor * self.parallel.pipeline)
 
     @property
     def micro_batches(self) -> int:
@@ -317,12 +327,8 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _fits(self) -> typing.Self:
-        processes, tensor, model = self.cluster.processes, self.parallel.tensor, self.model
-        if processes % tensor:
-            raise ValueError(
-                f"{processes} processes (cluster.nodes x cluster.tasks_per_node) cannot be split into "
-                f"groups of parallel.tensor = {tensor}; choose a divisor of {processes}"
-            )
+        tensor, model = self.parallel.tensor, self.model
+        self._check_layout()
         for name, value in (("heads", model.heads), ("kv_heads", model.key_heads), ("ffn", model.ffn_width)):
             if value % tensor:
                 raise ValueError(f"model.{name} = {value} is not a multiple of parallel.tensor = {tensor}")
@@ -347,6 +353,41 @@ class RunConfig(_Section):
                 f"orders.permutation_steps = {self.orders.permutation_steps} exceeds train.steps = {self.train.steps}"
             )
         return self
+
+    def _check_layout(self) -> None:
+        processes, tensor, parallel = self.cluster.processes, self.parallel.tensor, self.parallel
+        if processes % (tensor * parallel.pipeline):
+            stages = f" x parallel.pipeline = {parallel.pipeline}" if parallel.pipeline > 1 else ""
+            raise ValueError(
+                f"{processes} processes (cluster.nodes x cluster.tasks_per_node) cannot be split into "
+                f"groups of parallel.tensor = {tensor}{stages}; choose a divisor of {processes}"
+            )
+        if parallel.pipeline > 1 and parallel.zero > 1:
+            raise ValueError(
+                f"parallel.zero = {parallel.zero} with parallel.pipeline = {parallel.pipeline}: ZeRO-2 "
+                "keeps whole gradients until the last micro-batch there and saves nothing, ZeRO-3 waits for ranks of "
+                "other stages for ever; "
+                "nearest layouts: parallel.zero = 1 with these stages, or parallel.pipeline = 1"
+            )
+        if parallel.chunks > 1 and parallel.pipeline == 1:
+            raise ValueError(f"parallel.chunks = {parallel.chunks} needs parallel.pipeline of at least 2")
+        runs = parallel.pipeline * parallel.chunks
+        if runs > self.model.layers:
+            raise ValueError(
+                f"model.layers = {self.model.layers} cannot fill parallel.pipeline x parallel.chunks = {runs} runs"
+            )
+        cut = parallel.cut
+        if cut is not None and (
+            len(cut) != runs - 1 or sorted(set(cut)) != cut or not all(0 < at < self.model.layers for at in cut)
+        ):
+            raise ValueError(
+                f"parallel.cut = {cut} must be {runs - 1} growing layer numbers between 1 and {self.model.layers - 1}"
+            )
+        if parallel.chunks > 1 and self.micro_batches % parallel.pipeline:
+            raise ValueError(
+                f"interleaved stages need the micro-batches of a step ({self.micro_batches}) to be a multiple of "
+                f"parallel.pipeline = {parallel.pipeline}; change train.micro_batch or train.global_batch"
+            )
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:

@@ -4,6 +4,8 @@ Counted: matrix products and causal attention that are really done, two operatio
 pass is twice the forward pass; recomputation, norms and activations are not counted.
 """
 
+import itertools
+
 from armd_scale.config import ModelConfig
 from armd_scale.model.prefix import CHUNK
 
@@ -18,14 +20,50 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800":
 
 def training_flops_per_token(config: ModelConfig) -> float:
     """FLOPs of one target token in training, forward and backward."""
+    layers = sum(layer_macs(config, index) for index in range(config.layers))
+    return 3 * 2 * (embedding_macs(config) + layers + head_macs(config))
+
+
+def layer_macs(config: ModelConfig, index: int) -> float:
+    """Multiply-adds of layer ``index`` in the forward pass of one target token."""
     d, kv = config.hidden, config.key_heads * config.head_dim
     mlp = (3 if config.mlp == "swiglu" else 2) * d * config.ffn_width
-    rows = 2 * (config.two_stream - 1) + (config.layers - config.two_stream + 1)  # streams that leave each layer
+    streams = 2 if index < config.two_stream - 1 else 1  # the last two-stream layer computes G alone
     attention = config.length * d  # scores and sums over N / 2 keys on average
-    macs = rows * (2 * d * d + mlp + attention) + config.layers * 2 * d * kv
-    macs += CHUNK * (config.prefix_dim + d) + 2 * config.prefix_dim * d
-    macs += d * config.padded_vocab
-    return 3 * 2 * macs
+    return streams * (2 * d * d + mlp + attention) + 2 * d * kv
+
+
+def embedding_macs(config: ModelConfig) -> float:
+    """Multiply-adds of prefix aggregation for one target token; looking embeddings up costs none."""
+    return CHUNK * (config.prefix_dim + config.hidden) + 2 * config.prefix_dim * config.hidden
+
+
+def head_macs(config: ModelConfig) -> float:
+    """Multiply-adds of the output projection for one target token."""
+    return config.hidden * config.padded_vocab
+
+
+def cut_by_cost(config: ModelConfig, runs: int) -> list[int]:
+    """First layers of runs 1.. when the network is cut into ``runs`` runs whose costliest one is as cheap as possible.
+
+    The first run also seeds the targets, the last one also has the head. Every run has a layer.
+    """
+    layers = [layer_macs(config, index) for index in range(config.layers)]
+    layers[0] += embedding_macs(config)
+    layers[-1] += head_macs(config)
+    before = [0.0, *itertools.accumulate(layers)]
+    # best[stop]: (cost of the costliest run, starts of the runs) when layers 0..stop-1 are in the runs so far
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    for run in range(1, runs + 1):
+        best = {
+            stop: min(
+                (max(cost, before[stop] - before[start]), [*starts, start])
+                for start, (cost, starts) in best.items()
+                if start < stop
+            )
+            for stop in range(run, config.layers - (runs - run) + 1)
+        }
+    return best[config.layers][1][1:]
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from armd_scale.config import ModelConfig
 from armd_scale.model.attention import attend
@@ -69,8 +70,9 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Rotary grouped-query attention; heads are split over the tensor-parallel ranks."""
 
-    def __init__(self, config: ModelConfig, parallel: TransformerConfig) -> None:
+    def __init__(self, config: ModelConfig, parallel: TransformerConfig, recompute: bool) -> None:
         super().__init__()
+        self.recompute = recompute
         self.heads = config.heads // parallel.tensor_model_parallel_size
         self.key_heads = config.key_heads // parallel.tensor_model_parallel_size
         self.head_dim = config.head_dim
@@ -91,7 +93,11 @@ class Attention(nn.Module):
         k_NBGD = key_rope.rotate(k_NBGD)
         streams = q_NRHD.shape[1] // k_NBGD.shape[1]
         q_SBHND = q_NRHD.unflatten(1, (streams, -1)).permute(1, 2, 3, 0, 4)
-        out_SBHND = attend(q_SBHND, k_NBGD.permute(1, 2, 0, 3), v_NBGD.permute(1, 2, 0, 3), visible_SBN)
+        inputs = (q_SBHND, k_NBGD.permute(1, 2, 0, 3), v_NBGD.permute(1, 2, 0, 3), visible_SBN)
+        if self.recompute and torch.is_grad_enabled():
+            out_SBHND = checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out_SBHND = attend(*inputs)
         out = out_SBHND.permute(3, 0, 1, 2, 4).flatten(3).flatten(1, 2).contiguous()
         return self.output(out)[0]
 
@@ -117,14 +123,24 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm block from ``streams_in`` to ``streams_out`` streams; keys and values come from the first one."""
+    """Pre-norm block from ``streams_in`` to ``streams_out`` streams; keys and values come from the first one.
 
-    def __init__(self, config: ModelConfig, parallel: TransformerConfig, streams_in: int, streams_out: int) -> None:
+    ``recompute``: compute attention again in the backward pass instead of keeping what it needs.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parallel: TransformerConfig,
+        streams_in: int,
+        streams_out: int,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
         self.streams_in = streams_in
         self.streams_out = streams_out
         self.attention_norm = Norm(config, parallel)
-        self.attention = Attention(config, parallel)
+        self.attention = Attention(config, parallel, recompute)
         self.mlp_norm = Norm(config, parallel)
         self.mlp = MLP(config, parallel)
 

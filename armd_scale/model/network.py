@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from armd_scale.config import ModelConfig
 from armd_scale.model.layers import Layer, Norm, Rotary, mark_partitioned, rotary
@@ -24,10 +25,18 @@ from armd_scale.model.rows import Rows
 
 
 class Stage(nn.Module):
-    """Layers ``first`` to ``last`` (exclusive) of the network."""
+    """Layers ``first`` to ``last`` (exclusive) of the network.
+
+    ``recompute``: what is computed again in the backward pass: ``none``, ``selective`` (attention), ``full`` (layers).
+    """
 
     def __init__(
-        self, config: ModelConfig, parallel: TransformerConfig, first: int = 0, last: int | None = None
+        self,
+        config: ModelConfig,
+        parallel: TransformerConfig,
+        first: int = 0,
+        last: int | None = None,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
         last = config.layers if last is None else last
@@ -35,6 +44,7 @@ class Stage(nn.Module):
         self.model_type = ModelType.encoder_or_decoder
         self.model = config
         self.is_first, self.is_last = first == 0, last == config.layers
+        self.recompute = recompute
         self._received: Tensor | None = None
         vocab = config.padded_vocab
         if self.is_first or (self.is_last and config.tied_head):
@@ -45,7 +55,10 @@ class Stage(nn.Module):
             self.prefix = PrefixAggregation(config, parallel)
         # Names carry the global layer number, so that a checkpoint does not depend on the cut.
         self.layers = nn.ModuleDict(
-            {str(index): Layer(config, parallel, *_streams(config, index)) for index in range(first, last)}
+            {
+                str(index): Layer(config, parallel, *_streams(config, index), recompute == "selective")
+                for index in range(first, last)
+            }
         )
         if self.is_last:
             self.norm = Norm(config, parallel)
@@ -71,22 +84,32 @@ class Stage(nn.Module):
     def forward(self, rows: Rows) -> Tensor:
         """NLL of every target in nats [B, N], generation order, float32; before the last stage: its activations."""
         h = self.hidden(rows)
-        return self.nll(h, rows.target_tokens) if self.is_last else h
+        if self.is_last:
+            return self.nll(h, rows.target_tokens)
+        if self.config.virtual_pipeline_model_parallel_size and h.shape[1] == len(rows.target_tokens):
+            h = torch.cat([h, torch.zeros_like(h)], dim=1)  # interleaved stages exchange tensors of one size
+        return h
 
     def hidden(self, rows: Rows) -> Tensor:
         """Activations after the last layer of this stage."""
         h = self._enter(rows) if self.is_first else self._received
         assert h is not None
+        streams = next(iter(self.layers.values())).streams_in
+        h = h[:, : streams * len(rows.target_tokens)]
         of_context = self._rotary(rows.context_positions)
         of_target = self._rotary(rows.target_positions)
         of_both = of_context.repeat(of_target)
         for layer in self.layers.values():
             if layer.streams_in == 1:
-                h = layer(h, of_target, of_target, rows.visible and rows.visible.target_of_target[None])
+                inputs = (of_target, of_target, rows.visible and rows.visible.target_of_target[None])
             elif layer.streams_out == 1:
-                h = layer(h, of_target, of_context, rows.visible and rows.visible.context_of_target[None])
+                inputs = (of_target, of_context, rows.visible and rows.visible.context_of_target[None])
             else:
-                h = layer(h, of_both, of_context, rows.visible and torch.stack(rows.visible[:2]))
+                inputs = (of_both, of_context, rows.visible and torch.stack(rows.visible[:2]))
+            if self.recompute == "full" and torch.is_grad_enabled():
+                h = checkpoint(layer, h, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h = layer(h, *inputs)
         return h
 
     def logits(self, h: Tensor) -> Tensor:

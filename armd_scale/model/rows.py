@@ -41,6 +41,12 @@ class Rows(NamedTuple):
         tokens = {name: getattr(self, name).to(device, non_blocking=True) for name in self._fields[:4]}
         return Rows(**tokens, visible=visible)
 
+    def fill(self, batch: int) -> "Rows":
+        """The rows repeated from the first on until there are ``batch`` texts."""
+        index = torch.arange(batch) % len(self.target_tokens)
+        visible = self.visible and Visible(*(t[index] for t in self.visible))
+        return Rows(**{name: getattr(self, name)[index] for name in self._fields[:4]}, visible=visible)
+
 
 def arrange(tokens_BN: np.ndarray, layout: Layout, bos_id: int) -> Rows:
     """Gather tokens [B, N] (text order, no BOS) by a layout [B, N] or [N] shared by the batch."""

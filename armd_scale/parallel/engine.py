@@ -14,6 +14,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -25,11 +26,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from armd_scale.config import RunConfig
+from armd_scale.model.flops import cut_by_cost
 from armd_scale.model.network import Stage
 from armd_scale.model.rows import Rows
 from armd_scale.parallel import optimizer as optimizers
 from armd_scale.parallel.groups import MegatronTopology, transformer_config
-from armd_scale.parallel.sharding import initialise
+from armd_scale.parallel.sharding import initialise, local_shape, partition_dim
 
 MASTER = "weight"
 """Name of the float32 master weights beside the optimiser's own states."""
@@ -41,22 +43,50 @@ class Engine:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config = config
         self.device = device
-        dtype = getattr(torch, config.train.dtype)
-        self.stage = Stage(config.model, transformer_config(config.model, config.parallel, dtype))
-        initialise(self.stage, config.model, config.seed)
-        self.stage.to(device)
+        self.zero = config.parallel.zero
+        self._parallel = transformer_config(config.model, config.parallel, getattr(torch, config.train.dtype))
+        self.chunks = nn.ModuleList(self._build_chunks())
+        initialise(self.chunks, config.model, config.seed)
+        self.chunks.to(device)
         # Neither is wanted: a shared-memory all-reduce that is compiled at start, and a line for each step.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         self._engine, self._zero, _, _ = deepspeed.initialize(
-            model=self.stage,
-            optimizer=optimizers.build(self.stage, config.optimizer, fused=device.type == "cuda"),
-            mpu=MegatronTopology(),
+            model=self.chunks,
+            optimizer=optimizers.build(self.chunks, config.optimizer, fused=device.type == "cuda"),
+            mpu=MegatronTopology(count_by_tensor_rank=self.zero == 3),
             config=_deepspeed_config(config),
         )
-        self._base: optimizers.AveragedAdamW = self._zero.optimizer
+        # ZeRO-0 in float32 steps the bare optimiser; every other stage wraps it.
+        self._base: optimizers.AveragedAdamW = self._zero.optimizer if self.zero else self._zero
+        self._norm = 0.0
         self._schedule = get_forward_backward_func()
+
+    def _build_chunks(self) -> list[Stage]:
+        """This rank's runs of layers: one, or several when stages are interleaved."""
+        model, parallel = self.config.model, self.config.parallel
+        runs = parallel.pipeline * parallel.chunks
+        cut = parallel.cut if parallel.cut is not None else cut_by_cost(model, runs)
+        edges = [0, *cut, model.layers]
+        rank = parallel_state.get_pipeline_model_parallel_rank()
+        chunks = []
+        for chunk in range(parallel.chunks):
+            run = chunk * parallel.pipeline + rank
+            stage = Stage(model, self._parallel, edges[run], edges[run + 1], parallel.recompute)
+            stage.vp_stage = chunk if parallel.chunks > 1 else None  # read by Megatron's schedules
+            if stage.is_last and not stage.is_first and model.tied_head:
+                # The copy of the embedding that is the head: DeepSpeed counts it once in the gradient norm.
+                stage.embedding.weight.ds_pipe_replicated = True
+            if self.zero == 3 and model.tied_head:
+                deepspeed.zero.register_external_parameter(stage, stage.embedding.weight)
+            chunks.append(stage)
+        return chunks
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parameters under their global names."""
+        for chunk in self.chunks:
+            yield from chunk.named_parameters()
 
     @property
     def data_rank(self) -> int:
@@ -65,7 +95,7 @@ class Engine:
     @property
     def grad_norm(self) -> float:
         """Global gradient norm of the last step, before clipping."""
-        return float(self._engine.get_global_grad_norm())
+        return float(self._engine.get_global_grad_norm()) if self.zero else self._norm
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -77,30 +107,48 @@ class Engine:
         """Forward, backward and update; returns this rank's mean NLL per token in nats (a detached scalar)."""
         for group in self._base.param_groups:
             group["lr"] = learning_rate
-        self.stage.train()
-        # The schedule divides the loss in place, so what is logged is a copy.
-        results = self._run(micro_batches, lambda nll: (nll.mean(), nll.detach().mean().clone()), forward_only=False)
-        self._sum_sequence_parallel_gradients()
+        self.chunks.train()
+        # ZeRO-2 and 3 reduce when the context ends: all micro-batches of the step in one pass.
+        with self._engine.coalesce_grad_reduction() if self.zero > 1 else contextlib.nullcontext():
+            # The schedule divides the loss in place, so what is logged is a copy.
+            results = self._run(
+                micro_batches, lambda nll: (nll.mean(), nll.detach().mean().clone()), forward_only=False
+            )
+            self._sum_sequence_parallel_gradients()
+            self._sum_tied_gradients()
+        if self.zero == 0:
+            self._reduce_and_clip()
         self._engine.step()
-        return torch.stack(results).mean()
+        return torch.stack(results).mean() if results else torch.zeros((), device=self.device)
 
     def evaluate(self, micro_batches: Sequence[Rows]) -> tuple[float, int]:
         """Sum of the NLL in nats and number of tokens over the micro-batches of all data-parallel ranks."""
-        self.stage.eval()
+        self.chunks.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         if micro_batches:
+            # Interleaved stages want full micro-batches, a multiple of their number; what is added is not counted.
+            padded, size = list(micro_batches), self.config.train.micro_batch
+            if len(self.chunks) > 1:
+                padded = [rows.fill(size) for rows in padded]
+                padded += [padded[-1]] * (-len(padded) % self.config.parallel.pipeline)
             with torch.no_grad():
-                sums = self._run(micro_batches, lambda nll: (nll.mean(), nll.double().sum()), forward_only=True)
-            totals[0] = torch.stack(sums).sum()
-            totals[1] = sum(rows.target_tokens.numel() for rows in micro_batches)
-        dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+                sums = self._run(padded, lambda nll: (nll.mean(), nll.double().sum(1)), forward_only=True)
+            for rows, of_texts in zip(micro_batches, sums, strict=False):
+                totals[0] += of_texts[: len(rows.target_tokens)].sum()
+                totals[1] += rows.target_tokens.numel()
+        self._sum_over_copies(totals)
         return float(totals[0]), int(totals[1])
 
     def mean(self, value: Tensor) -> float:
-        """Mean of a scalar over the data-parallel ranks."""
+        """Mean over the data-parallel ranks of a scalar that ``train_step`` returned, or of a mean of such."""
         total = value.detach().double().clone()
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        self._sum_over_copies(total)
         return float(total) / parallel_state.get_data_parallel_world_size()
+
+    def _sum_over_copies(self, total: Tensor) -> None:
+        """Sum over pipeline stages, of which only the last has a loss, and data-parallel ranks."""
+        dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -116,9 +164,10 @@ class Engine:
 
         Only after ``link_states``.
         """
-        if name == MASTER:
-            return safe_get_full_fp32_param(param)
-        return safe_get_full_optimizer_state(param, name)
+        if self.zero == 0:
+            return param.detach() if name == MASTER else self._base.state[param][name]
+        value = safe_get_full_fp32_param(param) if name == MASTER else safe_get_full_optimizer_state(param, name)
+        return value.view(local_shape(param))
 
     def link_states(self) -> None:
         """Let DeepSpeed find the optimiser's states of every parameter.
@@ -126,26 +175,49 @@ class Engine:
         DeepSpeed 0.19 does it after the step of the first parameter group, when the states of the other groups
         do not exist yet, and never again.
         """
-        self._zero._hp_optimizer_states_linked = False
-        self._zero._lazy_init_hp_params_optimizer_state()
+        if self.zero in (1, 2):
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
 
     def write_state(self, read: Callable[[nn.Parameter, str, str], Tensor], steps: int) -> None:
         """Set all states from ``read(param, parameter name, state name)`` after ``steps`` updates; collective."""
-        for group in self._base.param_groups:
-            for flat in group["params"]:
-                self._base.state[flat] = {
-                    "step": torch.tensor(float(steps), device=flat.device if group["fused"] else "cpu"),
-                    **{name: torch.zeros_like(flat) for name in self.state_names if name != MASTER},
-                }
+        fused = self._base.defaults["fused"]
+        for flat in self._masters():
+            self._base.state[flat] = {
+                "step": torch.tensor(float(steps), device=flat.device if fused else "cpu"),
+                **{name: torch.zeros_like(flat) for name in self.state_names if name != MASTER},
+            }
         self.link_states()
-        for parameter, param in self.stage.named_parameters():
+        for parameter, param in self.named_parameters():
             for name in self.state_names:
-                value = read(param, parameter, name)
-                if name == MASTER:
-                    safe_set_full_fp32_param(param, value)
-                else:
-                    safe_set_full_optimizer_state(param, value, name)
-        self._zero.update_lp_params()
+                self._write(param, name, read(param, parameter, name))
+        self._gather_weights()
+
+    @torch.no_grad()
+    def _write(self, param: nn.Parameter, name: str, value: Tensor) -> None:
+        if self.zero == 0:
+            (param if name == MASTER else self._base.state[param][name]).copy_(value)
+        elif self.zero == 3:
+            # DeepSpeed's own setter fails where a parameter does not divide into equal parts.
+            part, _ = self._zero._get_fp32_opt_state_partition(
+                param, release_swap_buffers=False, optim_state_key=None if name == MASTER else name
+            )
+            parts = parallel_state.get_data_parallel_world_size()
+            flat = F.pad(value.flatten(), (0, parts * part.numel() - value.numel()))
+            part.copy_(flat.view(parts, -1)[self.data_rank])
+        elif name == MASTER:
+            safe_set_full_fp32_param(param, value)
+        else:
+            safe_set_full_optimizer_state(param, value, name)
+
+    @torch.no_grad()
+    def _gather_weights(self) -> None:
+        """Let the working weights follow the master weights."""
+        if self.zero == 3:
+            for index in range(len(self._zero.fp16_partitioned_groups_flat)):
+                self._zero._reassign_or_swap_out_partitioned_parameters(index)
+        elif self.zero:
+            self._zero.update_lp_params()
 
     def _run(self, micro_batches: Sequence[Rows], loss: Callable, forward_only: bool) -> list[Tensor]:
         def forward_step(batches: Iterator[Rows], stage: nn.Module) -> tuple[Tensor, Callable]:
@@ -153,45 +225,88 @@ class Engine:
 
         return self._schedule(
             forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
-            model=self.stage,
+            data_iterator=[iter(micro_batches) for _ in self.chunks],
+            model=list(self.chunks),
             num_microbatches=len(micro_batches),
             seq_length=self.config.model.length,
-            micro_batch_size=self.config.train.micro_batch,
+            # Interleaved stages exchange tensors of one size: both streams, see Stage.
+            micro_batch_size=self.config.train.micro_batch * min(2, len(self.chunks)),
             forward_only=forward_only,
         )
 
     def _sum_sequence_parallel_gradients(self) -> None:
         """Weights that see a part of the sequence on each tensor-parallel rank hold a part of their gradient."""
-        if not self.stage.config.sequence_parallel:
+        if not self._parallel.sequence_parallel:
             return
         group = parallel_state.get_tensor_model_parallel_group()
-        for param in self.stage.parameters():
+        for param in self.chunks.parameters():
             if getattr(param, "sequence_parallel", False):
-                gradient = getattr(param, "_hp_grad", None)
-                dist.all_reduce(param.grad if gradient is None else gradient, group=group)
+                dist.all_reduce(_gradient(param), group=group)
+
+    def _sum_tied_gradients(self) -> None:
+        """The embedding and the head are one weight on two stages: both copies get the gradient of both uses."""
+        if self.config.parallel.pipeline == 1 or not self.config.model.tied_head:
+            return
+        for chunk in self.chunks:
+            if chunk.is_first or chunk.is_last:
+                dist.all_reduce(_gradient(chunk.embedding.weight), group=parallel_state.get_embedding_group())
+
+    @torch.no_grad()
+    def _reduce_and_clip(self) -> None:
+        """ZeRO-0: average over data parallel and clip. DeepSpeed's own clipping counts replicated weights of the first
+        stage only.
+        """
+        group, size = parallel_state.get_data_parallel_group(), parallel_state.get_data_parallel_world_size()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for param in self.chunks.parameters():
+            if size > 1:
+                dist.all_reduce(param.grad, group=group)
+                param.grad /= size
+            once = partition_dim(param) is not None or parallel_state.get_tensor_model_parallel_rank() == 0
+            if once and not getattr(param, "ds_pipe_replicated", False):
+                total += param.grad.double().pow(2).sum()
+        dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
+        self._norm = float(total.sqrt())
+        scale = min(1.0, self.config.optimizer.clip / (self._norm + 1e-6))
+        for param in self.chunks.parameters():
+            param.grad *= scale
+
+    def _masters(self) -> list[Tensor]:
+        """The float32 tensors that the optimiser steps: this rank's part of the master weights."""
+        if self.zero == 3:
+            return self._zero.fp32_partitioned_groups_flat
+        return [flat for group in self._base.param_groups for flat in group["params"]]
 
     @torch.no_grad()
     def _swap_average(self) -> None:
         if not self._base.ema_decay:
             return
-        for group in self._base.param_groups:
-            for flat in group["params"]:
-                average = self._base.state.get(flat, {}).get(optimizers.EMA)
-                if average is not None:
-                    weights = flat.detach().clone()
-                    flat.copy_(average)
-                    average.copy_(weights)
-        self._zero.update_lp_params()
+        for flat in self._masters():
+            average = self._base.state.get(flat, {}).get(optimizers.EMA)
+            if average is not None:
+                weights = flat.detach().clone()
+                flat.copy_(average)
+                average.copy_(weights)
+        self._gather_weights()
+
+
+def _gradient(param: nn.Parameter) -> Tensor:
+    """The gradient that DeepSpeed will reduce: its float32 sum, or the parameter's own."""
+    gradient = getattr(param, "_hp_grad", None)
+    gradient = param.grad if gradient is None else gradient
+    assert gradient is not None
+    return gradient
 
 
 def _deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    zero = config.parallel.zero
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": 1,  # the schedule divides by the micro-batches already
-        "managed_gradient_accumulation": False,  # every step() is an update
-        "gradient_clipping": config.optimizer.clip,
-        "zero_optimization": {"stage": 1, "overlap_comm": False},
+        # Every step() is an update; what ZeRO-2 and 3 need for reducing once a step works in the managed mode only.
+        "managed_gradient_accumulation": zero > 1,
+        "gradient_clipping": config.optimizer.clip if zero else 0.0,
+        "zero_optimization": {"stage": zero, "overlap_comm": False},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }

@@ -31,7 +31,11 @@ def start(parallel: ParallelConfig, *, rank: int, processes: int, rendezvous: st
     dist.init_process_group(
         backend, init_method=method, rank=rank, world_size=processes, timeout=datetime.timedelta(minutes=30)
     )
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=parallel.tensor)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.chunks if parallel.chunks > 1 else None,
+    )
 
 
 def stop() -> None:
@@ -43,6 +47,8 @@ def stop() -> None:
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
     """Megatron-Core's configuration: the shapes that its schedules read, and the layout."""
+    # Freeing sent activations while they may still be in flight gave wrong gradients on gloo.
+    cuda = torch.cuda.is_available()
     return TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden,
@@ -50,18 +56,34 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         num_query_groups=model.key_heads,
         ffn_hidden_size=model.ffn_width,
         tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.chunks if parallel.chunks > 1 else None,
+        # Two streams between the first stages, one between the last. Interleaved stages exchange one size: they hang
+        # when Megatron exchanges shapes first and the next stage is also the one before.
+        variable_seq_lengths=parallel.pipeline > 1 and parallel.chunks == 1,
+        moe_token_dispatcher_type="alltoall",  # unused, but the default is refused with variable lengths
+        batch_p2p_comm=False,  # with interleaving it silently gives wrong gradients
+        overlap_p2p_comm=cuda and parallel.chunks > 1,
+        deallocate_pipeline_outputs=cuda,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         perform_initialization=False,
-        use_cpu_initialization=not torch.cuda.is_available(),
+        use_cpu_initialization=not cuda,
         gradient_accumulation_fusion=False,
     )
 
 
 class MegatronTopology:
-    """The "mpu" interface of DeepSpeed over Megatron-Core's groups; "model parallel" is tensor x pipeline."""
+    """The "mpu" interface of DeepSpeed over Megatron-Core's groups; "model parallel" is tensor x pipeline.
+
+    ``count_by_tensor_rank``: ZeRO-3 counts replicated weights in the gradient norm on model-parallel rank 0 only, so
+    there that rank has to be the tensor-parallel one.
+    """
+
+    def __init__(self, count_by_tensor_rank: bool = False) -> None:
+        self._count_by_tensor_rank = count_by_tensor_rank
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         return parallel_state.get_model_parallel_group()
@@ -70,6 +92,8 @@ class MegatronTopology:
         return dist.get_world_size(self.get_model_parallel_group())
 
     def get_model_parallel_rank(self) -> int:
+        if self._count_by_tensor_rank:
+            return parallel_state.get_tensor_model_parallel_rank()
         return dist.get_rank(self.get_model_parallel_group())
 
     def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:

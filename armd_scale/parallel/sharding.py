@@ -6,6 +6,7 @@ Megatron-Core marks a parameter that is cut over the tensor-parallel ranks with 
 
 import hashlib
 import math
+from collections.abc import Iterable
 
 import torch
 from megatron.core import parallel_state
@@ -19,9 +20,14 @@ def partition_dim(param: Tensor) -> int | None:
     return param.partition_dim if getattr(param, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
 
 
+def local_shape(param: Tensor) -> tuple[int, ...]:
+    """Shape of this rank's tensor-parallel part, whole even when ZeRO-3 has cut it further."""
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
 def global_shape(param: Tensor) -> tuple[int, ...]:
     """Shape of the whole tensor of which ``param`` is this rank's part."""
-    shape = list(param.shape)
+    shape = list(local_shape(param))
     dim = partition_dim(param)
     if dim is not None:
         shape[dim] *= parallel_state.get_tensor_model_parallel_world_size()
@@ -33,18 +39,19 @@ def local_part(whole: Tensor, param: Tensor) -> Tensor:
     dim = partition_dim(param)
     if dim is None:
         return whole
-    size = param.shape[dim]
+    size = local_shape(param)[dim]
     return whole.narrow(dim, parallel_state.get_tensor_model_parallel_rank() * size, size)
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, config: ModelConfig, seed: int) -> None:
+def initialise(chunks: Iterable[nn.Module], config: ModelConfig, seed: int) -> None:
     """Draw all weights: normal with ``init_std``, smaller into the residual stream; norms are 1.
 
     Each parameter has a random stream of its own, keyed by (seed, global name), and each rank keeps its part of the
     whole tensor: the weights are the same under every layout.
     """
-    for name, param in module.named_parameters():
+    named = (pair for chunk in chunks for pair in chunk.named_parameters())
+    for name, param in named:
         if name.endswith("norm.weight"):
             param.fill_(1.0)
             continue

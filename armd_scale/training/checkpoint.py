@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from armd_scale.errors import UserError
 from armd_scale.parallel.engine import MASTER, Engine
 from armd_scale.parallel.optimizer import EMA
-from armd_scale.parallel.sharding import partition_dim
+from armd_scale.parallel.sharding import local_shape, partition_dim
 from armd_scale.training import manifest
 
 
@@ -40,8 +40,9 @@ def save(engine: Engine, folder: Path, step: int, state: dict[str, Any], keep: i
     mesh = _mesh(engine)
     engine.link_states()
     tensors = {
-        _key(name, parameter): _distributed(engine.read_state(param, name).view(param.shape), param, mesh)
-        for parameter, param in engine.stage.named_parameters()
+        _key(name, parameter): _distributed(engine.read_state(param, name), param, mesh)
+        for parameter, param in engine.named_parameters()
+        if not getattr(param, "ds_pipe_replicated", False)  # the head's copy of the embedding
         for name in engine.state_names
     }
     dcp.save(tensors, checkpoint_id=partial)
@@ -77,7 +78,7 @@ def load(engine: Engine, checkpoint: Path) -> dict[str, Any]:
 
     def read(param: nn.Parameter, parameter: str, name: str) -> Tensor:
         # One tensor at a time: the whole state of a large model fits no rank.
-        empty = torch.empty(param.shape, dtype=torch.float32, device=engine.device)
+        empty = torch.empty(local_shape(param), dtype=torch.float32, device=engine.device)
         target = {_key(name, parameter): _distributed(empty, param, mesh)}
         dcp.load(target, checkpoint_id=checkpoint)
         return target[_key(name, parameter)].to_local()

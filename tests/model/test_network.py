@@ -24,7 +24,7 @@ from tests.conftest import MODELS, PAPER, layouts
 def build(config, first=0, last=None, seed=3):
     parallel = groups.transformer_config(config, ParallelConfig(), torch.float32)
     stage = Stage(config, parallel, first, last)
-    initialise(stage, config, seed)
+    initialise([stage], config, seed)
     return stage
 
 

@@ -57,7 +57,7 @@ def train(rank, processes, rendezvous, run):
         averaged = _whole(engine)
     states = _whole(engine)
     groups.stop()
-    return (losses, norms, states, averaged) if rank == 0 else None
+    return losses, norms, states, averaged
 
 
 def _whole(engine):
@@ -69,23 +69,32 @@ def _whole(engine):
 
     engine.link_states()
     out = {}
-    for name, param in engine.stage.named_parameters():
+    for name, param in engine.named_parameters():
         for state in engine.state_names:
-            part = engine.read_state(param, state).view(param.shape).contiguous()
+            part = engine.read_state(param, state).contiguous()
             dim = partition_dim(param)
             if dim is not None:
                 parts = [torch.empty_like(part) for _ in range(parallel_state.get_tensor_model_parallel_world_size())]
                 dist.all_gather(parts, part, group=parallel_state.get_tensor_model_parallel_group())
                 part = torch.cat(parts, dim=dim)
             out[f"{state}/{name}"] = part.clone()
-        out[f"working/{name}"] = param.detach().float().clone() if partition_dim(param) is None else torch.zeros(1)
+        if partition_dim(param) is None and not hasattr(param, "ds_id"):  # whole on this rank
+            out[f"working/{name}"] = param.detach().float().clone()
     return out
+
+
+def start(run):
+    """Train in the processes of a layout: rank 0's losses and norms, and the states of all stages."""
+    results = run_processes(run.cluster.processes, train, run)
+    assert all(result[:2] == results[0][:2] for result in results), "ranks disagree on the loss or the norm"
+    merged = [{name: tensor for result in results for name, tensor in result[part].items()} for part in (2, 3)]
+    return results[0][0], results[0][1], *merged
 
 
 @pytest.fixture(scope="module", params=[PAPER, MODERN], ids=["paper", "modern"])
 def reference(request):
     """One process, checked against plain AdamW on the same network in ``test_one_process_is_plain_adamw``."""
-    return request.param, run_processes(1, train, config(model=request.param))[0]
+    return request.param, start(config(model=request.param))
 
 
 LAYOUTS = {
@@ -97,6 +106,37 @@ LAYOUTS = {
     "tp2 dp2 sp": {"tensor": 2, "processes": 4, "parallel__sequence": True},
     "dp4": {"processes": 4},
     "tp4 dp2": {"tensor": 4, "processes": 8},
+    "zero0 dp2": {"processes": 2, "parallel__zero": 0},
+    "zero0 tp2 dp2 sp": {"tensor": 2, "processes": 4, "parallel__sequence": True, "parallel__zero": 0},
+    "zero2 dp2": {"processes": 2, "parallel__zero": 2},
+    "zero2 tp2 dp2 sp": {"tensor": 2, "processes": 4, "parallel__sequence": True, "parallel__zero": 2},
+    "zero3 dp2": {"processes": 2, "parallel__zero": 3},
+    "zero3 tp2 dp2": {"tensor": 2, "processes": 4, "parallel__zero": 3},
+    "pp2": {"processes": 2, "parallel__pipeline": 2},
+    "pp2 zero0": {"processes": 2, "parallel__pipeline": 2, "parallel__zero": 0},
+    "pp3": {"processes": 3, "parallel__pipeline": 3},
+    "pp2 dp2": {"processes": 4, "parallel__pipeline": 2},
+    "pp2 tp2 sp": {"tensor": 2, "processes": 4, "parallel__sequence": True, "parallel__pipeline": 2},
+    "pp2 tp2 dp2 sp recompute": {
+        "tensor": 2,
+        "processes": 8,
+        "parallel__sequence": True,
+        "parallel__pipeline": 2,
+        "parallel__recompute": "full",
+    },
+    "pp4": {"processes": 4, "parallel__pipeline": 4},
+    "pp2 interleaved": {"processes": 2, "parallel__pipeline": 2, "parallel__chunks": 2},
+    "pp2 interleaved dp2": {"processes": 4, "parallel__pipeline": 2, "parallel__chunks": 2},
+    "pp2 interleaved tp2 sp": {
+        "tensor": 2,
+        "processes": 4,
+        "parallel__sequence": True,
+        "parallel__pipeline": 2,
+        "parallel__chunks": 2,
+    },
+    "recompute full": {"parallel__recompute": "full"},
+    "recompute selective": {"parallel__recompute": "selective"},
+    "zero3 recompute": {"processes": 2, "parallel__zero": 3, "parallel__recompute": "full"},
     "accumulation": {"train__micro_batch": 1},
     "no accumulation": {"train__micro_batch": 8},
 }
@@ -107,20 +147,23 @@ def test_layouts_agree(reference, layout):
     model, (losses, norms, states, averaged) = reference
     if LAYOUTS[layout].get("tensor", 1) > model.key_heads:
         pytest.skip("this model has fewer key heads than tensor-parallel ranks")
+    if LAYOUTS[layout].get("parallel__pipeline", 1) * LAYOUTS[layout].get("parallel__chunks", 1) > model.layers:
+        pytest.skip("this model has fewer layers than runs of layers")
     run = config(model=model, **LAYOUTS[layout])
-    got = run_processes(run.cluster.processes, train, run)[0]
+    got = start(run)
     np.testing.assert_allclose(got[0], losses, atol=2e-6)
     np.testing.assert_allclose(got[1], norms, rtol=2e-5)
-    assert states.keys() == got[2].keys()
+    assert {name for name in states if "working" not in name} == {name for name in got[2] if "working" not in name}
     for expected, found in ((states, got[2]), (averaged, got[3])):
-        for name, tensor in expected.items():
+        for name in expected.keys() & found.keys():
+            tensor = expected[name]
             torch.testing.assert_close(found[name], tensor, atol=3e-6, rtol=2e-5, msg=name)
 
 
 def test_one_process_is_plain_adamw():
     """The engine against torch.optim.AdamW, clip_grad_norm_ and a hand-written moving average on the same network."""
     run = config()
-    losses, norms, states, averaged = run_processes(1, train, run)[0]
+    losses, norms, states, averaged = start(run)
     expected = run_processes(1, _plain, run)[0]
     np.testing.assert_allclose(losses, expected[0], atol=1e-6)
     np.testing.assert_allclose(norms, expected[1], rtol=1e-5)
@@ -139,7 +182,7 @@ def _plain(rank, processes, rendezvous, run):
 
     groups.start(run.parallel, rank=rank, processes=1, rendezvous=rendezvous, device=torch.device("cpu"))
     stage = Stage(run.model, groups.transformer_config(run.model, run.parallel, torch.float32))
-    initialise(stage, run.model, run.seed)
+    initialise([stage], run.model, run.seed)
     decayed = [p for p in stage.parameters() if p.dim() > 1]
     rest = [p for p in stage.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -175,7 +218,7 @@ def test_bfloat16_follows_float32(reference, layout):
     """Float32 master weights and gradient sums: bf16 losses stay within its rounding of the float32 ones."""
     model, (losses, *_) = reference
     run = config(model=model, train__dtype="bfloat16", **layout)
-    got = run_processes(run.cluster.processes, train, run)[0]
+    got = start(run)
     np.testing.assert_allclose(got[0], losses, atol=0.05)
     working = next(v for k, v in got[2].items() if k == "working/norm.weight")
     assert torch.equal(working, working.bfloat16().float())
@@ -198,6 +241,6 @@ def _initial(rank, processes, rendezvous, run):
 
     groups.start(run.parallel, rank=rank, processes=processes, rendezvous=rendezvous, device=torch.device("cpu"))
     stage = Stage(run.model, groups.transformer_config(run.model, run.parallel, torch.float32))
-    initialise(stage, run.model, 0)
+    initialise([stage], run.model, 0)
     groups.stop()
     return {name: param.detach().clone() for name, param in stage.named_parameters()}
