@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: tiny test lint clean
+.PHONY: tiny test parity lint clean
 
 tiny: $(READY)  ## set up, then train, export and sample a small model on real text: about 8 minutes on 2 cores
 	$(VENV)/bin/python launchers/slurm.py --config configs/tiny.yaml --cluster local
 
 test: $(READY)  ## set up, then run the tests
 	$(VENV)/bin/python -m pytest
+
+parity: $(READY)  ## every parallel layout with every model against one process
+	$(VENV)/bin/python -m pytest tests/parallel --parity
 
 lint: $(READY)  ## ruff and mypy, as CI runs them
 	$(VENV)/bin/ruff check .

@@ -2,8 +2,8 @@
 
 Packages, in the order of their dependencies:
 
-- ``errors``, ``config``, ``orders`` know nothing of the rest;
-- ``model`` builds the network from Megatron-Core layers; ``objectives`` is its loss;
+- ``errors``, ``files``, ``config``, ``orders``, ``tokenizer`` know nothing of the rest;
+- ``model`` builds the network and its loss from Megatron-Core layers;
 - ``parallel`` lays processes out and shards the optimiser;
 - ``training`` is the loop, its checkpoints and its telemetry;
 - ``inference`` is the standalone model and stands alone;

@@ -9,7 +9,6 @@ Fields marked [D] are decisions of this project where the paper is silent; ``doc
 """
 
 import difflib
-import os
 import types
 import typing
 from pathlib import Path
@@ -21,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from armd_scale.errors import UserError
+from armd_scale.files import write_atomically
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -29,7 +29,12 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 class _Section(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
     )
 
 
@@ -170,6 +175,8 @@ class DataConfig(_Section):
     """Size of a tokenizer trained here."""
     samples_per_shard: Positive = 8192
     """Packed samples in one WebDataset shard."""
+    verify: bool = True
+    """Check the SHA-256 of every shard whenever a run starts or goes on."""
 
 
 class OptimizerConfig(_Section):
@@ -220,6 +227,8 @@ class TrainConfig(_Section):
     """Steps between two checkpoints."""
     keep_checkpoints: Positive = 2
     """Checkpoints kept, the newest ones."""
+    keep_every: Positive | None = None
+    """Keep the checkpoints whose step is a multiple of this as well; null: only the newest ones."""
 
 
 class ParallelConfig(_Section):
@@ -247,7 +256,7 @@ class ReportConfig(_Section):
 
     heldout_samples: Positive = 256
     """Held-out samples scored by the exported model."""
-    generate_streams: list[Positive] = [1, 2, 4]
+    generate_streams: Annotated[list[Positive], Field(min_length=1)] = [1, 2, 4]
     """Numbers of streams for the samples."""
     prompt: str = ""
     """Prompt of the samples."""
@@ -285,7 +294,7 @@ class RunConfig(_Section):
     """Name of the run."""
     run_dir: str | None = None
     """Run folder; null: ``runs/<name>``."""
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of initial weights, data order and generation orders."""
     model: ModelConfig = ModelConfig()
     """The network."""
@@ -397,14 +406,17 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
         raise UserError(f"there is no configuration file {path}; see configs/ for examples")
     try:
         tree: Any = OmegaConf.load(path)
-        if not OmegaConf.is_dict(tree):
+        if not OmegaConf.is_dict(tree) or not tree:
             raise UserError(f"{path} is not a configuration: it must hold `section:` and `field: value` lines")
         for override in overrides:
             if "=" not in override or override.startswith("="):
                 raise UserError(f"override '{override}' is not of the form section.field=value")
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
-        values = OmegaConf.to_container(tree, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        # Not resolved: a "${...}" in a prompt or a path is text.
+        values = OmegaConf.to_container(tree, resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path} cannot be read as YAML: {error}") from error
     try:
         return RunConfig.model_validate(values)
@@ -414,10 +426,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
 
 def save(config: RunConfig, path: str | Path) -> None:
     """Write the resolved configuration as YAML, atomically."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(Path(path), yaml.safe_dump(config.model_dump(), sort_keys=False))
 
 
 def with_vocabulary(config: RunConfig, vocab_size: int, bos_id: int) -> RunConfig:
@@ -445,6 +454,19 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "value_error":
         return f"{where}: {message}" if where else message
     return f"{where} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """What the state of a run was made with and must not change when it goes on."""
+    values = config.model_dump()
+    values["model"].pop("vocab_size")  # these two follow from the data
+    values["model"].pop("bos_id")
+    for name in ("directory", "verify"):
+        values["data"].pop(name)
+    return {
+        **{name: values[name] for name in ("seed", "model", "data")},
+        **{f"train.{name}": values["train"][name] for name in ("global_batch", "dtype")},
+    }
 
 
 def _nearest(location: list[str]) -> str:

@@ -10,13 +10,12 @@ Position 0 is BOS, in block 0, and belongs to no layout. Everything here is a fu
 Source: paper section 3 (orders, progressive permutation) and section 4 (strided); design section 2.
 """
 
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
 
 from armd_scale.errors import UserError
-
-_STREAMS = 1 << 62  # keeps the draws of streams apart from those of any sample
 
 
 class Layout(NamedTuple):
@@ -26,9 +25,10 @@ class Layout(NamedTuple):
     block_ids: np.ndarray
 
 
-def _random_words(count: int, *key: int) -> np.ndarray:
-    """``count`` uint64 words that depend on the key alone; raw bits, stable over NumPy versions."""
-    return np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
+def random_words(count: int, purpose: str, *key: int) -> np.ndarray:
+    """``count`` uint64 words that depend on ``purpose`` and the key alone; raw bits, stable over NumPy versions."""
+    digest = hashlib.sha256(f"{purpose}:{key}".encode()).digest()
+    return np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)
 
 
 def left_to_right(length: int) -> Layout:
@@ -46,7 +46,7 @@ def shuffled(length: int, count: int, *key: int) -> Layout:
     order, block_ids = left_to_right(length)
     if count > 1:
         # Equal words would be a tie; a stable sort keeps even that case deterministic.
-        chosen = np.argsort(_random_words(length, *key), kind="stable")[:count]
+        chosen = np.argsort(random_words(length, "order", *key), kind="stable")[:count]
         order[np.sort(chosen)] = chosen + 1
     return Layout(order, block_ids)
 
@@ -86,22 +86,5 @@ def shuffled_tokens(step: int, *, ar_steps: int, permutation_steps: int, rho: in
 
 def draw_streams(streams: list[int], seed: int, step: int) -> int:
     """The number of streams S of a strided fine-tuning step, one draw for all ranks."""
-    word = _random_words(1, seed, step, _STREAMS)[0]
+    word = random_words(1, "streams", seed, step)[0]
     return streams[int(word % np.uint64(len(streams)))]
-
-
-def inverse(order: np.ndarray) -> np.ndarray:
-    """Generation rank (0-based) of each position 1..N, the inverse permutation of ``order`` [..., N]."""
-    ranks = np.empty_like(order)
-    np.put_along_axis(ranks, order - 1, np.broadcast_to(np.arange(order.shape[-1]), order.shape), axis=-1)
-    return ranks
-
-
-def check(layout: Layout) -> None:
-    """Raise ``UserError`` unless the order is a permutation of 1..N and the blocks never decrease."""
-    order, block_ids = layout
-    length = order.shape[-1]
-    if order.shape != block_ids.shape or not (np.sort(order, axis=-1) == np.arange(1, length + 1)).all():
-        raise UserError(f"a generation order of {length} tokens must be a permutation of 1..{length}")
-    if (block_ids[..., :1] < 1).any() or (np.diff(block_ids, axis=-1) < 0).any():
-        raise UserError("block indices must start at 1 or more and never decrease along the order")

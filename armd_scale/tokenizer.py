@@ -76,6 +76,10 @@ class HuggingFaceTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(self.path))
         except Exception as error:  # the library raises a bare Exception
             raise UserError(f"{self.path} is not a Hugging Face tokenizer: {error}") from error
+        # A file may carry settings of its last user: they would cut or fill documents, or let a text write EOS.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
         self.vocab_size = self._tokenizer.get_vocab_size()
         self.bos_id, self.eos_id = self._special(self._BOS), self._special(self._EOS)
 
@@ -97,9 +101,20 @@ class HuggingFaceTokenizer:
         return self._tokenizer.decode([t for t in tokens if t not in special], skip_special_tokens=False)
 
 
-def load(path: str | Path) -> Tokenizer:
-    """A tokenizer from a sentencepiece ``.model`` file or a folder that holds one or a ``tokenizer.json``."""
-    path = Path(path)
+def load(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
+    """A tokenizer from a sentencepiece ``.model`` file or a folder that holds one or a ``tokenizer.json``.
+
+    ``vocab_size``: what a model expects; ``UserError`` when the tokenizer has another.
+    """
+    tokenizer = _load(Path(path))
+    if vocab_size not in (None, tokenizer.vocab_size):
+        raise UserError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} entries but the model {vocab_size}: it is not its tokenizer"
+        )
+    return tokenizer
+
+
+def _load(path: Path) -> Tokenizer:
     if path.is_file() and path.suffix == ".model":
         return SentencePieceTokenizer(path)
     if (path / "tokenizer.model").is_file():

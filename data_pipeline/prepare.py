@@ -1,11 +1,13 @@
 """Text -> tokenizer and packed shards, training and held-out: the first stage of a run.
 
-``prepare`` fills a folder with ``tokenizer/``, ``train/`` and ``heldout/``. A folder that was completed with the
-same settings is left as it is; one that was completed with others is refused.
+``prepare`` makes a folder with ``tokenizer/``, ``train/`` and ``heldout/``; it appears when all is written. A
+folder that was completed with the same settings is left as it is; one that was completed with others is refused.
 """
 
 import hashlib
 import json
+import os
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -15,6 +17,7 @@ from typing import Any
 from armd_scale import tokenizer as tokenizers
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError
+from armd_scale.files import exclusive, write_atomically
 from data_pipeline import readers, shards
 
 _BATCH = 256  # documents that are tokenised at a time
@@ -22,31 +25,63 @@ _TRAINING_TEXT = 32 << 20  # bytes of text that a tokenizer is trained on
 
 
 def prepare(config: RunConfig) -> dict[str, Any]:
-    """Prepare the data of a run; returns the index of the training split."""
-    folder = config.data_directory
-    settings = {
-        "text": config.data.text,
-        "text_field": config.data.text_field,
-        "heldout_text": config.data.heldout_text,
-        "heldout_fraction": config.data.heldout_fraction,
-        "tokenizer": config.data.tokenizer,
-        "vocab_size": None if config.data.tokenizer else config.data.vocab_size,
-        "samples_per_shard": config.data.samples_per_shard,
-        "length": config.model.length,
-        "python": sys.version if readers.BUILTIN in config.data.text else None,
+    """Prepare the data of a run, or check what was prepared; returns the index of the training split."""
+    folder = config.data_directory.resolve()
+    with exclusive(folder.with_name(f".{folder.name}.lock"), f"the data in {folder}"):
+        done = _completed(folder)
+        return _prepare(config, folder) if done is None else _check(config, folder, done)
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """All that the prepared data depends on; a source file by its name and size."""
+    data = config.data
+    sources = {
+        name: [[file, Path(file).stat().st_size if file != readers.BUILTIN else sys.version] for file in found]
+        for name, found in (("text", readers.files(data.text)), ("heldout_text", readers.files(data.heldout_text)))
     }
-    done = _completed(folder)
-    if done is not None:
-        differing = [name for name in settings if done["settings"].get(name) != settings[name]]
-        if differing:
-            raise UserError(
-                f"the data in {folder} was prepared with other settings ({', '.join(differing)}): "
-                "choose another data.directory or remove the folder"
-            )
-        return done["train"]
-    folder.mkdir(parents=True, exist_ok=True)
+    return {
+        **sources,
+        "text_field": data.text_field,
+        "heldout_fraction": data.heldout_fraction,
+        "tokenizer": data.tokenizer,
+        "vocab_size": None if data.tokenizer else data.vocab_size,
+        "samples_per_shard": data.samples_per_shard,
+        "length": config.model.length,
+    }
+
+
+def _check(config: RunConfig, folder: Path, done: dict[str, Any]) -> dict[str, Any]:
+    try:
+        settings = _settings(config)
+    except UserError as error:  # the shards are what counts once they are there
+        print(f"data: the text itself is gone, using the shards in {folder} ({error})", flush=True)
+        settings = done["settings"]
+    differing = [name for name in settings if done["settings"].get(name) != settings[name]]
+    if differing:
+        raise UserError(
+            f"the data in {folder} was prepared with other settings ({', '.join(differing)}): "
+            "choose another data.directory or remove the folder"
+        )
+    if config.data.verify:
+        for split in ("train", "heldout"):
+            shards.verify(folder / split)
+    _check_prompt(config, tokenizers.load(folder / "tokenizer"))
+    return shards.PackedDataset(folder / "train").index
+
+
+def _prepare(config: RunConfig, final: Path) -> dict[str, Any]:
+    if final.exists() and any(final.iterdir()):
+        raise UserError(f"{final} holds something that is no prepared data: choose another data.directory or remove it")
+    settings = _settings(config)
+    if set(map(str, settings["text"])) & set(map(str, settings["heldout_text"])):
+        raise UserError("data.text and data.heldout_text share files: what is held out must not be trained on")
     started = time.time()
+    # Beside the final place and under another name until all is there.
+    folder = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     tokenizer = _tokenizer(config, folder / "tokenizer")
+    _check_prompt(config, tokenizer)
     train, heldout = _splits(config)
     index = _write(folder / "train", train, tokenizer, config)
     heldout_index = _write(folder / "heldout", heldout, tokenizer, config)
@@ -56,7 +91,10 @@ def prepare(config: RunConfig) -> dict[str, Any]:
                 f"the {name} has only {part['tokens']} tokens, less than one sample of {config.model.length}: "
                 "give more text" + (" or raise data.heldout_fraction" if part is heldout_index else "")
             )
-    shards.write_atomically(folder / "complete.json", json.dumps({"settings": settings}, indent=1))
+    write_atomically(folder / "complete.json", json.dumps({"settings": settings}, indent=1))
+    if final.exists():
+        final.rmdir()
+    os.replace(folder, final)
     print(
         f"data: {index['documents']} documents, {index['bytes'] / 1e6:.1f} MB, {index['tokens']:,} tokens to train; "
         f"{heldout_index['documents']} documents, {heldout_index['tokens']:,} tokens held out; "
@@ -66,15 +104,24 @@ def prepare(config: RunConfig) -> dict[str, Any]:
     return index
 
 
+def _check_prompt(config: RunConfig, tokenizer: tokenizers.Tokenizer) -> None:
+    """Find out now, not after the training, that the samples cannot be made."""
+    count = len(tokenizer.encode(config.report.prompt))
+    if count >= config.model.length:
+        raise UserError(f"report.prompt has {count} tokens, the model takes {config.model.length}: shorten it")
+
+
 def _completed(folder: Path) -> dict[str, Any] | None:
-    """Settings and training index of a folder that was completed, else None."""
-    if not (folder / "complete.json").is_file():
+    """What a completed folder says of itself, None for one that is not complete."""
+    path = folder / "complete.json"
+    if not path.is_file():
         return None
     try:
-        done = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{folder / 'complete.json'} is damaged: {error}; remove {folder}") from error
-    return {**done, "train": shards.PackedDataset(folder / "train").index}
+        done = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(done["settings"], dict)
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): remove {folder} to prepare it again") from error
+    return done
 
 
 def _tokenizer(config: RunConfig, folder: Path) -> tokenizers.Tokenizer:

@@ -14,6 +14,7 @@ import io
 import json
 import sys
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -33,12 +34,15 @@ def documents(sources: list[str], field: str = "text") -> Iterator[str]:
     A txt file is one document; a jsonl line and a parquet row hold one in ``field``. Raises ``UserError`` that
     names the file and the record for anything that cannot be read.
     """
-    for source in sources:
-        if source == BUILTIN:
-            yield from python_documents()
-            continue
-        for path in _files(source):
-            yield from (text for text in _read(path, field) if text.strip())
+    for source in files(sources):
+        texts = python_documents() if source == BUILTIN else _read(Path(source), field)
+        yield from (text for text in texts if text.strip())
+
+
+def files(sources: list[str]) -> list[str]:
+    """The files that ``sources`` stand for, each once, in the order in which they are read."""
+    expanded = (name for source in sources for name in ([source] if source == BUILTIN else map(str, _files(source))))
+    return list(dict.fromkeys(expanded))
 
 
 @functools.cache
@@ -119,7 +123,9 @@ def _documented(name: str, heads: Iterator[tuple[str, str]], seen: set[str]) -> 
 
 def _files(source: str) -> list[Path]:
     path = Path(source)
-    if path.is_dir():
+    if path.is_file():
+        found = [path]
+    elif path.is_dir():
         found = [p for p in path.rglob("*") if p.is_file() and p.name.endswith(_FORMATS)]
     else:
         found = [Path(name) for name in glob.glob(source, recursive=True)]
@@ -145,7 +151,7 @@ def _read(path: Path, field: str) -> Iterator[str]:
                 yield stream.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
@@ -196,11 +202,22 @@ class _ZstdStream(io.RawIOBase):
 def _record(path: Path, number: int, line: bytes, field: str) -> str:
     try:
         text = json.loads(line)[field]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} line {number} is not a JSON object with a field '{field}': {error}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} line {number} is not a JSON object with a field '{field}': {error!r}") from error
     if not isinstance(text, str):
         raise UserError(f"{path} line {number}: field '{field}' is not text")
+    if not encodable(text):
+        raise UserError(f"{path} line {number}: field '{field}' has half a surrogate pair, which is no text")
     return text
+
+
+def encodable(text: str) -> bool:
+    """Whether a string is text: JSON and command lines can smuggle in lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[str]:
@@ -211,6 +228,9 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
         with pyarrow.parquet.ParquetFile(path) as file:
             if field not in file.schema_arrow.names:
                 raise UserError(f"{path} has no column '{field}'; its columns: {', '.join(file.schema_arrow.names)}")
+            kind = file.schema_arrow.field(field).type
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                raise UserError(f"{path}: column '{field}' is {kind}, not text")
             for batch in file.iter_batches(columns=[field], batch_size=1024):
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)
     except (pyarrow.ArrowException, OSError) as error:

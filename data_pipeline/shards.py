@@ -20,6 +20,7 @@ import numpy as np
 import webdataset
 
 from armd_scale.errors import UserError
+from armd_scale.files import write_atomically
 
 INDEX = "index.json"
 _BLOCK = 512  # unit of a tar file
@@ -76,16 +77,6 @@ def write(
     return index
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file by ``text``; a reader sees the old one or the new one, whatever happens."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 class _Shard:
     """One tar file in the making; bytes depend on the samples alone."""
 
@@ -118,13 +109,13 @@ class PackedDataset:
         self.folder = Path(folder)
         try:
             self.index: dict[str, Any] = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+            self.length: int = self.index["length"]
+            self._dtype = np.dtype(self.index["dtype"])
+            self._starts = np.cumsum([0] + [shard["samples"] for shard in self.index["shards"]])
         except FileNotFoundError as error:
             raise UserError(f"{self.folder} is not a complete data set: it has no {INDEX}; prepare it first") from error
-        except ValueError as error:
-            raise UserError(f"{self.folder / INDEX} is damaged: {error}; prepare the data again") from error
-        self.length: int = self.index["length"]
-        self._dtype = np.dtype(self.index["dtype"])
-        self._starts = np.cumsum([0] + [shard["samples"] for shard in self.index["shards"]])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.folder / INDEX} is damaged ({error!r}): prepare the data again") from error
         self._open: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:

@@ -7,6 +7,8 @@ network over the smallest even-bit domain that holds the data set, walked until 
 
 import numpy as np
 
+from armd_scale.orders import random_words
+
 _ROUNDS = 4
 
 
@@ -31,7 +33,7 @@ class SampleStream:
         return out
 
     def _permute(self, places: np.ndarray, epoch: int) -> np.ndarray:
-        keys = np.random.Philox(np.random.SeedSequence((self.seed, epoch, 2))).random_raw(_ROUNDS)
+        keys = random_words(_ROUNDS, "samples", self.seed, epoch)
         values = places.astype(np.uint64)
         outside = np.ones(len(values), dtype=bool)
         while outside.any():

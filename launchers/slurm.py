@@ -10,19 +10,21 @@ import argparse
 import datetime
 import json
 import os
+import re
 import shutil
+import signal
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from armd_scale.errors import UserError, cli
+from armd_scale.files import exclusive
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from armd_scale.errors import UserError, cli  # noqa: E402
-
-# What the state of a run was made with; a resumed run may change everything else.
-_FIXED = ("seed", "model", "data", "train.global_batch", "train.dtype")
 
 
 def main() -> None:
@@ -43,38 +45,41 @@ def main() -> None:
             f"cluster.nodes is {config.cluster.nodes} but there is no Slurm on this machine: run it where sbatch is, "
             "or set cluster.nodes=1 and a layout that fits"
         )
-    _prepare_folder(config)
-    launcher = _Launcher(config, cluster)
-    launcher.run("prepare")
-    if not _trained(config):
-        launcher.run("train")
-    launcher.run("finish")
-    launcher.close()
+    try:
+        config.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the run folder {config.directory} cannot be written: {error}") from error
+    # A launcher that is told to end must end its jobs; two of them must not share a run.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    with exclusive(config.directory / ".lock", f"the run folder {config.directory}"):
+        _prepare_folder(config)
+        launcher = _Launcher(config, cluster)
+        launcher.run("prepare")
+        if not _trained(config):
+            launcher.run("train")
+        launcher.run("finish")
+        launcher.close()
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _prepare_folder(config: Any) -> None:
     """Make the run folder, refuse one that belongs to another run, and write down what is about to run."""
     from armd_scale import config as configs
+    from armd_scale.files import write_atomically
     from armd_scale.training import manifest
     from armd_scale.training.telemetry import environment
 
     folder = config.directory
-    saved = folder / "config.yaml"
-    if saved.is_file() and manifest.latest(folder / "checkpoints"):
-        before, now = configs.load(saved).model_dump(), config.model_dump()
-        for name in _FIXED:
-            old, new = before, now
-            for part in name.split("."):
-                old, new = old[part], new[part]
-            if old != new:
-                raise UserError(
-                    f"{folder} holds a run with another '{name}' (compare {saved}): "
-                    "choose another run_dir or remove the folder"
-                )
+    newest = manifest.latest(folder / "checkpoints")
+    if newest:
+        manifest.check_identity(newest, config)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        configs.save(config, saved)
-        (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n", encoding="utf-8")
+        configs.save(config, folder / "config.yaml")
+        write_atomically(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"the run folder {folder} cannot be written: {error}") from error
 
@@ -83,8 +88,8 @@ def _trained(config: Any) -> bool:
     """Whether the last checkpoint of the run is there already."""
     from armd_scale.training import manifest
 
-    newest = manifest.latest(config.directory / "checkpoints")
-    return newest is not None and int(newest.name.removeprefix("step-")) >= config.total_steps
+    newest = manifest.newest_good(config.directory / "checkpoints")
+    return newest is not None and manifest.step_of(newest) >= config.total_steps
 
 
 class _Launcher:
@@ -94,7 +99,7 @@ class _Launcher:
         from rich.console import Console
 
         self.config, self.cluster = config, cluster
-        self.console = Console(highlight=False)
+        self.console = Console(highlight=False, markup=False)
         self.after: str | None = None
         self.summary: dict[str, Any] | None = None
         where = "Slurm" if cluster == "slurm" else "this machine"
@@ -109,7 +114,7 @@ class _Launcher:
         """Run one stage to its end; raises ``UserError`` with the reason when it fails."""
         from launchers import stages
 
-        job = self._executor(stage).submit(stages.run, stage, self.config)
+        job = self._executor(stage).submit(stages.run, stage, self.config, uuid.uuid4().hex)
         try:
             _follow(job, stage, self.config, self.console)
         except KeyboardInterrupt:
@@ -130,7 +135,7 @@ class _Launcher:
         assert self.summary is not None
         self.console.rule()
         for line in lines(self.summary, self.config.directory):
-            self.console.print(line, markup=False, soft_wrap=True)
+            self.console.print(line, soft_wrap=True)
 
     def _executor(self, stage: str) -> Any:
         import submitit
@@ -174,7 +179,8 @@ def _follow(job: Any, stage: str, config: Any, console: Any) -> None:
 
     from armd_scale.training.telemetry import read_metrics
 
-    started, shown, last_line = time.monotonic(), 0, 0.0
+    started, last_line = time.monotonic(), 0.0
+    shown = len(read_metrics(config.directory))
     live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
     if live:
         live.start()
@@ -185,11 +191,11 @@ def _follow(job: Any, stage: str, config: Any, console: Any) -> None:
             line = _status(records, config) if stage == "train" else f"{stage} ... {time.monotonic() - started:.0f} s"
             for record in records[shown:]:
                 if "heldout_left_to_right" in record:
-                    console.print(_heldout(record), markup=False, soft_wrap=True)
+                    console.print(_heldout(record), soft_wrap=True)
             if live:
                 live.update(Text(line), refresh=True)
             elif len(records) > shown and time.monotonic() - last_line > 10:
-                console.print(line, markup=False, soft_wrap=True)
+                console.print(line, soft_wrap=True)
                 last_line = time.monotonic()
             shown = len(records)
     finally:
@@ -197,12 +203,12 @@ def _follow(job: Any, stage: str, config: Any, console: Any) -> None:
             live.stop()
     for record in read_metrics(config.directory)[shown:] if stage == "train" else []:
         if "heldout_left_to_right" in record:
-            console.print(_heldout(record), markup=False, soft_wrap=True)
+            console.print(_heldout(record), soft_wrap=True)
     output = (job.stdout() or "") if stage != "train" else ""
     for line in output.splitlines():
         if line.startswith(("data:", "export:")):
-            console.print(line, markup=False, soft_wrap=True)
-    console.print(f"{stage}: {time.monotonic() - started:.0f} s", markup=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
+    console.print(f"{stage}: {time.monotonic() - started:.0f} s", soft_wrap=True)
 
 
 def _status(records: list[dict[str, Any]], config: Any) -> str:
@@ -233,7 +239,9 @@ def _results(job: Any, stage: str) -> list[dict[str, Any]]:
     try:
         results = job.results()
     except (FailedJobError, UncompletedJobError) as error:
-        reason = next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), "no reason given")
+        # submitit gives the traceback of the process, then where its logs are.
+        raised = [line for line in str(error).splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        reason = raised[-1] if raised else "a process died without a word"
         raise UserError(
             f"stage '{stage}' failed: {reason.strip()} (logs in {job.paths.folder}); "
             "the same command goes on from the newest checkpoint"

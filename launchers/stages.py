@@ -7,26 +7,31 @@ comes back as a value, so that the front door can print it as one line.
 import importlib
 import os
 import socket
-import sys
+import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from armd_scale.config import RunConfig
-from armd_scale.errors import UserError
-
-STAGES = ("prepare", "train", "finish")
+from armd_scale.errors import UserError, is_bad_input
 
 
-def run(stage: str, config: RunConfig) -> dict[str, Any]:
-    """Run one stage in this process; {"error": line} when its input cannot be used."""
+def run(stage: str, config: RunConfig, token: str) -> dict[str, Any]:
+    """Run one stage in this process; {"error": line} when its input cannot be used.
+
+    ``token``: a word that no other submission has, for files that processes meet at.
+    """
+    os.environ["ARMD_SUBMISSION"] = token
     if not config.cluster.gpus_per_node:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
         return _JOBS[stage](config) or {}
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return {"error": str(error)}
+    except Exception as error:
+        # A training process that fails alone has to end, so that submitit ends the others.
+        if stage == "train" and not isinstance(error, UserError):
+            raise
+        traceback.print_exc()
+        name = "" if is_bad_input(error) else f"stage '{stage}' failed: {type(error).__name__}: "
+        return {"error": name + str(error)}
 
 
 def _prepare(config: RunConfig) -> dict[str, Any]:
@@ -48,8 +53,7 @@ def _rendezvous(config: RunConfig, job: Any) -> str:
     if len(job.hostnames) > 1 or "SLURM_JOB_ID" in os.environ:
         port = 20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000
         return f"tcp://{job.hostnames[0] or socket.gethostname()}:{port}"
-    folder = Path(os.environ["SUBMITIT_FOLDER"]) if "SUBMITIT_FOLDER" in os.environ else config.directory / "jobs"
-    return str(folder / f"rendezvous-{job.job_id}")
+    return str(config.directory / "jobs" / f"rendezvous-{os.environ['ARMD_SUBMISSION']}")
 
 
 def _finish(config: RunConfig) -> dict[str, Any]:
@@ -62,10 +66,9 @@ def _finish(config: RunConfig) -> dict[str, Any]:
     config = export.load_run(config.directory)
     source = export.newest_checkpoint(config)
     out = config.directory / "export"
-    export.export(config, source, out)
-    difference = export.largest_difference(config, source, out)
-    print(f"export: largest difference to the training model's logits {difference:.1e}", flush=True)
-    return report.write(config, out, difference)
+    facts = export.export(config, source, out)
+    print(f"export: largest difference to the training model's logits {facts['difference']:.1e}", flush=True)
+    return report.write(config, out, facts["difference"])
 
 
 _JOBS: dict[str, Callable[[RunConfig], dict[str, Any] | None]] = {

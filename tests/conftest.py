@@ -92,6 +92,10 @@ def layouts(length: int) -> dict[str, Layout]:
     }
 
 
+def pytest_addoption(parser):
+    parser.addoption("--parity", action="store_true", help="every layout with every model, see make parity")
+
+
 @pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[None]:
     """Megatron-Core's groups for a single process."""

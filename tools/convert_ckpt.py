@@ -9,10 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from armd_scale.errors import UserError, cli
-
-TOLERANCE = 1e-3
-"""Largest difference of float32 logits that two orders of summation can explain."""
+from armd_scale.errors import cli
 
 
 def main() -> None:
@@ -37,11 +34,8 @@ def main() -> None:
         source = export.newest_checkpoint(config)
     averaged = args.weights == "averaged"
     facts = export.export(config, source, args.out_dir, averaged)
-    difference = export.largest_difference(config, source, args.out_dir, averaged)
     print(f"{args.out_dir}: {facts['parameters']:,} parameters from {source}")
-    print(f"largest difference to the training model's logits: {difference:.1e}")
-    if not difference < TOLERANCE:
-        raise UserError(f"{args.out_dir} does not agree with the training model: do not use it, and report this")
+    print(f"largest difference to the training model's logits: {facts['difference']:.1e}")
 
 
 if __name__ == "__main__":

@@ -35,16 +35,18 @@ def main() -> None:
     from armd_scale import inference
     from armd_scale import tokenizer as tokenizers
     from armd_scale.evaluation import likelihood
+    from armd_scale.files import write_atomically
     from data_pipeline import readers
-    from data_pipeline.shards import write_atomically
 
     for order in args.order:
         likelihood.parse_order(order)
     for name in args.text:
         if not Path(name).is_file():
             raise UserError(f"there is no text file {name}")
+    if args.json:
+        write_atomically(args.json, "{}\n")  # find out before the work that it can be written
     model = inference.load(args.model, device=args.device)
-    tokenizer = tokenizers.load(args.model)
+    tokenizer = tokenizers.load(args.model, model.config.vocab_size)
     print(
         f"model {args.model}; tokenizer {tokenizer.path.name} ({tokenizer.vocab_size} entries); protocol: tokens + "
         f"EOS per document, chunks of {model.config.length}, BOS before each, every token scored, no sliding window"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from armd_scale.errors import cli
+from armd_scale.errors import UserError, cli
 
 GAP = "\u2591"
 
@@ -34,9 +34,12 @@ def main() -> None:
 
     from armd_scale import inference
     from armd_scale import tokenizer as tokenizers
+    from data_pipeline.readers import encodable
 
     model = inference.load(args.model, device=args.device)
-    tokenizer = tokenizers.load(args.model)
+    tokenizer = tokenizers.load(args.model, model.config.vocab_size)
+    if not encodable(args.prompt):
+        raise UserError("the prompt is not UTF-8 text: check the encoding of the terminal")
     prompt = tokenizer.encode(args.prompt)
     length = model.config.length if args.length is None else args.length
     steps = model.decode(torch.tensor([prompt], dtype=torch.long), length, args.streams, args.temperature, args.seed)

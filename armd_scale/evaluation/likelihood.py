@@ -43,7 +43,7 @@ def parse_order(name: str) -> tuple[str, int]:
     kind, _, number = name.partition(":")
     if name == "left-to-right":
         return kind, 0
-    if kind in ("shuffled", "strided") and number.isdigit() and int(number) >= 1:
+    if kind in ("shuffled", "strided") and number.isascii() and number.isdigit() and int(number) >= 1:
         return kind, int(number)
     raise UserError(f"unknown order '{name}': use left-to-right, shuffled:K or strided:S, with K and S at least 1")
 

@@ -18,9 +18,11 @@ from armd_scale import inference
 from armd_scale import tokenizer as tokenizers
 from armd_scale.config import RunConfig
 from armd_scale.evaluation import likelihood
+from armd_scale.files import write_atomically
+from armd_scale.model.flops import FORMULA, training_flops_per_token
 from armd_scale.tokenizer import Tokenizer
 from armd_scale.training.telemetry import environment, read_metrics
-from data_pipeline.shards import PackedDataset, write_atomically
+from data_pipeline.shards import PackedDataset
 
 _UNIGRAM_SAMPLES = 100_000  # training samples whose tokens are counted
 
@@ -42,7 +44,7 @@ def write(config: RunConfig, export: Path, export_difference: float) -> dict[str
     names = [
         "left-to-right",
         f"shuffled:{config.orders.rho}",
-        *(f"strided:{s}" for s in config.report.generate_streams[1:]),
+        *(f"strided:{s}" for s in config.report.generate_streams if s > 1),
     ]
     scores = [likelihood.score(model, chunks, name, size) for name in names if name != "shuffled:0"]
     samples = _samples(config, model, tokenizer)
@@ -53,6 +55,8 @@ def write(config: RunConfig, export: Path, export_difference: float) -> dict[str
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": steps[-1]["step"] if steps else 0,
         "tokens": steps[-1]["tokens"] if steps else 0,
+        "training_flops_per_token": training_flops_per_token(config.model),
+        "training_flops_formula": FORMULA,
         "tokens_per_second": float(np.median([record["tokens_per_second"] for record in steps])) if steps else None,
         "heldout_tokens": len(tokens),
         "heldout_bytes": round(size),

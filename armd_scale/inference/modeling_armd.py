@@ -12,6 +12,7 @@ only. Shapes: B sequences, R rows, d hidden, H query and G key heads, D head wid
 import dataclasses
 import hashlib
 import json
+import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -461,7 +462,10 @@ class ARMD(nn.Module):
 
     def _uniform(self, seed: int | Sequence[int], count: int, length: int) -> Tensor:
         """One uniform number per position [B, length], float64, from each sequence's own stream."""
-        keys = [(seed, row) for row in range(count)] if isinstance(seed, int) else [(s, 0) for s in seed]
+        try:
+            keys = [(operator.index(seed), row) for row in range(count)]  # type: ignore[arg-type]
+        except TypeError:
+            keys = [(operator.index(one), 0) for one in seed]  # type: ignore[union-attr]
         if len(keys) != count:
             raise InputError(f"{len(keys)} seeds for {count} sequences: give one for each, or a single one")
         rows = []
@@ -497,15 +501,12 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise InputError(f"{folder} is not a model folder: {name} is missing; make one with tools/convert_ckpt.py")
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device} is not there: this machine has no usable GPU; use device='cpu'")
     try:
-        fields: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        names = {field.name for field in dataclasses.fields(ARMDConfig)}
-        config = ARMDConfig(**{name: value for name, value in fields.items() if name in names})
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{folder / 'config.json'} does not describe an ARMD model: {error}") from error
+        device = torch.device(device)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise InputError(f"device {device} is not there or cannot run a model; use device='cpu'") from error
+    config = _read_config(folder / "config.json")
     try:
         weights = load_file(folder / "model.safetensors")
     except (SafetensorError, OSError) as error:
@@ -520,8 +521,46 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
             f"{folder / 'model.safetensors'} does not fit config.json: {name} is {found.get(name, 'missing')}, "
             f"expected {wanted.get(name, 'nothing')}; export it again"
         )
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(
+                f"{folder / 'model.safetensors'}: {name} holds values that are not finite; export it again"
+            )
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval().to(device=device, dtype=dtype)
+
+
+_CHOICES = {
+    "norm": ("layernorm", "rmsnorm"),
+    "mlp": ("gelu", "swiglu"),
+    "prefix_kernel": ("gaussian", "sinusoid", "learned"),
+    "prefix_scale": ("none", "sqrt", "mean"),
+    "model_type": ("armd",),
+}
+
+
+def _read_config(path: Path) -> ARMDConfig:
+    """``config.json``, with every field of its type and in its range; unknown fields are left out."""
+    wrong = f"{path} does not describe an ARMD model"
+    kinds: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(ARMDConfig)}
+    try:
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config = ARMDConfig(**{name: value for name, value in fields.items() if name in kinds})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{wrong}: {error}") from error
+    for name, kind in kinds.items():
+        value = getattr(config, name)
+        accepted = (int, float) if kind is float else kind
+        right = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+        if right and kind in (int, float):
+            right = value >= 0 if name in ("bos_id", "eos_id") else value > 0
+        if not right or value not in _CHOICES.get(name, (value,)):
+            raise InputError(f"{wrong}: {name} is {value!r}")
+    c = config
+    fits = c.hidden % (2 * c.heads) == c.heads % c.kv_heads == c.prefix_dim % 2 == 0
+    if not fits or c.two_stream_layers > c.layers or max(c.bos_id, c.eos_id) >= c.vocab_size:
+        raise InputError(f"{wrong}: its sizes contradict each other")
+    return config
 
 
 def _weight(*shape: int) -> nn.Module:
@@ -542,7 +581,10 @@ def _sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     """Tokens [B, R] from logits [B, R, V] by inversion of the cumulative distribution, in float64."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
+    logits = logits.double()
+    # The largest logit becomes 0 before the division: a tiny temperature must not overflow.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
     threshold = uniform[..., None] * cumulative[..., -1:]
     return torch.searchsorted(cumulative, threshold, right=True)[..., 0].clamp(max=logits.shape[-1] - 1)
 

@@ -214,8 +214,12 @@ class Engine:
     def _gather_weights(self) -> None:
         """Let the working weights follow the master weights."""
         if self.zero == 3:
+            self._zero._partition_all_parameters()
             for index in range(len(self._zero.fp16_partitioned_groups_flat)):
                 self._zero._reassign_or_swap_out_partitioned_parameters(index)
+            whole = self._zero.persistent_parameters  # small ones, which every rank keeps whole
+            if whole:
+                whole[0].all_gather(whole)
         elif self.zero:
             self._zero.update_lp_params()
 

@@ -6,7 +6,7 @@
 - ``read_weights``: whole float32 weights without any process group, one tensor at a time, for export.
 """
 
-import os
+import concurrent.futures
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -29,45 +29,103 @@ from armd_scale.parallel.sharding import local_shape, partition_dim
 from armd_scale.training import manifest
 
 
-def save(engine: Engine, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint after ``step`` updates; ``state``: facts to keep beside it. Collective."""
-    final = folder / f"step-{step:08d}"
-    partial = folder / f".{final.name}.partial"
+class Checkpointer:
+    """Writes checkpoints beside the training; one at a time."""
+
+    def __init__(self, engine: Engine, folder: Path, keep: int, keep_every: int | None) -> None:
+        self.engine, self.folder = engine, folder
+        self._keep, self._keep_every = keep, keep_every
+        self._mesh = _mesh(engine)
+        # Its own group: the writer's messages must not mix with those of the training.
+        self._group = dist.new_group(backend="gloo")
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Copy the state after ``step`` updates and let a thread write it; ``state``: facts to keep beside it.
+        Collective.
+
+        Waits for the checkpoint before, and for the copies: no more.
+        """
+        self.wait()
+        tensors = self._copies()
+        self._pending = step, self._thread.submit(self._write, step, state, tensors)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written. One that could not be is reported, and the training goes on."""
+        if self._pending is None:
+            return
+        step, written = self._pending
+        self._pending = None
+        try:
+            written.result()
+        except (OSError, dcp.api.CheckpointException) as error:
+            if dist.get_rank() == 0:
+                reason = " ".join(str(error).split())[:500]
+                print(f"the checkpoint of step {step} could not be written, training goes on: {reason}", flush=True)
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        self.wait()
+        self._thread.shutdown()
+
+    def _copies(self) -> dict[str, DTensor]:
+        """Copies in host memory of what this rank writes.
+
+        Every tensor is gathered over data parallel in turn and kept by one of these ranks, so each holds its
+        share of the whole and never more than one tensor beyond it.
+        """
+        engine = self.engine
+        engine.link_states()
+        ranks, tensors = parallel_state.get_data_parallel_world_size(), {}
+        entries = [
+            (parameter, param, name)
+            for parameter, param in engine.named_parameters()
+            if not getattr(param, "ds_pipe_replicated", False)  # the head's copy of the embedding
+            for name in engine.state_names
+        ]
+        for number, (parameter, param, name) in enumerate(entries):
+            value = engine.read_state(param, name)
+            if number % ranks == engine.data_rank:
+                copy = value.detach().to("cpu", copy=True)
+                tensors[_key(name, parameter)] = _distributed(copy, param, self._mesh)
+        return tensors
+
+    def _write(self, step: int, state: dict[str, Any], tensors: dict[str, DTensor]) -> None:
+        final = self.folder / f"step-{step:08d}"
+        partial = self.folder / f".{final.name}.partial"
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier(group=self._group)
+        dcp.save(tensors, checkpoint_id=partial, process_group=self._group)
+        if dist.get_rank() == 0:
+            manifest.write(partial, {"step": step, "states": self.engine.state_names, "state": state})
+            manifest.publish(partial, final)
+            manifest.retain(self.folder, self._keep, self._keep_every)
+        dist.barrier(group=self._group)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest good checkpoint, on all ranks alike; damaged ones are named and passed over. Collective.
+
+    Raises ``UserError`` when there are checkpoints and none of them is good.
+    """
+    found: list[Any] = [None]
     if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    mesh = _mesh(engine)
-    engine.link_states()
-    tensors = {
-        _key(name, parameter): _distributed(engine.read_state(param, name), param, mesh)
-        for parameter, param in engine.named_parameters()
-        if not getattr(param, "ds_pipe_replicated", False)  # the head's copy of the embedding
-        for name in engine.state_names
-    }
-    dcp.save(tensors, checkpoint_id=partial)
-    if dist.get_rank() == 0:
-        manifest.write(partial, {"step": step, "states": engine.state_names, "state": state})
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        for old in manifest.complete(folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
+        try:
+            found = [manifest.newest_good(folder)]
+        except UserError as error:
+            found = [error]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return found[0]
 
 
 def load(engine: Engine, checkpoint: Path) -> dict[str, Any]:
-    """Set the engine to a checkpoint; returns its manifest. Collective: rank 0 verifies for all."""
-    verdict: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            verdict = [manifest.verify(checkpoint)]
-        except UserError as error:
-            verdict = [error]
-    dist.broadcast_object_list(verdict)
-    if isinstance(verdict[0], UserError):
-        raise verdict[0]
-    facts = verdict[0]
+    """Set the engine to a verified checkpoint; returns its manifest. Collective."""
+    facts = manifest.read(checkpoint)
     missing = set(engine.state_names) - set(facts["states"])
     if missing:
         raise UserError(
@@ -77,10 +135,11 @@ def load(engine: Engine, checkpoint: Path) -> dict[str, Any]:
     mesh = _mesh(engine)
 
     def read(param: nn.Parameter, parameter: str, name: str) -> Tensor:
-        # One tensor at a time: the whole state of a large model fits no rank.
+        # One tensor at a time: the whole state of a large model fits no rank. And each rank for itself: the ranks of
+        # different pipeline stages read different tensors.
         empty = torch.empty(local_shape(param), dtype=torch.float32, device=engine.device)
         target = {_key(name, parameter): _distributed(empty, param, mesh)}
-        dcp.load(target, checkpoint_id=checkpoint)
+        _read(target, checkpoint)
         return target[_key(name, parameter)].to_local()
 
     engine.write_state(read, facts["step"])
@@ -96,10 +155,15 @@ def read_weights(checkpoint: Path, averaged: bool) -> Iterator[tuple[str, Tensor
         state, _, parameter = key.partition("/")
         if state == source and isinstance(entry, TensorStorageMetadata):
             target = {key: torch.empty(entry.size, dtype=torch.float32)}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # it says that there is no process group; that is the intent
-                dcp.load(target, checkpoint_id=checkpoint, no_dist=True)
+            _read(target, checkpoint)
             yield parameter, target[key]
+
+
+def _read(target: dict[str, Any], checkpoint: Path) -> None:
+    """Fill the tensors of ``target``, without other processes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that there is no process group; that is the intent
+        dcp.load(target, checkpoint_id=checkpoint, no_dist=True)
 
 
 def _key(state: str, parameter: str) -> str:

@@ -27,13 +27,16 @@ from armd_scale.parallel import groups
 from armd_scale.training import checkpoint, manifest
 from data_pipeline.shards import PackedDataset
 
+TOLERANCE = 1e-3
+"""Largest difference of float32 logits that two orders of summation can explain."""
+
 
 def load_run(run_dir: Path) -> RunConfig:
     """The resolved configuration of a run folder, with the vocabulary of its data filled in."""
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run folder: it has no config.yaml")
-    config = configs.load(path, [f"run_dir={run_dir}"])
+    config = configs.load(path).model_copy(update={"run_dir": str(run_dir)})
     index = PackedDataset(config.data_directory / "train").index
     return configs.with_vocabulary(config, index["vocab_size"], index["bos_id"])
 
@@ -77,17 +80,22 @@ def standalone_config(model: ModelConfig, eos_id: int) -> modeling_armd.ARMDConf
 
 
 def export(config: RunConfig, source: Path, out: Path, averaged: bool = True) -> dict[str, Any]:
-    """Write the model of checkpoint ``source`` to ``out``; an ``out`` that existed is replaced only when all is
-    written.
+    """Write the model of checkpoint ``source`` to ``out`` and check it; what ``out`` held is replaced only after that.
 
-    ``averaged``: the moving average of the weights where the checkpoint holds it.
+    ``averaged``: the moving average of the weights where the checkpoint holds it. Returns what was written, and the
+    largest difference of its logits to the training model's. Raises ``UserError``.
     """
-    tokenizer = tokenizers.load(config.data_directory / "tokenizer")
+    out = out.resolve()
+    data = config.data_directory
+    tokenizer = tokenizers.load(data / "tokenizer", config.model.vocab_size)
+    if tokenizers.digest(tokenizer) != PackedDataset(data / "train").index["tokenizer_sha256"]:
+        raise UserError(f"{tokenizer.path} is not the tokenizer that {data} was made with: restore it")
     shape = standalone_config(config.model, tokenizer.eos_id)
-    if out.exists() and not (out / "config.json").is_file() and any(out.iterdir() if out.is_dir() else [out]):
+    if out.exists() and not (out.is_dir() and ((out / "config.json").is_file() or not any(out.iterdir()))):
         raise UserError(f"{out} exists and is no model folder: choose another place")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "old"))
+    for folder in (partial, old):
+        shutil.rmtree(folder, ignore_errors=True)
     partial.mkdir(parents=True)
     weights = {}
     for name, tensor in checkpoint.read_weights(source, averaged):
@@ -99,16 +107,18 @@ def export(config: RunConfig, source: Path, out: Path, averaged: bool = True) ->
     (partial / "config.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
     tokenizers.copy(tokenizer, partial)
     shutil.copyfile(modeling_armd.__file__, partial / "modeling_armd.py")
-    inference.load(partial)  # it must load before it replaces anything
+    difference = largest_difference(config, source, partial, averaged)
+    if not difference < TOLERANCE:
+        raise UserError(
+            f"the exported model's logits differ from the training model's by {difference:.1e}: "
+            f"nothing was replaced; what was written is in {partial}"
+        )
     if out.exists():
-        old = out.with_name(f".{out.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
         os.replace(out, old)
-        os.replace(partial, out)
-        shutil.rmtree(old)
-    else:
-        os.replace(partial, out)
-    return {"parameters": sum(tensor.numel() for tensor in weights.values()), "checkpoint": source.name}
+    os.replace(partial, out)
+    shutil.rmtree(old, ignore_errors=True)
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    return {"parameters": parameters, "checkpoint": source.name, "difference": difference}
 
 
 def largest_difference(config: RunConfig, source: Path, out: Path, averaged: bool = True) -> float:
@@ -122,21 +132,24 @@ def largest_difference(config: RunConfig, source: Path, out: Path, averaged: boo
     tokens = PackedDataset(config.data_directory / "heldout").read([0])
     layouts = [orders.left_to_right(length), orders.shuffled(length, length, 0), orders.strided(length, 4)]
     single = ParallelConfig()
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
-        groups.start(single, rank=0, processes=1, rendezvous=f"{folder}/store", device=torch.device("cpu"))
+        groups.start(single, rank=0, processes=1, rendezvous=f"{folder}/store", device=device)
         try:
-            stage = Stage(model, groups.transformer_config(model, single, torch.float32))
+            stage = Stage(model, groups.transformer_config(model, single, torch.float32)).to(device)
             parameters = dict(stage.named_parameters())
             with torch.no_grad():
                 for name, tensor in checkpoint.read_weights(source, averaged):
                     parameters[name].copy_(tensor)
                 trained = [
-                    stage.logits(stage.hidden(arrange(tokens, layout, model.bos_id)))[:, 0, : model.vocab_size]
+                    stage.logits(stage.hidden(arrange(tokens, layout, model.bos_id).to(device)))[
+                        :, 0, : model.vocab_size
+                    ]
                     for layout in layouts
                 ]
         finally:
             groups.stop()
-    exported = inference.load(out)
+    exported = inference.load(out, device=device)
     differences = []
     for layout, along_order in zip(layouts, trained, strict=True):
         order, blocks = (torch.from_numpy(np.array(field)) for field in layout)

@@ -6,6 +6,7 @@ the uninterrupted one would.
 """
 
 import concurrent.futures
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from armd_scale import orders
-from armd_scale.config import RunConfig, with_vocabulary
+from armd_scale.config import RunConfig, identity, with_vocabulary
 from armd_scale.errors import UserError
 from armd_scale.model.flops import peak_flops, training_flops_per_token
 from armd_scale.model.rows import Rows, arrange
@@ -68,14 +69,13 @@ class _Trainer:
         self.engine = Engine(config, device)
         self.folder = config.directory / "checkpoints"
         self.step = 0
-        found = manifest.latest(self.folder)
+        self.checkpointer = checkpoint.Checkpointer(
+            self.engine, self.folder, config.train.keep_checkpoints, config.train.keep_every
+        )
+        found = checkpoint.newest(self.folder)
         if found:
-            facts = checkpoint.load(self.engine, found)
-            self.step = facts["step"]
-            if facts["state"]["seed"] != config.seed:
-                raise UserError(
-                    f"checkpoint {found} belongs to seed {facts['state']['seed']}, the run has {config.seed}"
-                )
+            manifest.check_identity(found, config)
+            self.step = checkpoint.load(self.engine, found)["step"]
             if rank == 0:
                 print(f"resumed from {found}", flush=True)
         self.telemetry = Telemetry(config, active=rank == 0, first_step=self.step)
@@ -85,6 +85,13 @@ class _Trainer:
 
     def run(self) -> None:
         """All steps that are left, with their evaluations and checkpoints."""
+        try:
+            self._run()
+        except UserError:  # on all ranks alike: what is being written can still be finished
+            self.checkpointer.close()
+            raise
+
+    def _run(self) -> None:
         total, train = self.config.total_steps, self.config.train
         marked = time.perf_counter()
         losses: list[torch.Tensor] = []
@@ -96,18 +103,26 @@ class _Trainer:
                 rate = schedules.learning_rate(self.step, self.config.optimizer, total)
                 losses.append(self.engine.train_step(micro_batches, rate))
                 done, self.step = self.step, self.step + 1
-                if self.step % train.log_every == 0 or self.step == total:
+                last_of_phase = self.step in (train.steps, total)
+                saving = self.step % train.checkpoint_every == 0 or last_of_phase
+                # Every checkpoint ends a record, so that a resumed run logs the same means.
+                if self.step % train.log_every == 0 or saving:
                     loss = self.engine.mean(torch.stack(losses).mean())
+                    if not math.isfinite(loss):
+                        raise UserError(
+                            f"the loss is not finite after step {self.step}: lower optimizer.lr or lengthen the "
+                            f"warm-up, and go on from the newest checkpoint in {self.folder}"
+                        )
                     now = time.perf_counter()
                     self.telemetry.write(self._record(done, loss, rate, (now - marked) / len(losses)))
                     losses, marked = [], now
-                last_of_phase = self.step in (train.steps, total)
+                paused = time.perf_counter()
                 if self.step % train.eval_every == 0 or last_of_phase:
                     self.telemetry.write({"step": self.step, **self.evaluate()})
-                    marked = time.perf_counter()
-                if self.step % train.checkpoint_every == 0 or last_of_phase:
+                if saving:
                     self.save()
-                    marked = time.perf_counter()
+                marked += time.perf_counter() - paused  # the time of a step is that of training alone
+        self.checkpointer.close()
         self.telemetry.close()
 
     def batch(self, step: int) -> list[Rows]:
@@ -141,9 +156,9 @@ class _Trainer:
         return record
 
     def save(self) -> None:
-        """Write a checkpoint of the present step."""
-        state = {"seed": self.config.seed, "samples": self.step * self.config.train.global_batch}
-        checkpoint.save(self.engine, self.folder, self.step, state, self.config.train.keep_checkpoints)
+        """Start writing a checkpoint of the present step."""
+        state = {"identity": identity(self.config), "samples": self.step * self.config.train.global_batch}
+        self.checkpointer.save(self.step, state)
 
     def _arrange(self, tokens: np.ndarray, layouts: Sequence[Layout]) -> list[Rows]:
         bos = self.config.model.bos_id

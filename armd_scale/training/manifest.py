@@ -9,13 +9,16 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+from armd_scale.config import RunConfig, identity
 from armd_scale.errors import UserError
 
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"step-(\d{8})")
+POINTER = "latest"
+_NAME = re.compile(r"step-(\d{8,})")
 
 
 def write(checkpoint: Path, facts: dict[str, Any]) -> None:
@@ -27,11 +30,59 @@ def write(checkpoint: Path, facts: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def publish(partial: Path, final: Path) -> None:
+    """Give a closed checkpoint folder its name, and point ``latest`` to it."""
+    if final.exists():  # written again after a resume
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    pointer = final.parent / f".{POINTER}.partial"
+    pointer.write_text(final.name + "\n", encoding="utf-8")
+    os.replace(pointer, final.parent / POINTER)
+    directory = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def retain(folder: Path, last: int, every: int | None) -> None:
+    """Remove all but the ``last`` newest checkpoints and those whose step is a multiple of ``every``."""
+    for old in complete(folder)[:-last]:
+        if not every or step_of(old) % every:
+            shutil.rmtree(old)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint folder."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def newest_good(folder: Path) -> Path | None:
+    """The newest checkpoint that agrees with its manifest, None when there is no checkpoint at all.
+
+    Each damaged one is named on the way; ``UserError`` when all are.
+    """
+    found = complete(folder)
+    for checkpoint in reversed(found):
+        try:
+            verify(checkpoint)
+        except UserError as error:
+            print(f"passed over: {error}", flush=True)
+        else:
+            return checkpoint
+    if found:
+        raise UserError(
+            f"all {len(found)} checkpoints in {folder} are damaged: restore one, or remove them to start anew"
+        )
+    return None
+
+
 def complete(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / MANIFEST).is_file())
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
+    return sorted(found, key=step_of)
 
 
 def latest(folder: Path) -> Path | None:
@@ -40,15 +91,34 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def verify(checkpoint: Path) -> dict[str, Any]:
-    """Check every file against the manifest and return it; ``UserError`` names what is damaged."""
-    cure = f"remove {checkpoint} to go on from the checkpoint before it"
+def read(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"checkpoint {checkpoint} has no readable {MANIFEST}: {error}; {cure}") from error
-    for name, facts in files.items():
+        assert isinstance(manifest["files"], dict)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UserError(
+            f"checkpoint {checkpoint} has no readable {MANIFEST} ({error}): use the checkpoint before it"
+        ) from error
+    return manifest
+
+
+def check_identity(found: Path, config: RunConfig) -> None:
+    """``UserError`` when a checkpoint was made with another model, data, seed or batch than ``config`` asks for."""
+    before, now = read(found)["state"]["identity"], identity(config)
+    differing = [name for name in now if before.get(name) != now[name]]
+    if differing:
+        raise UserError(
+            f"{config.directory} holds a run with another '{differing[0]}' (checkpoint {found.name}): "
+            "choose another run_dir or remove the folder"
+        )
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """Check every file against the manifest and return it; ``UserError`` names what is damaged."""
+    cure = "use the checkpoint before it"
+    manifest = read(checkpoint)
+    for name, facts in manifest["files"].items():
         path = checkpoint / name
         if not path.is_file():
             raise UserError(f"checkpoint {checkpoint} is damaged: {name} is missing; {cure}")

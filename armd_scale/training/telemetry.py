@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from armd_scale.config import RunConfig
+from armd_scale.files import write_atomically
 
 METRICS = "metrics.jsonl"
 _PACKAGES = (
@@ -66,7 +67,7 @@ class Telemetry:
         path = config.directory / METRICS
         # A run that goes on from a checkpoint repeats the steps after it; keep one record of each.
         kept = [record for record in read_metrics(config.directory) if record["step"] <= first_step]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a", encoding="utf-8")
         if config.report.wandb == "auto":
             self._wandb = _start_wandb(config)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -59,6 +60,9 @@ def test_folders_and_globs(folder):
         ("x.jsonl", b'{"body": "ok"}\n', "line 1 is not a JSON object with a field 'text'"),
         ("x.jsonl", b"[1]\n", "line 1 is not a JSON object"),
         ("x.jsonl", b'{"text": 3}\n', "field 'text' is not text"),
+        ("x.jsonl", b'{"text": "\\ud800"}\n', "half a surrogate pair"),
+        ("x.jsonl", b"[" * 100_000 + b"\n", "line 1 is not a JSON object"),
+        ("x.txt.gz", gzip.compress(bytes(range(256)) * 40)[:60] + b"\x00" * 40, "cannot be read"),
         ("x.txt", b"\xff\xfe\x00", "is not UTF-8"),
         ("x.txt.gz", b"not gzip", "cannot be read"),
         ("x.txt.gz", gzip.compress(b"a" * 1000)[:-9], "cannot be read"),
@@ -88,6 +92,11 @@ def test_missing_and_empty(tmp_path):
         list(readers.documents([str(tmp_path)]))
     (tmp_path / "blank.txt").write_text("  \n")
     assert list(readers.documents([str(tmp_path / "blank.txt")])) == []
+
+
+def test_a_parquet_column_that_is_no_text(folder):
+    with pytest.raises(UserError, match="column 'n' is int64, not text"):
+        list(readers.documents([str(folder / "d.parquet")], "n"))
 
 
 def test_a_parquet_column_that_is_not_there(folder):
@@ -258,11 +267,90 @@ def test_splits_do_not_overlap(tmp_path, prose):
 
 
 def test_interrupted_preparation_starts_again(tmp_path, prose):
+    """What was being written lies beside the final place and counts for nothing."""
+    config = _config(tmp_path, text=[prose], heldout_fraction=0.2)
+    partial = config.data_directory.with_name(".data.partial")
+    (partial / "tokenizer").mkdir(parents=True)
+    (partial / "tokenizer/tokenizer.json").write_text("{}")
+    index = prepare(config)
+    assert not partial.exists()
+    assert [p.name for p in (config.data_directory / "tokenizer").iterdir()] == ["tokenizer.model"]
+    assert prepare(config) == index
+
+
+def test_a_failed_preparation_leaves_nothing_behind(tmp_path, prose):
+    """Its tokenizer, above all, must not be taken for that of the next try."""
+    with pytest.raises(UserError, match="held-out text has only 0 tokens"):
+        prepare(_config(tmp_path, text=[prose], heldout_fraction=0.0))
+    index = prepare(_config(tmp_path, text=[prose], heldout_fraction=0.2))
+    tokenizer = tokenizers.load(tmp_path / "run/data/tokenizer")
+    assert tokenizers.digest(tokenizer) == index["tokenizer_sha256"]
+
+
+def test_damage_is_found_when_a_run_goes_on(tmp_path, prose):
+    config = _config(tmp_path, text=[prose], heldout_fraction=0.2)
+    prepare(config)
+    shard = config.data_directory / "train/shard-000000.tar"
+    good = shard.read_bytes()
+    shard.write_bytes(good[:1000] + bytes([good[1000] ^ 1]) + good[1001:])
+    with pytest.raises(UserError, match="shard-000000.tar is damaged"):
+        prepare(config)
+    prepare(_config(tmp_path, text=[prose], heldout_fraction=0.2, verify=False))
+
+
+def test_text_that_has_changed_is_noticed(tmp_path, prose):
     config = _config(tmp_path, text=[prose], heldout_fraction=0.2)
     index = prepare(config)
-    (config.data_directory / "complete.json").unlink()
-    (config.data_directory / "train/index.json").unlink()
+    with open(prose, "a") as file:
+        file.write('{"text": "one more"}\n')
+    with pytest.raises(UserError, match=r"other settings \(text\)"):
+        prepare(config)
+    Path(prose).unlink()  # the shards are enough once they are there
     assert prepare(config) == index
+
+
+def test_a_folder_of_other_things_is_not_overwritten(tmp_path, prose):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="holds something that is no prepared data"):
+        prepare(_config(tmp_path, text=[prose], directory=str(tmp_path / "mine"), heldout_fraction=0.2))
+    assert (tmp_path / "mine/thesis.tex").read_text() == "years of work"
+
+
+def test_held_out_text_is_not_trained_on(tmp_path, prose):
+    with pytest.raises(UserError, match="share files"):
+        prepare(_config(tmp_path, text=[prose], heldout_text=[prose]))
+
+
+def test_a_file_counts_once_and_its_name_is_no_pattern(tmp_path):
+    odd = tmp_path / "a[1].txt"
+    odd.write_text("only once\n")
+    assert list(readers.documents([str(odd), str(odd), str(tmp_path / "*.txt")])) == ["only once\n"]
+
+
+def test_a_hugging_face_file_that_cuts_and_fills(tmp_path):
+    """Settings that a tokenizer.json carries from its last user do not reach the data."""
+    import tokenizers as library
+
+    bpe = library.Tokenizer(library.models.BPE())
+    bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(["some text to train on"] * 9, trainer)
+    bpe.enable_truncation(4)
+    bpe.enable_padding(length=8)
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    loaded = tokenizers.load(tmp_path)
+    long = "a much longer text than four tokens, with <|endoftext|> written out"
+    assert loaded.decode(loaded.encode(long)) == long
+    assert loaded.eos_id not in loaded.encode(long)
+    assert [len(t) for t in loaded.encode_batch(["x", long])] == [1, len(loaded.encode(long))]
+    with pytest.raises(UserError, match="it is not its tokenizer"):
+        tokenizers.load(tmp_path, loaded.vocab_size + 1)
 
 
 @pytest.mark.parametrize(

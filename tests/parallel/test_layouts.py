@@ -142,9 +142,15 @@ LAYOUTS = {
 }
 
 
+# Both models in these; the other layouts with the paper's model only, unless the whole matrix is asked for.
+TRIMMED = ("tp2 dp2 sp", "zero3 dp2", "pp2 tp2 sp", "pp3")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_agree(reference, layout):
+def test_layouts_agree(reference, layout, request):
     model, (losses, norms, states, averaged) = reference
+    if model is MODERN and layout not in TRIMMED and not request.config.getoption("--parity"):
+        pytest.skip("part of the whole matrix: make parity")
     if LAYOUTS[layout].get("tensor", 1) > model.key_heads:
         pytest.skip("this model has fewer key heads than tensor-parallel ranks")
     if LAYOUTS[layout].get("parallel__pipeline", 1) * LAYOUTS[layout].get("parallel__chunks", 1) > model.layers:

@@ -1,0 +1,35 @@
+"""Files that are never half-written, and folders that one process works in at a time."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from armd_scale.errors import UserError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file by ``text``; a reader sees the old one or the new one, whatever happens."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file ``path``; ``UserError`` when another process has it. ``what``: what it stands for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process works on {what}: wait for it, or stop it") from error
+        yield

@@ -1,0 +1,67 @@
+"""Scores and the simple models beside them, against direct computations."""
+
+import lzma
+
+import numpy as np
+import pytest
+import torch
+
+from armd_scale import orders
+from armd_scale.errors import UserError
+from armd_scale.evaluation import likelihood, report
+from data_pipeline import shards
+from data_pipeline.shards import PackedDataset
+from tests.conftest import MODELS, standalone
+
+
+@pytest.mark.parametrize("order", ["left-to-right", "shuffled:5", "strided:4"])
+@pytest.mark.parametrize("tokens", [64, 70, 5])
+def test_score_is_the_sum_over_all_chunks(order, tokens):
+    model = standalone(MODELS["paper"])
+    text = np.random.default_rng(0).integers(0, 50, tokens)
+    chunks = likelihood.cut(text, 16)
+    assert np.array_equal(np.concatenate(chunks), text)
+    score = likelihood.score(model, chunks, order, text_bytes=100)
+    total = 0.0
+    for number, chunk in enumerate(chunks):
+        n = len(chunk)
+        layouts = {
+            "left-to-right": orders.left_to_right(n),
+            "shuffled:5": orders.shuffled(n, min(5, n), 0, number),
+            "strided:4": orders.strided(n, 4),
+        }
+        order_n, blocks = (torch.from_numpy(np.array(field)) for field in layouts[order])
+        total += float(model.nll(torch.from_numpy(chunk)[None], order_n, blocks).sum())
+    assert score.tokens == tokens
+    assert score.nll == pytest.approx(total / tokens)
+    assert score.perplexity == pytest.approx(np.exp(total / tokens))
+    assert score.bits_per_byte == pytest.approx(total / np.log(2) / 100)
+
+
+def test_orders_differ():
+    model = standalone(MODELS["paper"])
+    chunks = likelihood.cut(np.arange(48) % 50, 16)
+    figures = {likelihood.score(model, chunks, o, 1).nll for o in ("left-to-right", "shuffled:16", "strided:4")}
+    assert len(figures) == 3
+
+
+@pytest.mark.parametrize("name", ["zigzag", "strided", "strided:0", "shuffled:-1", "shuffled:\u00b2"])
+def test_unknown_orders(name):
+    with pytest.raises(UserError, match="unknown order"):
+        likelihood.parse_order(name)
+
+
+def test_nothing_to_score():
+    with pytest.raises(UserError, match="nothing to score"):
+        likelihood.score(standalone(MODELS["paper"]), [], "left-to-right", 1)
+
+
+def test_the_simple_models(tmp_path):
+    train = np.array([[3, 3, 3, 4], [4, 5, 3, 3]])
+    shards.write(tmp_path, train, 4, 8, {"vocab_size": 6, "bytes": 10})
+    tokens = np.array([3, 5, 0])
+    probabilities = (np.array([0, 0, 0, 5, 2, 1]) + 1) / 14
+    expected = -np.log2(probabilities[tokens]).sum() / 7
+    assert report.unigram_bits_per_byte(PackedDataset(tmp_path), tokens, 7) == pytest.approx(expected)
+    text = b"to be or not to be, " * 50
+    assert report.xz_bits_per_byte(text) == 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
