@@ -6,7 +6,6 @@ comes back as a value, so that the front door can print it as one line.
 
 import importlib
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -49,10 +48,11 @@ def _train(config: RunConfig) -> None:
 
 
 def _rendezvous(config: RunConfig, job: Any) -> str:
-    """Where the processes meet: the first host of a Slurm job, or a file of the run when all are on this machine."""
-    if len(job.hostnames) > 1 or "SLURM_JOB_ID" in os.environ:
-        port = 20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000
-        return f"tcp://{job.hostnames[0] or socket.gethostname()}:{port}"
+    """Where the processes meet: the first node of a Slurm job, or a file of the run when all are on this machine."""
+    if "SLURM_JOB_ID" in os.environ:
+        # The address of the node that runs srun, which is the first; its name may mean nothing to the others.
+        host = os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or job.hostnames[0]
+        return f"tcp://{host}:{20000 + int(os.environ['SLURM_JOB_ID']) % 20000}"
     return str(config.directory / "jobs" / f"rendezvous-{os.environ['ARMD_SUBMISSION']}")
 
 
