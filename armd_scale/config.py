@@ -250,6 +250,13 @@ class ParallelConfig(_Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: none, those inside attention, or all inside a layer."""
 
+    def describe(self) -> str:
+        """The model-parallel part of the layout in words."""
+        parts = [f"tensor {self.tensor}" + (" (sequence parallel)" if self.sequence else "")]
+        if self.pipeline > 1:
+            parts.append(f"pipeline {self.pipeline}" + (f" (x {self.chunks}, interleaved)" if self.chunks > 1 else ""))
+        return " x ".join(parts)
+
 
 class ReportConfig(_Section):
     """What is done with the trained model at the end of the main job, and what it is logged to."""

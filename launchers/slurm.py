@@ -104,8 +104,8 @@ class _Launcher:
         self.summary: dict[str, Any] | None = None
         where = "Slurm" if cluster == "slurm" else "this machine"
         self.console.print(
-            f"{config.name}: {config.cluster.processes} processes on {where}, tensor parallel "
-            f"{config.parallel.tensor} x data parallel {config.data_parallel} (ZeRO-1); {config.total_steps} steps of "
+            f"{config.name}: {config.cluster.processes} processes on {where}: {config.parallel.describe()} x data "
+            f"{config.data_parallel}, ZeRO-{config.parallel.zero}; {config.total_steps} steps of "
             f"{config.train.global_batch} x {config.model.length} tokens; run folder {config.directory}",
             soft_wrap=True,
         )

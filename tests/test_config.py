@@ -62,6 +62,13 @@ def test_overrides_and_round_trip(file, tmp_path):
         ("orders.rho=2000", "orders.rho = 2000 exceeds model.length"),
         ("orders.ar_steps=50000", "permutation_steps"),
         ("parallel.tensor=3", "1 processes (cluster.nodes x cluster.tasks_per_node) cannot be split into groups of"),
+        ("parallel.pipeline=2", "groups of parallel.tensor = 1 x parallel.pipeline = 2"),
+        ("parallel.chunks=2", "parallel.chunks = 2 needs parallel.pipeline of at least 2"),
+        ("parallel.cut=[1]", "parallel.cut = [1] must be 0 growing layer numbers"),
+        ("parallel.zero=4", "parallel.zero = 4"),
+        ("seed=4294967296", "seed = 4294967296"),
+        ("optimizer.lr=.inf", "optimizer.lr = inf"),
+        ("report.generate_streams=[]", "report.generate_streams"),
         ("train.global_batch=12", "not a multiple of 8"),
         ("cluster.gpus_per_node=2", "one process per GPU"),
         ("model", "not of the form"),
@@ -91,6 +98,37 @@ def test_missing_file(tmp_path):
 def test_layout_that_needs_more_heads(file):
     with pytest.raises(UserError, match=r"model.heads = 12 is not a multiple of parallel.tensor = 8"):
         configs.load(file, ["cluster.tasks_per_node=8", "parallel.tensor=8"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["parallel.zero=2"], "nearest layouts: parallel.zero = 1 with these stages, or parallel.pipeline = 1"),
+        (["parallel.zero=3"], "ZeRO-3 waits for ranks of other stages for ever"),
+        (["parallel.chunks=4"], "model.layers = 4 cannot fill parallel.pipeline x parallel.chunks = 8 runs"),
+        (["parallel.cut=[2, 1]"], "must be 1 growing layer numbers between 1 and 3"),
+        (["parallel.cut=[4]"], "must be 1 growing layer numbers between 1 and 3"),
+        (["parallel.chunks=2", "train.micro_batch=16"], "micro-batches of a step (1) to be a multiple of"),
+    ],
+)
+def test_pipelines_that_cannot_work(file, overrides, line):
+    with pytest.raises(UserError) as error:
+        configs.load(file, ["cluster.tasks_per_node=2", "parallel.pipeline=2", *overrides])
+    assert line in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["5", "true", "null", "", "name: [1"])
+def test_files_that_are_no_configuration(tmp_path, text):
+    path = tmp_path / "odd.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError):
+        configs.load(path)
+
+
+def test_text_that_looks_like_an_interpolation(file, tmp_path):
+    config = configs.load(file).model_copy(update={"name": "costs ${5}"})
+    configs.save(config, tmp_path / "again.yaml")
+    assert configs.load(tmp_path / "again.yaml") == config
 
 
 def test_vocabulary_must_agree(file):

@@ -19,7 +19,7 @@ from armd_scale.parallel import megatron_cpu
 
 
 def start(parallel: ParallelConfig, *, rank: int, processes: int, rendezvous: str | Path, device: torch.device) -> None:
-    """Join ``processes`` processes and build tensor- and data-parallel groups.
+    """Join ``processes`` processes and build the groups of a layout.
 
     ``rendezvous``: an init method of torch.distributed (``tcp://host:port``) or the path of a file on a shared disk.
     """

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from armd_scale import orders
 from armd_scale.config import ModelConfig, ParallelConfig
-from armd_scale.model.flops import training_flops_per_token
+from armd_scale.model.flops import (
+    cut_by_cost,
+    embedding_macs,
+    head_macs,
+    layer_macs,
+    training_flops_per_token,
+)
 from armd_scale.model.network import Stage
 from armd_scale.model.rows import arrange
 from armd_scale.orders import Layout
@@ -146,6 +152,25 @@ def test_rows_of_a_batch(length, data):
         assert int(rows.visible.context_of_context[0, n]) == sum(b <= context[n] for b in context)
         assert int(rows.visible.context_of_target[0, n]) == sum(b < target[n] for b in context)
         assert int(rows.visible.target_of_target[0, n]) == sum(b <= target[n] for b in target)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.sampled_from([128, 4096]))
+def test_the_cut_is_the_cheapest(layers, two_stream, runs, vocab):
+    """Against all ways to cut."""
+    runs, two_stream = min(runs, layers), min(two_stream, layers)
+    c = ModelConfig(
+        layers=layers, hidden=64, heads=4, length=64, two_stream_layers=two_stream, vocab_size=vocab, bos_id=0
+    )
+    cost = [layer_macs(c, index) for index in range(layers)]
+    cost[0] += embedding_macs(c)
+    cost[-1] += head_macs(c)
+
+    def worst(starts):
+        return max(sum(cost[a:b]) for a, b in itertools.pairwise([0, *starts, layers]))
+
+    got = cut_by_cost(c, runs)
+    assert len(got) == runs - 1
+    assert worst(got) == pytest.approx(min(worst(s) for s in itertools.combinations(range(1, layers), runs - 1)))
 
 
 def test_flops_match_the_definition():
