@@ -88,3 +88,8 @@ def draw_streams(streams: list[int], seed: int, step: int) -> int:
     """The number of streams S of a strided fine-tuning step, one draw for all ranks."""
     word = random_words(1, "streams", seed, step)[0]
     return streams[int(word % np.uint64(len(streams)))]
+
+
+def inverse(order: np.ndarray) -> np.ndarray:
+    """The generation step n (from 1) of each position 1..N: the map from positions back to the order [..., N]."""
+    return np.argsort(order, axis=-1) + 1

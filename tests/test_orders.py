@@ -51,7 +51,7 @@ def test_strided_is_a_layout(length, streams):
     assert (sizes[:used] == 1).all()
     assert (sizes[used:-1] == used).all()
     # every stream is contiguous and in order: the ranks of neighbours that are not heads grow
-    ranks = np.argsort(layout.order)
+    ranks = orders.inverse(layout.order)
     heads = set(layout.order[:used].tolist())
     assert all(ranks[p - 1] > ranks[p - 2] for p in range(2, length + 1) if p not in heads)
 
@@ -63,6 +63,7 @@ def test_shuffled_moves_only_the_chosen(length, count, seed, sample):
     moved = (layout.order != np.arange(1, length + 1)).sum()
     assert moved <= (count if count > 1 else 0)
     again = orders.shuffled(length, count, seed, 1, sample)
+    assert np.array_equal(orders.inverse(layout.order)[layout.order - 1], np.arange(1, length + 1))
     assert np.array_equal(layout.order, again.order)
 
 

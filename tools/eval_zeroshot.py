@@ -29,7 +29,9 @@ def main() -> None:
         help="left-to-right (exact and the default), shuffled:K, strided:S; one row each",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="write the figures to FILE, or alone to standard output"
+    )
     args = parser.parse_args()
 
     from armd_scale import inference
@@ -43,13 +45,16 @@ def main() -> None:
     for name in args.text:
         if not Path(name).is_file():
             raise UserError(f"there is no text file {name}")
-    if args.json:
-        write_atomically(args.json, "{}\n")  # find out before the work that it can be written
+    alone = args.json == "-"
+    if args.json and not alone:
+        write_atomically(Path(args.json), "{}\n")  # find out before the work that it can be written
+    screen = sys.stderr if alone else sys.stdout
     model = inference.load(args.model, device=args.device)
     tokenizer = tokenizers.load(args.model, model.config.vocab_size)
     print(
         f"model {args.model}; tokenizer {tokenizer.path.name} ({tokenizer.vocab_size} entries); protocol: tokens + "
-        f"EOS per document, chunks of {model.config.length}, BOS before each, every token scored, no sliding window"
+        f"EOS per document, chunks of {model.config.length}, BOS before each, every token scored, no sliding window",
+        file=screen,
     )
     results = []
     for name in args.text:
@@ -60,15 +65,19 @@ def main() -> None:
         if not tokens:
             raise UserError(f"{name} holds no text")
         print(
-            f"\n{name}  SHA-256 {digest}\n{size:,} bytes, {len(documents):,} documents, {len(tokens):,} scored tokens"
+            f"\n{name}  SHA-256 {digest}\n{size:,} bytes, {len(documents):,} documents, {len(tokens):,} scored tokens",
+            file=screen,
         )
-        print(f"{'order':<16}{'perplexity':>12}{'nats/token':>12}{'bits/byte':>12}")
+        print(f"{'order':<16}{'perplexity':>12}{'nats/token':>12}{'bits/byte':>12}", file=screen)
         for order in args.order:
             score = likelihood.score(model, likelihood.cut(tokens, model.config.length), order, size)
-            print(f"{order:<16}{score.perplexity:>12.3f}{score.nll:>12.4f}{score.bits_per_byte:>12.4f}")
+            print(f"{order:<16}{score.perplexity:>12.3f}{score.nll:>12.4f}{score.bits_per_byte:>12.4f}", file=screen)
             results.append({"text": name, "sha256": digest, "bytes": size, **score.as_dict()})
-    if args.json:
-        write_atomically(args.json, json.dumps({"model": str(args.model), "results": results}, indent=1) + "\n")
+    figures = json.dumps({"model": str(args.model), "results": results}, indent=1)
+    if alone:
+        print(figures)
+    elif args.json:
+        write_atomically(Path(args.json), figures + "\n")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def test_folders_and_globs(folder):
         ("x.txt.gz", gzip.compress(b"a" * 1000)[:-9], "cannot be read"),
         ("x.jsonl.zst", b"not zstd", "cannot be read"),
         ("x.parquet", b"PAR1", "cannot be read"),
-        ("x.doc", b"", "no known format"),
+        ("x.doc", b"\xd0\xcf\x11\xe0", "is not UTF-8"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, line):

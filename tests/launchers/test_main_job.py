@@ -192,6 +192,8 @@ def test_convert_generate_evaluate(finished, tmp_path, text):
         total / 0.6931471805599453 / sum(len(d.encode()) for d in documents), rel=1e-5
     )
     assert results[0]["sha256"] in score.stdout
+    alone = command("tools/eval_zeroshot.py", out, "--text", text, "--json")
+    assert json.loads(alone.stdout)["results"][0] == results[0]
 
 
 def test_bad_runs_are_one_line(finished, tmp_path, text):
