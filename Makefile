@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 
 .PHONY: tiny test parity lint clean
 
-tiny: $(READY)  ## set up, then train, export and sample a small model on real text: about 8 minutes on 2 cores
+tiny: $(READY)  ## set up, then train, export and sample a small model on real text: about 7 minutes on 2 cores
 	$(VENV)/bin/python launchers/slurm.py --config configs/tiny.yaml --cluster local
 
 test: $(READY)  ## set up, then run the tests

@@ -31,8 +31,8 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "l
 def documents(sources: list[str], field: str = "text") -> Iterator[str]:
     """All non-empty documents of ``sources``, in the order of the sorted file names.
 
-    A txt file is one document, and so is a file that is named and of no known format; a jsonl line and a parquet row hold
-    one in ``field``. Raises ``UserError`` that names the file and the record for anything that cannot be read.
+    A txt file is one document, and so is a named file of no known format; a jsonl line and a parquet row hold one in
+    ``field``. Raises ``UserError`` that names the file and the record for anything that cannot be read.
     """
     for source in files(sources):
         texts = python_documents() if source == BUILTIN else _read(Path(source), field)
