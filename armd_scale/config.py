@@ -385,6 +385,11 @@ class RunConfig(_Section):
                 "other stages for ever; "
                 "nearest layouts: parallel.zero = 1 with these stages, or parallel.pipeline = 1"
             )
+        if parallel.zero == 0 and self.train.dtype == "bfloat16":
+            raise ValueError(
+                "parallel.zero = 0 keeps no float32 master weights for train.dtype = bfloat16; "
+                "nearest layouts: parallel.zero = 1, or train.dtype = float32"
+            )
         if parallel.chunks > 1 and parallel.pipeline == 1:
             raise ValueError(f"parallel.chunks = {parallel.chunks} needs parallel.pipeline of at least 2")
         runs = parallel.pipeline * parallel.chunks

@@ -66,6 +66,7 @@ def test_overrides_and_round_trip(file, tmp_path):
         ("parallel.chunks=2", "parallel.chunks = 2 needs parallel.pipeline of at least 2"),
         ("parallel.cut=[1]", "parallel.cut = [1] must be 0 growing layer numbers"),
         ("parallel.zero=4", "parallel.zero = 4"),
+        ("parallel.zero=0", "keeps no float32 master weights for train.dtype = bfloat16"),
         ("seed=4294967296", "seed = 4294967296"),
         ("optimizer.lr=.inf", "optimizer.lr = inf"),
         ("report.generate_streams=[]", "report.generate_streams"),

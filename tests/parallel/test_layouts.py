@@ -219,15 +219,26 @@ def test_a_layout_repeated_is_bit_exact():
         assert torch.equal(tensor, second[2][name]), name
 
 
-@pytest.mark.parametrize("layout", [{}, {"processes": 2}, {"tensor": 2, "processes": 4}])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        {"processes": 2},
+        {"tensor": 2, "processes": 4},
+        {"processes": 2, "parallel__pipeline": 2},
+        {"processes": 2, "parallel__zero": 2},
+        {"processes": 2, "parallel__zero": 3},
+    ],
+    ids=["one", "dp2", "tp2 dp2", "pp2", "zero2", "zero3"],
+)
 def test_bfloat16_follows_float32(reference, layout):
     """Float32 master weights and gradient sums: bf16 losses stay within its rounding of the float32 ones."""
     model, (losses, *_) = reference
     run = config(model=model, train__dtype="bfloat16", **layout)
     got = start(run)
     np.testing.assert_allclose(got[0], losses, atol=0.05)
-    working = next(v for k, v in got[2].items() if k == "working/norm.weight")
-    assert torch.equal(working, working.bfloat16().float())
+    working = got[2].get("working/norm.weight")  # with ZeRO-3 no rank has it whole
+    assert working is None or torch.equal(working, working.bfloat16().float())
     assert not torch.equal(got[2]["weight/norm.weight"], got[2]["weight/norm.weight"].bfloat16().float())
 
 
