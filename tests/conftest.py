@@ -9,7 +9,7 @@ import dataclasses
 import pickle
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +96,24 @@ def pytest_addoption(parser):
     parser.addoption("--parity", action="store_true", help="every layout with every model, see make parity")
 
 
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    """Megatron-Core's groups for a single process."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Run a test marked ``one_process`` in a forked process with Megatron-Core's groups of one.
+
+    Not in this process: gloo's threads, once started here, are missing in every process forked later, which then hangs.
+    """
+    if pyfuncitem.get_closest_marker("one_process") is None:
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    run_processes(1, _with_groups, pyfuncitem.obj, arguments)
+    return True
+
+
+def _with_groups(rank: int, count: int, rendezvous: Path, test: Callable[..., None], arguments: dict[str, Any]) -> None:
     from armd_scale.parallel import groups
 
-    groups.start(ParallelConfig(), rank=0, processes=1, rendezvous=tmp_path / "store", device=torch.device("cpu"))
-    yield
+    groups.start(ParallelConfig(), rank=rank, processes=count, rendezvous=rendezvous, device=torch.device("cpu"))
+    test(**arguments)
     groups.stop()
 
 

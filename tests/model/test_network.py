@@ -39,7 +39,7 @@ def weights(stage, config):
     return {n: t[: config.vocab_size] if n in ("embedding.weight", "head.weight") else t for n, t in out.items()}
 
 
-@pytest.mark.usefixtures("one_process")
+@pytest.mark.one_process
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("length", [16, 11])
 def test_equals_the_reference_in_every_layout(kind, length):
@@ -61,7 +61,7 @@ def test_equals_the_reference_in_every_layout(kind, length):
             torch.testing.assert_close(nll[row], -logp.gather(1, targets)[:, 0], atol=1e-4, rtol=1e-5, msg=name)
 
 
-@pytest.mark.usefixtures("one_process")
+@pytest.mark.one_process
 def test_a_batch_may_mix_orders():
     config = PAPER
     stage = build(config)
@@ -74,7 +74,7 @@ def test_a_batch_may_mix_orders():
         torch.testing.assert_close(together[row : row + 1], alone, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.usefixtures("one_process")
+@pytest.mark.one_process
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("layout", ["random", "strided-4"])
 def test_strict_causality_of_the_training_network(kind, layout):
@@ -92,7 +92,7 @@ def test_strict_causality_of_the_training_network(kind, layout):
         assert torch.equal(before[blind], after[blind])
 
 
-@pytest.mark.usefixtures("one_process")
+@pytest.mark.one_process
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("cut", [[1], [2], [1, 2]])
 @pytest.mark.parametrize("layout", ["random", "strided-2"])
@@ -123,7 +123,7 @@ def test_stages_in_a_row_are_the_network(kind, cut, layout):
         torch.testing.assert_close(found[name], param.grad, atol=1e-7, rtol=1e-4)
 
 
-@pytest.mark.usefixtures("one_process")
+@pytest.mark.one_process
 def test_no_probability_for_padding_of_the_vocabulary():
     config = PAPER
     assert config.padded_vocab == 128
