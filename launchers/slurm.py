@@ -50,8 +50,10 @@ def main() -> None:
     except OSError as error:
         raise UserError(f"the run folder {config.directory} cannot be written: {error}") from error
     # A launcher that is told to end must end its jobs; two of them must not share a run.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    # SIGINT too: started in the background of a script it is ignored, here and in the jobs, which are cancelled by it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, _interrupt)
     with exclusive(config.directory / ".lock", f"the run folder {config.directory}"):
         _prepare_folder(config)
         launcher = _Launcher(config, cluster)
