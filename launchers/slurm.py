@@ -102,7 +102,6 @@ class _Launcher:
 
         self.config, self.cluster = config, cluster
         self.console = Console(highlight=False, markup=False)
-        self.after: str | None = None
         self.summary: dict[str, Any] | None = None
         where = "Slurm" if cluster == "slurm" else "this machine"
         self.console.print(
@@ -125,7 +124,6 @@ class _Launcher:
                 f"stopped; the same command goes on from the newest checkpoint in {self.config.directory}"
             )
             raise
-        self.after = job.job_id
         results = _results(job, stage)
         if stage == "finish":
             self.summary = results[0]

@@ -4,7 +4,6 @@ A job is a function of the resolved configuration that runs in processes which s
 comes back as a value, so that the front door can print it as one line.
 """
 
-import importlib
 import os
 import traceback
 from collections.abc import Callable
@@ -34,8 +33,9 @@ def run(stage: str, config: RunConfig, token: str) -> dict[str, Any]:
 
 
 def _prepare(config: RunConfig) -> dict[str, Any]:
-    index = importlib.import_module("data_pipeline.prepare").prepare(config)
-    return {"samples": index["samples"]}
+    from data_pipeline.prepare import prepare
+
+    return {"samples": prepare(config)["samples"]}
 
 
 def _train(config: RunConfig) -> None:

@@ -275,20 +275,8 @@ def test_bad_checkpoints_and_exports_are_one_line(finished, tmp_path):
 def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(finished, tmp_path, text):
     """kill -9 of one of four processes: the launcher says so, and the run resumed has the undisturbed losses."""
     config, _run, _ = finished
-    values = yaml.safe_load(config.read_text())
-    values["run_dir"] = str(tmp_path / "run")
-    values["train"] |= {"steps": 60, "checkpoint_every": 4, "eval_every": 1000}
-    path = tmp_path / "long.yaml"
-    path.write_text(yaml.safe_dump(values))
-    words = [sys.executable, "launchers/slurm.py", "--config", str(path), "--cluster", "local"]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while len(read_metrics(tmp_path / "run")) < 12 and time.monotonic() < deadline:
-        time.sleep(0.2)
-    victims = [
-        int(p.name) for p in Path("/proc").glob("[0-9]*")
-        if b"submitit.core._submit" in _cmdline(p) and str(tmp_path).encode() in _cmdline(p)
-    ]  # fmt: skip
+    words, process = _under_way(config, tmp_path, 12, steps=60, checkpoint_every=4, eval_every=1000)
+    victims = _running("submitit.core._submit", tmp_path)
     assert len(victims) >= 4
     second = command(*words[1:])
     refused(second, "another process works on the run folder")
@@ -306,35 +294,41 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(finished, tmp_p
     assert {step: after[step] for step in before} == before
 
 
+def test_a_launcher_that_is_told_to_end_ends_its_jobs(finished, tmp_path):
+    config, _, _ = finished
+    _, process = _under_way(config, tmp_path, 3, steps=5000, checkpoint_every=1000, eval_every=5000)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and _running("submitit", tmp_path):
+        time.sleep(0.5)
+    assert not _running("submitit", tmp_path)
+
+
+def _under_way(config, folder, records, **train):
+    """Launch a longer run of ``config`` in ``folder`` and wait for its first records; its command and its process."""
+    values = yaml.safe_load(config.read_text())
+    values["run_dir"] = str(folder / "run")
+    values["train"] |= train
+    path = folder / "long.yaml"
+    path.write_text(yaml.safe_dump(values))
+    words = [sys.executable, "launchers/slurm.py", "--config", str(path), "--cluster", "local"]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(read_metrics(folder / "run")) < records and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return words, process
+
+
+def _running(word, folder):
+    """Numbers of the processes whose command line holds both."""
+    paths = Path("/proc").glob("[0-9]*")
+    return [int(p.name) for p in paths if word.encode() in _cmdline(p) and str(folder).encode() in _cmdline(p)]
+
+
 def _cmdline(path):
     try:
         return (path / "cmdline").read_bytes()
     except OSError:
         return b""
-
-
-def test_a_launcher_that_is_told_to_end_ends_its_jobs(finished, tmp_path):
-    config, _, _ = finished
-    values = yaml.safe_load(config.read_text())
-    values["run_dir"] = str(tmp_path / "run")
-    values["train"] |= {"steps": 5000, "checkpoint_every": 1000, "eval_every": 5000}
-    path = tmp_path / "long.yaml"
-    path.write_text(yaml.safe_dump(values))
-    words = [sys.executable, "launchers/slurm.py", "--config", str(path), "--cluster", "local"]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while len(read_metrics(tmp_path / "run")) < 3 and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.terminate()
-    process.communicate(timeout=60)
-    assert process.returncode == 130
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and _running(tmp_path):
-        time.sleep(0.5)
-    assert not _running(tmp_path)
-
-
-def _running(folder):
-    return [
-        p for p in Path("/proc").glob("[0-9]*") if b"submitit" in _cmdline(p) and str(folder).encode() in _cmdline(p)
-    ]
