@@ -35,7 +35,7 @@ def position_table(rows: int, kernel: str, dim: int, width: float) -> Tensor:
 
 
 @functools.cache
-def _fixed_table(rows: int, kernel: str, dim: int, width: float, device: torch.device) -> Tensor:
+def fixed_table(rows: int, kernel: str, dim: int, width: float, device: torch.device) -> Tensor:
     # Not a buffer: an engine that casts a module to bfloat16 would cast it too, and it must stay exact.
     return position_table(rows, kernel, dim, width).to(device, torch.float32)
 
@@ -88,4 +88,4 @@ class PrefixAggregation(nn.Module):
     def _table(self, device: torch.device) -> Tensor:
         if self.config.kernel == "learned":
             return self.table
-        return _fixed_table(self.rows, self.config.kernel, self.dim, self.config.width, device)
+        return fixed_table(self.rows, self.config.kernel, self.dim, self.config.width, device)

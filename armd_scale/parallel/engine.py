@@ -36,6 +36,9 @@ from armd_scale.parallel.sharding import initialise, local_shape, partition_dim
 MASTER = "weight"
 """Name of the float32 master weights beside the optimiser's own states."""
 
+BUCKET = 40_000_000
+"""Largest number of gradients that one reduction of ZeRO collects before it is sent."""
+
 
 class Engine:
     """The sharded model of a run on this rank, and the operations that all ranks do together."""
@@ -56,8 +59,10 @@ class Engine:
             model=self.chunks,
             optimizer=optimizers.build(self.chunks, config.optimizer, fused=device.type == "cuda"),
             mpu=MegatronTopology(count_by_tensor_rank=self.zero == 3),
-            config=_deepspeed_config(config),
+            config=_deepspeed_config(config, sum(p.numel() for p in self.chunks.parameters()), device),
         )
+        # ZeRO-0 reduces here, see _reduce_and_clip; DeepSpeed would send everything once more.
+        self._engine.enable_backward_allreduce = self.zero > 0
         # ZeRO-0 in float32 steps the bare optimiser; every other stage wraps it.
         self._base: optimizers.AveragedAdamW = self._zero.optimizer if self.zero else self._zero
         self._norm = 0.0
@@ -302,7 +307,8 @@ def _gradient(param: nn.Parameter) -> Tensor:
     return gradient
 
 
-def _deepspeed_config(config: RunConfig) -> dict[str, Any]:
+def _deepspeed_config(config: RunConfig, parameters: int, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's settings for a rank that holds ``parameters`` weights before ZeRO cuts them."""
     zero = config.parallel.zero
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
@@ -310,7 +316,13 @@ def _deepspeed_config(config: RunConfig) -> dict[str, Any]:
         # Every step() is an update; what ZeRO-2 and 3 need for reducing once a step works in the managed mode only.
         "managed_gradient_accumulation": zero > 1,
         "gradient_clipping": config.optimizer.clip if zero else 0.0,
-        "zero_optimization": {"stage": zero, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": zero,
+            # ZeRO-1 reduces once, after the last micro-batch: only ZeRO-2 and 3 have something to overlap with.
+            "overlap_comm": zero > 1 and device.type == "cuda",
+            # DeepSpeed allocates the whole bucket, 2 GB by default, whatever the size of the model.
+            "reduce_bucket_size": min(BUCKET, parameters),
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }

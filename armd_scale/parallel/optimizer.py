@@ -56,4 +56,5 @@ def build(module: nn.Module, config: OptimizerConfig, fused: bool) -> AveragedAd
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         fused=fused,
+        foreach=False,  # beside the fused kernel it would only cost memory
     )

@@ -1,0 +1,65 @@
+"""What the GPUs can do, and how much of it is assumed to be reached.
+
+Peaks are the makers' data sheets. The shares are assumptions, in one place, to be replaced by what is measured.
+"""
+
+from dataclasses import dataclass
+
+from armd_scale.errors import UserError
+from armd_scale.model.flops import PEAKS
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A device and its links. Rates are a second and in one direction."""
+
+    name: str
+    memory: float
+    """Bytes that a process can have."""
+    flops: float
+    """Dense bfloat16 peak."""
+    flops32: float
+    """Float32 peak outside the matrix units (TF32 is off)."""
+    bandwidth: float
+    """Bytes of device memory read or written."""
+    link: float
+    """Bytes to the other GPUs of a node."""
+    network: float
+    """Bytes to other nodes, of each GPU."""
+    cuda: bool = True
+    """False: plan for processes on CPU; memory only, since no rate of a CPU is known."""
+
+    def operation(self, flops: float, moved: float, exact: bool) -> float:
+        """Seconds of one kernel: arithmetic or memory traffic, whichever is longer, but no less than a launch."""
+        rate = self.flops32 if exact else self.flops
+        return max(flops / (rate * ARITHMETIC), moved / (self.bandwidth * MEMORY), LAUNCH)
+
+
+ARITHMETIC = 0.70
+"""Share of the peak that large matrix products reach."""
+MEMORY = 0.80
+"""Share of the memory bandwidth that other kernels reach."""
+COMMUNICATION = 0.75
+"""Share of a link's rate that collectives reach."""
+LAUNCH = 3e-6
+"""Shortest time of a kernel in seconds, launched from a queue that never runs dry."""
+RESERVED = 4e9
+"""Bytes of a GPU that the CUDA context, NCCL's buffers and fragmentation take."""
+
+_H100 = dict(flops=PEAKS["H100"], flops32=67e12, link=450e9, network=50e9)
+GPUS = {
+    "h100": GPU("H100 SXM 80 GB", memory=85.0e9, bandwidth=3.35e12, **_H100),
+    "h200": GPU("H200 SXM 141 GB", memory=150.1e9, bandwidth=4.8e12, **_H100),
+    "a100": GPU(
+        "A100 SXM 80 GB", memory=85.0e9, flops=PEAKS["A100"], flops32=19.5e12, bandwidth=2.04e12, link=300e9,
+        network=25e9,
+    ),
+    "cpu": GPU("CPU", memory=float("inf"), flops=1, flops32=1, bandwidth=1, link=1, network=1, cuda=False),
+}  # fmt: skip
+
+
+def find(name: str) -> GPU:
+    """A GPU by its name in ``GPUS``; ``UserError`` names the known ones."""
+    if name.lower() not in GPUS:
+        raise UserError(f"no figures are known for the GPU '{name}'; known: {', '.join(GPUS)}")
+    return GPUS[name.lower()]

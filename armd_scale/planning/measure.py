@@ -1,0 +1,287 @@
+"""One micro-batch through a run of layers, with real shapes and no memory: torch's fake tensors and a fake process group.
+
+The real ``Stage`` runs forward and backward as one rank of up to thousands; nothing is computed and nothing is sent.
+Every operation that PyTorch dispatches is seen, with its tensors: what stays alive, the largest amount alive at once,
+floating-point operations, bytes moved, and what is sent over the tensor-parallel group.
+
+All layers of a kind cost the same, so a run is measured with at most two of each kind, and the rest is extrapolated.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from armd_scale.config import RunConfig
+from armd_scale.model import prefix
+from armd_scale.model.network import Stage
+from armd_scale.model.rows import Rows
+from armd_scale.parallel import megatron_cpu
+from armd_scale.parallel.groups import transformer_config
+from armd_scale.planning.hardware import GPU
+
+_REDUCED = {"allreduce_": 2.0, "_allgather_base_": 1.0, "_reduce_scatter_base_": 1.0}
+"""Passes of the data over a ring, per collective of c10d."""
+
+
+@dataclass
+class Pass:
+    """A forward or a backward pass of one micro-batch."""
+
+    peak: float = 0.0
+    """Most bytes of this micro-batch alive at once."""
+    flops: float = 0.0
+    """Floating-point operations of matrix products and attention."""
+    seconds: float = 0.0
+    """Sum over the operations of the longer of its arithmetic and its memory traffic."""
+    sent: float = 0.0
+    """Bytes that this rank sends over the tensor-parallel group, by the ring algorithm."""
+
+
+@dataclass
+class Chunk:
+    """A run of layers on one rank."""
+
+    matrices: float = 0.0
+    """Weights with two dimensions or more, before ZeRO cuts them."""
+    vectors: float = 0.0
+    """The other weights."""
+    largest: float = 0.0
+    """Elements of the largest weight."""
+    shared: float = 0.0
+    """Bytes of the buffer that sequence parallelism gathers activations into, one for all layers of a rank."""
+    kept: float = 0.0
+    """Bytes alive between the two passes of a micro-batch."""
+    forward: Pass = field(default_factory=Pass)
+    backward: Pass = field(default_factory=Pass)
+
+    @property
+    def parameters(self) -> float:
+        return self.matrices + self.vectors
+
+
+def measure(config: RunConfig, first: int, last: int, gpu: GPU) -> Chunk:
+    """The run of layers ``first`` to ``last`` (exclusive) of a configuration with a known vocabulary."""
+    model = config.model
+    kinds = [_kind(config, index) for index in range(first, last)]
+    counts = [min(2, kinds.count(kind)) for kind in _KINDS]
+    base = _shrunk(config, counts, first == 0, last == model.layers, gpu)
+    total = base
+    for kind, name in enumerate(_KINDS):
+        more = kinds.count(name) - 2
+        if more > 0:
+            fewer = [count - (kind == number) for number, count in enumerate(counts)]
+            total = _add(total, base, _shrunk(config, fewer, first == 0, last == model.layers, gpu), more)
+    return total
+
+
+_KINDS = ((2, 2), (2, 1), (1, 1))
+"""Streams into and out of a layer."""
+
+
+def _kind(config: RunConfig, index: int) -> tuple[int, int]:
+    two_stream = config.model.two_stream
+    return (1, 1) if index >= two_stream else (2, 1) if index == two_stream - 1 else (2, 2)
+
+
+def _add(total: Chunk, base: Chunk, fewer: Chunk, times: int) -> Chunk:
+    """``total`` and ``times`` the difference of ``base`` to ``fewer``; what there is once stays as it is."""
+
+    def add(a: Any, b: Any, c: Any) -> Any:
+        values = {f.name: getattr(a, f.name) for f in fields(a)}
+        for name, value in values.items():
+            others = getattr(b, name), getattr(c, name)
+            if name not in ("largest", "shared"):
+                values[name] = (
+                    add(value, *others) if isinstance(value, Pass) else value + times * (others[0] - others[1])
+                )
+        return type(a)(**values)
+
+    return add(total, base, fewer)
+
+
+def _shrunk(config: RunConfig, counts: list[int], has_first: bool, has_last: bool, gpu: GPU) -> Chunk:
+    """A run with so many layers of each kind, inside a model that has a layer before and after where it has one."""
+    both, turning, single = counts
+    before, after = int(not has_first), int(not has_last)
+    if both + turning == 0:
+        two_stream = before
+    elif turning:
+        two_stream = before + both + 1
+    else:
+        two_stream = before + both + after
+    length = both + turning + single
+    shape = config.model.model_copy(update={"layers": before + length + after, "two_stream_layers": two_stream})
+    return _run(config.model_copy(update={"model": shape}), before, before + length, gpu)
+
+
+def _run(config: RunConfig, first: int, last: int, gpu: GPU) -> Chunk:
+    dtype = getattr(torch, config.train.dtype)
+    length, batch, model = config.model.length, config.train.micro_batch, config.model
+    kernels = _CudaKernels() if gpu.cuda else contextlib.nullcontext()
+    _forget_tensors()
+    try:
+        with FakeTensorMode(), kernels:
+            stage = Stage(
+                model, transformer_config(model, config.parallel, dtype), first, last, config.parallel.recompute
+            )
+            for param in stage.parameters():
+                param.grad = torch.empty_like(param)
+            index = torch.zeros(batch, length, dtype=torch.int64)
+            rows = Rows(index, index, index, index, visible=None)
+            if not stage.is_first:
+                streams = 2 if config.parallel.chunks > 1 else _kind(config, first)[0]
+                rank_rows = length // config.parallel.tensor if config.parallel.sequence else length
+            sharing = config.parallel.sequence and config.parallel.tensor > 1
+            gathered = parallel_state.get_global_memory_buffer().get_tensor(
+                [length, 2 * batch, model.hidden] if sharing else [0], dtype, "mpu"
+            )
+            watch = _Watch(gpu)
+            with watch:
+                if not stage.is_first:
+                    received = torch.empty(rank_rows, streams * batch, model.hidden, dtype=dtype, requires_grad=True)
+                    stage.set_input_tensor(received)
+                out = stage(rows)
+                loss = out.mean() if stage.is_last else out
+            kept, sent = watch.alive, 0 if stage.is_last else out.nbytes
+            forward = watch.turn()
+            with watch:
+                loss.backward(torch.empty_like(loss))
+            backward = watch.turn()
+            if gpu.cuda:  # Megatron drops what it has sent; the graph keeps its shape alone
+                kept, backward.peak = kept - sent, backward.peak - sent
+            sizes = [param.numel() for param in stage.parameters()]
+            matrices = sum(param.numel() for param in stage.parameters() if param.dim() > 1)
+    finally:
+        _forget_tensors()
+    return Chunk(
+        matrices, sum(sizes) - matrices, max(sizes), gathered.nbytes, kept, forward, backward
+    )
+
+
+def _forget_tensors() -> None:
+    """Drop what outlives a pass: tensors of one fake mode mean nothing outside it."""
+    prefix.fixed_table.cache_clear()
+    parallel_state.destroy_global_memory_buffer()
+    parallel_state._set_global_memory_buffer()
+
+
+@contextlib.contextmanager
+def fake_ranks(config: RunConfig) -> Iterator[None]:
+    """Megatron-Core's groups of a layout as its rank 0 sees them, with nobody else there."""
+    megatron_cpu.install()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.cluster.processes)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.parallel.tensor,
+            pipeline_model_parallel_size=config.parallel.pipeline,
+            virtual_pipeline_model_parallel_size=config.parallel.chunks if config.parallel.chunks > 1 else None,
+            create_gloo_process_groups=False,
+        )
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _storages(tree: Any) -> set[torch.UntypedStorage]:
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device.type != "meta")
+    return {tensor.untyped_storage() for tensor in tensors}
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that operations inside have made and that are still there; the peak of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = 0
+        self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for storage in _storages(out) - _storages((args, kwargs)):
+            if storage in self._known:
+                continue
+            size = storage.nbytes()
+            self._known.add(storage)
+            self.alive += size
+            weakref.finalize(storage, self._free, size)
+        self.peak = max(self.peak, self.alive)
+        return out
+
+    def _free(self, size: int) -> None:
+        self.alive -= size
+
+
+class _Watch(Live):
+    """Counts what the operations of a pass do as well."""
+
+    def __init__(self, gpu: GPU) -> None:
+        super().__init__()
+        self.gpu = gpu
+        self.counts = Pass()
+
+    def turn(self) -> Pass:
+        """End of a pass: its counts. What is alive stays known."""
+        done, self.counts = self.counts, Pass()
+        done.peak, self.peak = self.peak, self.alive
+        return done
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        name = func.overloadpacket._qualified_op_name
+        if name.startswith("c10d::"):
+            self._collective(name.removeprefix("c10d::"), args)
+        else:
+            view = _storages(outputs) <= _storages(inputs)
+            if func._schema.is_mutable or not view:
+                self._charge(func, name, args, kwargs or {}, out, inputs, outputs)
+        return out
+
+    def _collective(self, name: str, args: Any) -> None:
+        size = max(leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        self.counts.sent += _REDUCED[name] * size * (ranks - 1) / ranks
+
+    def _charge(self, func: Any, name: str, args: Any, kwargs: Any, out: Any, inputs: Any, outputs: Any) -> None:
+        flops = 0.0
+        if func.overloadpacket in flop_registry:
+            flops = float(flop_registry[func.overloadpacket](*args, **kwargs, out_val=out))
+        elif name.startswith("aten::_scaled_dot_product_flash_attention_for_cpu"):
+            backward = name.endswith("_backward")
+            query, key = args[1 if backward else 0], args[2 if backward else 1]
+            batch, heads, rows, width = query.shape
+            # Two products forward, five backward, over the half of the scores that is not masked.
+            flops = (5 if backward else 2) * 2 * batch * heads * rows * key.shape[2] * width / 2
+        self.counts.flops += flops
+        moved = sum(tensor.nbytes for tensor in inputs) + sum(tensor.nbytes for tensor in outputs)
+        self.counts.seconds += self.gpu.operation(flops, moved, exact=_is_float32(inputs))
+
+
+def _is_float32(inputs: list[Tensor]) -> bool:
+    return any(tensor.dtype is torch.float32 and tensor.dim() > 1 for tensor in inputs)
+
+
+class _CudaKernels(TorchFunctionMode):
+    """On CUDA RMSNorm is one kernel that keeps its input and a number a row; on CPU it is several operations."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.rms_norm:
+            return F.layer_norm(*args, kwargs["weight"])
+        return func(*args, **(kwargs or {}))
