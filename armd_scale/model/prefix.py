@@ -4,12 +4,18 @@
 
 Linear attention with position embeddings as query and key: with fixed tables the kernel depends on the distance
 alone. Computed in float32 and in chunks of the sequence, so that nothing of size N x N x d exists and the
-work between chunks goes through the running state d_pe x d that decoding carries.
+work between chunks goes through the running state d_pe x d that decoding carries. It is linear in the d_pe features, so
+tensor-parallel ranks share the work: each takes a part of the features of a fixed table, and the seeds are summed.
 """
 
 import functools
 
 import torch
+from megatron.core.parallel_state import get_tensor_model_parallel_rank
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -49,6 +55,8 @@ class PrefixAggregation(nn.Module):
         self.dim = config.prefix_dim
         self.rows = config.length + 1
         dtype = parallel.params_dtype
+        ranks = parallel.tensor_model_parallel_size
+        self.ranks = 1 if self.config.kernel == "learned" or self.dim % ranks else ranks
         if self.config.kernel == "learned":
             self.table = nn.Parameter(torch.empty(self.rows, self.dim, dtype=dtype))
         self.target_projection = (
@@ -60,9 +68,15 @@ class PrefixAggregation(nn.Module):
         (None: row n sees n + 1)."""
         dtype = torch.promote_types(x_NBd.dtype, torch.float32)
         table = self._table(x_NBd.device)
-        keys_BNp = table[context_BN].to(dtype)
-        queries_BNp = table[targets_BN].to(dtype)
+        mine = table
+        if self.ranks > 1:
+            mine = table.chunk(self.ranks, dim=-1)[get_tensor_model_parallel_rank()]
+        keys_BNp = mine[context_BN].to(dtype)
+        queries_BNp = mine[targets_BN].to(dtype)
         x_BNd = x_NBd.transpose(0, 1).to(dtype)
+        if self.ranks > 1:
+            # Contiguous, and sliced after it: Megatron does not reduce a gradient that is not contiguous.
+            x_BNd = copy_to_tensor_model_parallel_region(x_BNd.contiguous())
         batch, length, _ = x_BNd.shape
         # A block may reach back any distance, so block layouts are one chunk.
         chunk = CHUNK if visible_BN is None else max(1, length)
@@ -78,11 +92,13 @@ class PrefixAggregation(nn.Module):
             seeds.append(((q_BCp @ k_BCp.transpose(1, 2)) * seen_BCC) @ x_BCd + q_BCp @ state_Bpd)
             state_Bpd = state_Bpd + k_BCp.transpose(1, 2) @ x_BCd
         seed_BNd = torch.cat(seeds, dim=1)
+        if self.ranks > 1:
+            seed_BNd = reduce_from_tensor_model_parallel_region(seed_BNd)
         if self.config.scale != "none":
             size = visible_BN[..., None].to(dtype)
             seed_BNd = seed_BNd / (size.sqrt() if self.config.scale == "sqrt" else size)
         if self.target_projection is not None:
-            seed_BNd = seed_BNd + queries_BNp @ self.target_projection.to(dtype).t()
+            seed_BNd = seed_BNd + table[targets_BN].to(dtype) @ self.target_projection.to(dtype).t()
         return seed_BNd.transpose(0, 1).to(x_NBd.dtype).contiguous()
 
     def _table(self, device: torch.device) -> Tensor:

@@ -18,8 +18,10 @@ class GPU:
     """Bytes that a process can have."""
     flops: float
     """Dense bfloat16 peak."""
-    flops32: float
-    """Float32 peak outside the matrix units (TF32 is off)."""
+    flops_tf32: float
+    """TensorFloat-32 peak: what a bfloat16 run uses for its few float32 products."""
+    flops_float32: float
+    """Float32 peak outside the matrix units: what a float32 run uses."""
     bandwidth: float
     """Bytes of device memory read or written."""
     link: float
@@ -29,9 +31,8 @@ class GPU:
     cuda: bool = True
     """False: plan for processes on CPU; memory only, since no rate of a CPU is known."""
 
-    def operation(self, flops: float, moved: float, exact: bool) -> float:
+    def operation(self, flops: float, moved: float, rate: float) -> float:
         """Seconds of one kernel: arithmetic or memory traffic, whichever is longer, but no less than a launch."""
-        rate = self.flops32 if exact else self.flops
         return max(flops / (rate * ARITHMETIC), moved / (self.bandwidth * MEMORY), LAUNCH)
 
 
@@ -46,15 +47,22 @@ LAUNCH = 3e-6
 RESERVED = 4e9
 """Bytes of a GPU that the CUDA context, NCCL's buffers and fragmentation take."""
 
-_H100 = dict(flops=PEAKS["H100"], flops32=67e12, link=450e9, network=50e9)
 GPUS = {
-    "h100": GPU("H100 SXM 80 GB", memory=85.0e9, bandwidth=3.35e12, **_H100),
-    "h200": GPU("H200 SXM 141 GB", memory=150.1e9, bandwidth=4.8e12, **_H100),
-    "a100": GPU(
-        "A100 SXM 80 GB", memory=85.0e9, flops=PEAKS["A100"], flops32=19.5e12, bandwidth=2.04e12, link=300e9,
-        network=25e9,
+    "h100": GPU(
+        "H100 SXM 80 GB", memory=85.0e9, flops=PEAKS["H100"], flops_tf32=495e12, flops_float32=67e12,
+        bandwidth=3.35e12, link=450e9, network=50e9,
     ),
-    "cpu": GPU("CPU", memory=float("inf"), flops=1, flops32=1, bandwidth=1, link=1, network=1, cuda=False),
+    "h200": GPU(
+        "H200 SXM 141 GB", memory=150.1e9, flops=PEAKS["H200"], flops_tf32=495e12, flops_float32=67e12,
+        bandwidth=4.8e12, link=450e9, network=50e9,
+    ),
+    "a100": GPU(
+        "A100 SXM 80 GB", memory=85.0e9, flops=PEAKS["A100"], flops_tf32=156e12, flops_float32=19.5e12,
+        bandwidth=2.04e12, link=300e9, network=25e9,
+    ),
+    "cpu": GPU(
+        "CPU", memory=float("inf"), flops=1, flops_tf32=1, flops_float32=1, bandwidth=1, link=1, network=1, cuda=False,
+    ),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""One micro-batch through a run of layers, with real shapes and no memory: torch's fake tensors and a fake process group.
+"""One micro-batch through a run of layers, with real shapes and no memory: torch's fake tensors on a fake group.
 
 The real ``Stage`` runs forward and backward as one rank of up to thousands; nothing is computed and nothing is sent.
 Every operation that PyTorch dispatches is seen, with its tensors: what stays alive, the largest amount alive at once,
@@ -8,8 +8,10 @@ All layers of a kind cost the same, so a run is measured with at most two of eac
 """
 
 import contextlib
+import itertools
+import unittest.mock
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -19,7 +21,6 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -73,19 +74,50 @@ class Chunk:
         return self.matrices + self.vectors
 
 
-def measure(config: RunConfig, first: int, last: int, gpu: GPU) -> Chunk:
-    """The run of layers ``first`` to ``last`` (exclusive) of a configuration with a known vocabulary."""
-    model = config.model
-    kinds = [_kind(config, index) for index in range(first, last)]
-    counts = [min(2, kinds.count(kind)) for kind in _KINDS]
-    base = _shrunk(config, counts, first == 0, last == model.layers, gpu)
-    total = base
-    for kind, name in enumerate(_KINDS):
-        more = kinds.count(name) - 2
-        if more > 0:
-            fewer = [count - (kind == number) for number, count in enumerate(counts)]
-            total = _add(total, base, _shrunk(config, fewer, first == 0, last == model.layers, gpu), more)
-    return total
+class Meter:
+    """Measures runs of layers for one kind of GPU, each shape once."""
+
+    def __init__(self, gpu: GPU) -> None:
+        self.gpu = gpu
+        self._known: dict[str, Chunk] = {}
+
+    def chunks(self, config: RunConfig, edges: list[int]) -> list[Chunk]:
+        """The runs of layers between neighbouring ``edges``, for a configuration with a known vocabulary."""
+        with fake_ranks(config):
+            return [self._chunk(config, first, last) for first, last in itertools.pairwise(edges)]
+
+    def _chunk(self, config: RunConfig, first: int, last: int) -> Chunk:
+        kinds = [_kind(config, index) for index in range(first, last)]
+        counts = [min(2, kinds.count(kind)) for kind in _KINDS]
+        ends = first == 0, last == config.model.layers
+        base = self._shrunk(config, counts, *ends)
+        total = base
+        for kind, name in enumerate(_KINDS):
+            more = kinds.count(name) - 2
+            if more > 0:
+                fewer = [count - (kind == number) for number, count in enumerate(counts)]
+                total = _add(total, base, self._shrunk(config, fewer, *ends), more)
+        return total
+
+    def _shrunk(self, config: RunConfig, counts: list[int], has_first: bool, has_last: bool) -> Chunk:
+        """A run with so many layers of each kind, inside a model that has a layer before and after where it has one."""
+        both, turning, single = counts
+        before, after = int(not has_first), int(not has_last)
+        if both + turning == 0:
+            two_stream = before
+        elif turning:
+            two_stream = before + both + 1
+        else:
+            two_stream = before + both + after
+        length = both + turning + single
+        shape = config.model.model_copy(update={"layers": before + length + after, "two_stream_layers": two_stream})
+        parallel = config.parallel
+        layout = parallel.tensor, parallel.sequence, parallel.recompute, parallel.chunks > 1
+        known = repr((shape, layout, config.train.dtype, config.train.micro_batch, has_first, has_last))
+        if known not in self._known:
+            small = config.model_copy(update={"model": shape})
+            self._known[known] = run(small, before, before + length, self.gpu)
+        return self._known[known]
 
 
 _KINDS = ((2, 2), (2, 1), (1, 1))
@@ -113,25 +145,11 @@ def _add(total: Chunk, base: Chunk, fewer: Chunk, times: int) -> Chunk:
     return add(total, base, fewer)
 
 
-def _shrunk(config: RunConfig, counts: list[int], has_first: bool, has_last: bool, gpu: GPU) -> Chunk:
-    """A run with so many layers of each kind, inside a model that has a layer before and after where it has one."""
-    both, turning, single = counts
-    before, after = int(not has_first), int(not has_last)
-    if both + turning == 0:
-        two_stream = before
-    elif turning:
-        two_stream = before + both + 1
-    else:
-        two_stream = before + both + after
-    length = both + turning + single
-    shape = config.model.model_copy(update={"layers": before + length + after, "two_stream_layers": two_stream})
-    return _run(config.model_copy(update={"model": shape}), before, before + length, gpu)
-
-
-def _run(config: RunConfig, first: int, last: int, gpu: GPU) -> Chunk:
+def run(config: RunConfig, first: int, last: int, gpu: GPU) -> Chunk:
+    """Layers ``first`` to ``last`` (exclusive) as they are, inside ``fake_ranks``."""
     dtype = getattr(torch, config.train.dtype)
     length, batch, model = config.model.length, config.train.micro_batch, config.model
-    kernels = _CudaKernels() if gpu.cuda else contextlib.nullcontext()
+    kernels = _cuda_kernels() if gpu.cuda else contextlib.nullcontext()
     _forget_tensors()
     try:
         with FakeTensorMode(), kernels:
@@ -149,7 +167,7 @@ def _run(config: RunConfig, first: int, last: int, gpu: GPU) -> Chunk:
             gathered = parallel_state.get_global_memory_buffer().get_tensor(
                 [length, 2 * batch, model.hidden] if sharing else [0], dtype, "mpu"
             )
-            watch = _Watch(gpu)
+            watch = _Watch(gpu, low=dtype is torch.bfloat16)
             with watch:
                 if not stage.is_first:
                     received = torch.empty(rank_rows, streams * batch, model.hidden, dtype=dtype, requires_grad=True)
@@ -167,9 +185,7 @@ def _run(config: RunConfig, first: int, last: int, gpu: GPU) -> Chunk:
             matrices = sum(param.numel() for param in stage.parameters() if param.dim() > 1)
     finally:
         _forget_tensors()
-    return Chunk(
-        matrices, sum(sizes) - matrices, max(sizes), gathered.nbytes, kept, forward, backward
-    )
+    return Chunk(matrices, sum(sizes) - matrices, max(sizes), gathered.nbytes, kept, forward, backward)
 
 
 def _forget_tensors() -> None:
@@ -230,9 +246,10 @@ class Live(TorchDispatchMode):
 class _Watch(Live):
     """Counts what the operations of a pass do as well."""
 
-    def __init__(self, gpu: GPU) -> None:
+    def __init__(self, gpu: GPU, low: bool) -> None:
         super().__init__()
         self.gpu = gpu
+        self.low = low
         self.counts = Pass()
 
     def turn(self) -> Pass:
@@ -271,17 +288,21 @@ class _Watch(Live):
             flops = (5 if backward else 2) * 2 * batch * heads * rows * key.shape[2] * width / 2
         self.counts.flops += flops
         moved = sum(tensor.nbytes for tensor in inputs) + sum(tensor.nbytes for tensor in outputs)
-        self.counts.seconds += self.gpu.operation(flops, moved, exact=_is_float32(inputs))
+        self.counts.seconds += self.gpu.operation(flops, moved, self._rate(inputs))
+
+    def _rate(self, inputs: list[Tensor]) -> float:
+        if not any(tensor.dtype is torch.float32 and tensor.dim() > 1 for tensor in inputs):
+            return self.gpu.flops
+        return self.gpu.flops_tf32 if self.low else self.gpu.flops_float32
 
 
-def _is_float32(inputs: list[Tensor]) -> bool:
-    return any(tensor.dtype is torch.float32 and tensor.dim() > 1 for tensor in inputs)
+@contextlib.contextmanager
+def _cuda_kernels() -> Iterator[None]:
+    """On CUDA RMSNorm is one kernel that keeps its input and a number a row, as LayerNorm everywhere; on CPU it is
+    several operations."""
 
+    def rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        return F.layer_norm(x, shape, weight, None, eps or 0.0)
 
-class _CudaKernels(TorchFunctionMode):
-    """On CUDA RMSNorm is one kernel that keeps its input and a number a row; on CPU it is several operations."""
-
-    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.rms_norm:
-            return F.layer_norm(*args, kwargs["weight"])
-        return func(*args, **(kwargs or {}))
+    with unittest.mock.patch.object(F, "rms_norm", rms_norm):
+        yield

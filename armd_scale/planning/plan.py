@@ -1,12 +1,13 @@
 """A layout before it is paid for: memory of the fullest rank, time of a step, communication, and better layouts.
 
 Shapes, the bytes that a micro-batch keeps, FLOPs and tensor-parallel messages come from the real network
-(``measure``), the order of passes from the schedule. What DeepSpeed allocates beside the weights is written down here and
-compared with real runs in ``tests/planning``. Times are estimates: see ``hardware`` for what they assume.
+(``measure``), the order of passes from the schedule. What DeepSpeed allocates beside the weights is written down here
+and compared with real runs in ``tests/planning``. Times are estimates: see ``hardware`` for what they assume.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -14,8 +15,8 @@ from pydantic import ValidationError
 from armd_scale.config import RunConfig
 from armd_scale.model.flops import cut_by_cost, training_flops_per_token
 from armd_scale.parallel.engine import BUCKET
-from armd_scale.planning.hardware import COMMUNICATION, MEMORY, RESERVED, GPU
-from armd_scale.planning.measure import Chunk, fake_ranks, measure
+from armd_scale.planning.hardware import COMMUNICATION, GPU, MEMORY, RESERVED
+from armd_scale.planning.measure import Chunk, Meter
 from armd_scale.planning.schedule import bubble, operations, simulate
 
 _GATHERED = 1_000_000_000
@@ -90,14 +91,14 @@ class Planner:
 
     def __init__(self, gpu: GPU) -> None:
         self.gpu = gpu
-        self._known: dict[Any, list[Chunk]] = {}
+        self._meter = Meter(gpu)
 
     def plan(self, config: RunConfig) -> Plan:
         """The plan of a configuration with a known vocabulary."""
         parallel, model = config.parallel, config.model
         runs = parallel.pipeline * parallel.chunks
         edges = [0, *(parallel.cut if parallel.cut is not None else cut_by_cost(model, runs)), model.layers]
-        chunks = self._measure(config, edges)
+        chunks = self._meter.chunks(config, edges)
         times = [(chunk.forward.seconds, chunk.backward.seconds) for chunk in chunks]
         times = [
             (
@@ -135,19 +136,6 @@ class Planner:
                 "optimiser": share * (4 * 9 + 2) / (self.gpu.bandwidth * MEMORY),
             },
         )
-
-    def _measure(self, config: RunConfig, edges: list[int]) -> list[Chunk]:
-        parallel = config.parallel
-        shape = parallel.model_copy(update={"zero": 1, "cut": None})
-        key = (config.model, config.train.dtype, config.train.micro_batch, shape, tuple(edges))
-        known = repr(key)
-        if known not in self._known:
-            # One group of model-parallel ranks is enough: the others do the same.
-            with fake_ranks(config):
-                self._known[known] = [
-                    measure(config, first, last, self.gpu) for first, last in zip(edges, edges[1:], strict=False)
-                ]
-        return self._known[known]
 
     def _node(self, config: RunConfig) -> int:
         return config.cluster.tasks_per_node
@@ -254,50 +242,42 @@ def _activations(config: RunConfig, rank: int, chunks: list[Chunk]) -> float:
     return most
 
 
-def alternatives(
-    planner: Planner, config: RunConfig, progress: Callable[[int], None] = lambda done: None
-) -> Iterator[Plan]:
-    """Plans of all layouts of the same run on the same GPUs that fit in memory."""
-    per_node = config.cluster.tasks_per_node
-    done = 0
-    for changes in _layouts(config, per_node):
-        try:
-            candidate = RunConfig.model_validate(
-                {
-                    **config.model_dump(),
-                    "parallel": {**config.parallel.model_dump(), "cut": None, **changes["parallel"]},
-                    "train": {**config.train.model_dump(), **changes["train"]},
-                }
-            )
-        except ValidationError:
-            continue
-        if _least_memory(candidate) > planner.gpu.memory:
-            continue
-        plan = planner.plan(candidate)
-        done += 1
-        progress(done)
-        if plan.fits:
-            yield plan
+def alternatives(planner: Planner, config: RunConfig) -> Iterator[Plan]:
+    """Plans of other layouts of the same run on the same GPUs that fit in memory.
 
-
-def _layouts(config: RunConfig, per_node: int) -> Iterator[dict[str, Any]]:
-    processes = config.cluster.processes
+    Left out, since they can hardly be faster: recomputation where it is not needed, and more than four times as many
+    model-parallel ranks as the smallest layout that fits without it.
+    """
     zeros = (1,) if config.parallel.zero < 2 else (1, config.parallel.zero)
-    for tensor in (1, 2, 4, 8):
-        for pipeline in (1, 2, 4, 8, 16):
-            if tensor > per_node or processes % (tensor * pipeline):
-                continue
-            for chunks in (1, 2, 4) if pipeline > 1 else (1,):
-                for micro_batch in (1, 2, 4, 8, 16):
-                    for recompute in ("none", "selective", "full"):
-                        for zero in zeros:
-                            yield {
-                                "parallel": {
-                                    "tensor": tensor, "sequence": tensor > 1, "pipeline": pipeline, "chunks": chunks,
-                                    "recompute": recompute, "zero": zero,
-                                },
-                                "train": {"micro_batch": micro_batch},
-                            }  # fmt: skip
+    sizes = sorted(itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16)), key=lambda size: (size[0] * size[1], size))
+    smallest = None
+    for tensor, pipeline in sizes:
+        if tensor > config.cluster.tasks_per_node or (smallest and tensor * pipeline > 4 * smallest):
+            continue
+        for chunks, zero, micro_batch in itertools.product((1, 2) if pipeline > 1 else (1,), zeros, (1, 2, 4, 8)):
+            for recompute in ("none", "full"):
+                layout = {
+                    "tensor": tensor, "sequence": tensor > 1, "pipeline": pipeline, "chunks": chunks, "cut": None,
+                    "recompute": recompute, "zero": zero,
+                }  # fmt: skip
+                candidate = _changed(config, layout, micro_batch)
+                if candidate is None or _least_memory(candidate) > planner.gpu.memory:
+                    break
+                plan = planner.plan(candidate)
+                if plan.fits:
+                    smallest = smallest or (tensor * pipeline if recompute == "none" else None)
+                    yield plan
+                    break
+
+
+def _changed(config: RunConfig, layout: dict[str, Any], micro_batch: int) -> RunConfig | None:
+    fields = config.model_dump()
+    fields["parallel"] |= layout
+    fields["train"]["micro_batch"] = micro_batch
+    try:
+        return RunConfig.model_validate(fields)
+    except ValidationError:
+        return None
 
 
 def _least_memory(config: RunConfig) -> float:
@@ -307,7 +287,6 @@ def _least_memory(config: RunConfig) -> float:
     per_layer += (3 if model.mlp == "swiglu" else 2) * model.hidden * model.ffn_width
     ranks = config.parallel.tensor * config.parallel.pipeline
     whole = model.layers * per_layer / ranks
-    return 6 * whole + 16 * whole / config.data_parallel if config.parallel.zero < 2 else 22 * whole / config.data_parallel
-
-
-__all__ = ["Memory", "Plan", "Planner", "alternatives", "replace"]
+    return (
+        6 * whole + 16 * whole / config.data_parallel if config.parallel.zero < 2 else 22 * whole / config.data_parallel
+    )

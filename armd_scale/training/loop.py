@@ -41,6 +41,8 @@ def train(config: RunConfig, rank: int, processes: int, local_rank: int, rendezv
     device = torch.device("cuda", local_rank) if config.cluster.gpus_per_node else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # A bfloat16 run has few float32 products (prefix aggregation): the matrix units take them as TF32.
+        torch.set_float32_matmul_precision("high" if config.train.dtype == "bfloat16" else "highest")
     else:
         torch.set_num_threads(config.cluster.cpus_per_task)
     data = PackedDataset(config.data_directory / "train")

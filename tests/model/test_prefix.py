@@ -46,7 +46,7 @@ def test_any_visibility_equals_the_sum(visible, kind):
 
 def _compare(config, visible, seed):
     generator = torch.Generator().manual_seed(seed)
-    layer = PrefixAggregation(config, type("P", (), {"params_dtype": torch.float32}))
+    layer = PrefixAggregation(config, type("P", (), {"params_dtype": torch.float32, "tensor_model_parallel_size": 1}))
     for param in layer.parameters():
         torch.nn.init.normal_(param, generator=generator)
     x = torch.randn(16, 2, config.hidden, generator=generator, dtype=torch.float64)
@@ -66,7 +66,7 @@ def _compare(config, visible, seed):
 
 
 def test_unchanged_when_the_future_changes():
-    layer = PrefixAggregation(PAPER, type("P", (), {"params_dtype": torch.float32}))
+    layer = PrefixAggregation(PAPER, type("P", (), {"params_dtype": torch.float32, "tensor_model_parallel_size": 1}))
     x = torch.randn(16, 1, 32)
     positions = torch.arange(16)[None]
     before = layer(x, positions, positions + 1, None)

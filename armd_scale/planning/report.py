@@ -1,0 +1,93 @@
+"""A plan in words."""
+
+from typing import Any
+
+from armd_scale.planning.hardware import ARITHMETIC, COMMUNICATION, MEMORY, RESERVED
+from armd_scale.planning.plan import Plan
+
+
+def derived(plan: Plan) -> dict[str, Any]:
+    """Figures that follow from a plan: of a step and of the whole run."""
+    config = plan.config
+    seconds = plan.step * config.total_steps
+    facts: dict[str, Any] = {"fits": plan.fits, "peak_bytes": plan.peak.total}
+    if plan.gpu.cuda:
+        facts |= {
+            "step_seconds": plan.step,
+            "tokens_per_second": plan.tokens_per_second,
+            "mfu": plan.mfu,
+            "days": seconds / 86400,
+            "gpu_hours": seconds / 3600 * config.cluster.processes,
+        }
+    return facts
+
+
+def layout(plan: Plan) -> str:
+    """The layout in one line."""
+    config = plan.config
+    parallel = config.parallel
+    words = [parallel.describe(), f"data {config.data_parallel} (ZeRO-{parallel.zero})"]
+    recompute = "" if parallel.recompute == "none" else f", recompute {parallel.recompute}"
+    return f"{' x '.join(words)}, micro-batch {config.train.micro_batch}{recompute}"
+
+
+def table(plan: Plan, assumed_vocabulary: bool) -> str:
+    """All that is known about a plan."""
+    config, gpu = plan.config, plan.gpu
+    tokens = config.train.global_batch * config.model.length
+    lines = [
+        f"{config.name}: {plan.parameters:,.0f} parameters, {plan.flops_per_token:.3g} FLOPs per token in training",
+        f"  {config.cluster.processes} x {gpu.name} on {config.cluster.nodes} nodes: {layout(plan)}",
+        f"  a step: {config.train.global_batch:,} sequences = {tokens:,} tokens, "
+        f"{config.micro_batches} micro-batches a rank",
+        "",
+        "  stage  layers   share of the passes",
+    ]
+    for run, (first, last) in enumerate(zip(plan.edges, plan.edges[1:], strict=False)):
+        place = f"{run % config.parallel.pipeline}"
+        lines.append(f"  {place:>5}  {f'{first}-{last - 1}':<7}  {plan.costs[run]:7.1%}")
+    kinds = ("weights", "gradients", "optimizer", "activations", "buffers")
+    lines += ["", "  memory of a GPU at its fullest moment, GB", "  stage  " + "".join(f"{k:>13}" for k in kinds)]
+    lines[-1] += f"{'total':>10}"
+    for rank, memory in enumerate(plan.memory):
+        row = "".join(f"{getattr(memory, kind) / 1e9:13.2f}" for kind in kinds)
+        lines.append(f"  {rank:>5}  {row}{memory.total / 1e9:10.2f}")
+    if not gpu.cuda:
+        return "\n".join(lines)
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    available = (gpu.memory - RESERVED) / 1e9
+    lines += [f"  {verdict}: {plan.peak.total / 1e9:.1f} of {available:.1f} GB", ""]
+    lines.append("  sent by a GPU in a step: " + ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in plan.traffic.items()))
+    lines.append(f"  pipeline bubble {plan.bubble:.1%}" if config.parallel.pipeline > 1 else "  no pipeline bubble")
+    parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in plan.seconds.items())
+    facts = derived(plan)
+    lines += [
+        f"  a step takes about {plan.step:.2f} s ({parts})",
+        f"  {facts['tokens_per_second']:,.0f} tokens/s, {facts['mfu']:.0%} MFU; {config.total_steps:,} steps = "
+        f"{config.total_steps * tokens / 1e9:,.1f}e9 tokens: {facts['days']:.1f} days, "
+        f"{facts['gpu_hours']:,.0f} GPU-hours",
+        "",
+        f"  assumed, not measured: matrix products reach {ARITHMETIC:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s, other "
+        f"kernels {MEMORY:.0%} of the memory bandwidth,",
+        f"  collectives {COMMUNICATION:.0%} of {gpu.link / 1e9:.0f} GB/s in a node and {gpu.network / 1e9:.0f} GB/s "
+        f"between nodes, one ring each; tensor-parallel messages are not hidden;",
+        f"  {RESERVED / 1e9:.0f} GB of a GPU are left for CUDA, NCCL and fragmentation; one token a block; "
+        "no time for evaluation and checkpoints",
+    ]
+    if assumed_vocabulary:
+        lines.append(f"  the vocabulary is not known before the data is prepared: {config.model.vocab_size:,} assumed")
+    return "\n".join(lines)
+
+
+def comparison(plan: Plan, others: list[Plan]) -> str:
+    """The fastest layouts beside the configured one."""
+    if not others:
+        return "\n  no layout of this run fits on these GPUs"
+    lines = ["", "  fastest layouts that fit          step, s   MFU   memory, GB"]
+    for other in others:
+        lines.append(f"  {other.step:8.2f} {other.mfu:6.1%} {other.peak.total / 1e9:8.1f}   {layout(other)}")
+    lines[1] = "  step, s    MFU       GB   fastest layouts that fit"
+    faster = plan.step / others[0].step - 1
+    if plan.fits and faster > 0.02:
+        lines.append(f"  the first would be {faster:.0%} faster than the configured one")
+    return "\n".join(lines)
