@@ -6,7 +6,7 @@ pass is twice the forward pass; recomputation, norms and activations are not cou
 
 import itertools
 
-from armd_scale.config import ModelConfig
+from armd_scale.config import ModelConfig, RunConfig
 from armd_scale.model.prefix import CHUNK
 
 FORMULA = (
@@ -64,6 +64,24 @@ def cut_by_cost(config: ModelConfig, runs: int) -> list[int]:
             for stop in range(run, config.layers - (runs - run) + 1)
         }
     return best[config.layers][1][1:]
+
+
+def run_edges(config: RunConfig) -> list[int]:
+    """First layer of every run of layers of a layout, then the number of layers."""
+    parallel = config.parallel
+    cut = parallel.cut
+    if cut is None:
+        cut = cut_by_cost(config.model, parallel.pipeline * parallel.chunks)
+    return [0, *cut, config.model.layers]
+
+
+def run_costs(config: RunConfig) -> list[float]:
+    """Share of every run of layers in the FLOPs of a token."""
+    model = config.model
+    layers = [layer_macs(model, index) for index in range(model.layers)]
+    layers[0] += embedding_macs(model)
+    layers[-1] += head_macs(model)
+    return [sum(layers[a:b]) / sum(layers) for a, b in itertools.pairwise(run_edges(config))]
 
 
 def peak_flops(device_name: str) -> float | None:

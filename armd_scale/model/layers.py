@@ -3,6 +3,7 @@
 - ``Norm``: scale-only LayerNorm or RMSNorm, computed in float32.
 - ``Attention``: queries from any streams, keys and values from the first one.
 - ``MLP``: GELU or SwiGLU.
+- ``Linears``: which linears those are: TransformerEngine's on CUDA where it is installed, else Megatron-Core's own.
 - ``Layer``: the pre-norm block. One class serves the three kinds of the model, which differ only in the number of
   streams that come in and go out: two-stream 2 -> 2, last two-stream 2 -> 1 (X's output is not needed), causal 1 -> 1.
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -24,6 +26,28 @@ from armd_scale.config import ModelConfig
 from armd_scale.model.attention import attend
 
 _M = TypeVar("_M", bound=nn.Module)
+
+
+class Linears(NamedTuple):
+    """Megatron-Core specs of the tensor-parallel linears that layers are built from."""
+
+    column: ModuleSpec
+    """Cut along its outputs."""
+    row: ModuleSpec
+    """Cut along its inputs."""
+
+
+def linears() -> Linears:
+    """TransformerEngine's linears where they can run, else Megatron-Core's own. They hold the same weights."""
+    if torch.cuda.is_available():
+        from megatron.core.extensions import transformer_engine
+
+        if transformer_engine.HAVE_TE:
+            return Linears(
+                ModuleSpec(transformer_engine.TEColumnParallelLinear),
+                ModuleSpec(transformer_engine.TERowParallelLinear),
+            )
+    return Linears(ModuleSpec(ColumnParallelLinear), ModuleSpec(RowParallelLinear))
 
 
 class Rotary(NamedTuple):
@@ -70,17 +94,17 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Rotary grouped-query attention; heads are split over the tensor-parallel ranks."""
 
-    def __init__(self, config: ModelConfig, parallel: TransformerConfig, recompute: bool) -> None:
+    def __init__(self, config: ModelConfig, parallel: TransformerConfig, kinds: Linears, recompute: bool) -> None:
         super().__init__()
         self.recompute = recompute
         self.heads = config.heads // parallel.tensor_model_parallel_size
         self.key_heads = config.key_heads // parallel.tensor_model_parallel_size
         self.head_dim = config.head_dim
         width = config.heads * config.head_dim
-        self.query = _column(config.hidden, width, parallel)
+        self.query = _column(kinds, config.hidden, width, parallel)
         # Rows are [key head, (k, v), D], so that a contiguous cut gives whole heads under any layout.
-        self.key_value = _column(config.hidden, 2 * config.key_heads * config.head_dim, parallel)
-        self.output = _row(width, config.hidden, parallel)
+        self.key_value = _column(kinds, config.hidden, 2 * config.key_heads * config.head_dim, parallel)
+        self.output = _row(kinds, width, config.hidden, parallel)
 
     def forward(
         self, queries: Tensor, context: Tensor, query_rope: Rotary, key_rope: Rotary, visible_SBN: Tensor | None
@@ -105,12 +129,12 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two-layer perceptron; inner units are split over the tensor-parallel ranks."""
 
-    def __init__(self, config: ModelConfig, parallel: TransformerConfig) -> None:
+    def __init__(self, config: ModelConfig, parallel: TransformerConfig, kinds: Linears) -> None:
         super().__init__()
         self.gated = config.mlp == "swiglu"
         # Rows of a gated MLP are [unit, (gate, value)], so that a contiguous cut gives whole units.
-        self.up = _column(config.hidden, config.ffn_width * (2 if self.gated else 1), parallel)
-        self.down = _row(config.ffn_width, config.hidden, parallel)
+        self.up = _column(kinds, config.hidden, config.ffn_width * (2 if self.gated else 1), parallel)
+        self.down = _row(kinds, config.ffn_width, config.hidden, parallel)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden, _ = self.up(x)
@@ -132,6 +156,7 @@ class Layer(nn.Module):
         self,
         config: ModelConfig,
         parallel: TransformerConfig,
+        kinds: Linears,
         streams_in: int,
         streams_out: int,
         recompute: bool = False,
@@ -140,9 +165,9 @@ class Layer(nn.Module):
         self.streams_in = streams_in
         self.streams_out = streams_out
         self.attention_norm = Norm(config, parallel)
-        self.attention = Attention(config, parallel, recompute)
+        self.attention = Attention(config, parallel, kinds, recompute)
         self.mlp_norm = Norm(config, parallel)
-        self.mlp = MLP(config, parallel)
+        self.mlp = MLP(config, parallel, kinds)
 
     def forward(self, h: Tensor, query_rope: Rotary, key_rope: Rotary, visible_SBN: Tensor | None) -> Tensor:
         batch = h.shape[1] // self.streams_in
@@ -155,21 +180,26 @@ class Layer(nn.Module):
         return h + self.mlp(self.mlp_norm(h))
 
 
-def _column(inputs: int, outputs: int, parallel: TransformerConfig) -> ColumnParallelLinear:
-    linear = ColumnParallelLinear(inputs, outputs, config=parallel, init_method=_later, bias=False, gather_output=False)
-    return mark_partitioned(linear, 0)
+def _column(kinds: Linears, inputs: int, outputs: int, parallel: TransformerConfig) -> nn.Module:
+    return _linear(kinds.column, 0, inputs, outputs, parallel, gather_output=False, skip_bias_add=False)
 
 
-def _row(inputs: int, outputs: int, parallel: TransformerConfig) -> RowParallelLinear:
-    linear = RowParallelLinear(
-        inputs, outputs, config=parallel, init_method=_later, bias=False, input_is_parallel=True, skip_bias_add=False
+def _row(kinds: Linears, inputs: int, outputs: int, parallel: TransformerConfig) -> nn.Module:
+    return _linear(kinds.row, 1, inputs, outputs, parallel, input_is_parallel=True, skip_bias_add=False)
+
+
+def _linear(
+    spec: ModuleSpec, dim: int, inputs: int, outputs: int, parallel: TransformerConfig, **options: bool
+) -> nn.Module:
+    linear = build_module(
+        spec, inputs, outputs, config=parallel, init_method=_later, bias=False, is_expert=False, **options
     )
-    return mark_partitioned(linear, 1)
+    return mark_partitioned(linear, dim)
 
 
 def mark_partitioned(module: _M, dim: int) -> _M:
     """Mark the weight of a Megatron module as cut in ``dim``; Megatron itself does so only when it draws the weight."""
-    if module.weight is not None:
+    if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
         set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
     return module
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from armd_scale.config import ModelConfig
-from armd_scale.model.layers import Layer, Norm, Rotary, mark_partitioned, rotary
+from armd_scale.model.layers import Layer, Linears, Norm, Rotary, linears, mark_partitioned, rotary
 from armd_scale.model.prefix import PrefixAggregation
 from armd_scale.model.rows import Rows
 
@@ -28,6 +28,7 @@ class Stage(nn.Module):
     """Layers ``first`` to ``last`` (exclusive) of the network.
 
     ``recompute``: what is computed again in the backward pass: ``none``, ``selective`` (attention), ``full`` (layers).
+    ``kinds``: the linears of the layers, by default the best ones that can run here.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class Stage(nn.Module):
         first: int = 0,
         last: int | None = None,
         recompute: str = "none",
+        kinds: Linears | None = None,
     ) -> None:
         super().__init__()
+        kinds = kinds or linears()
         last = config.layers if last is None else last
         self.config = parallel  # Megatron's schedules read it, and the next, under these names
         self.model_type = ModelType.encoder_or_decoder
@@ -56,7 +59,7 @@ class Stage(nn.Module):
         # Names carry the global layer number, so that a checkpoint does not depend on the cut.
         self.layers = nn.ModuleDict(
             {
-                str(index): Layer(config, parallel, *_streams(config, index), recompute == "selective")
+                str(index): Layer(config, parallel, kinds, *_streams(config, index), recompute == "selective")
                 for index in range(first, last)
             }
         )

@@ -26,12 +26,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from armd_scale.config import RunConfig
-from armd_scale.model.flops import cut_by_cost
+from armd_scale.model.flops import run_edges
 from armd_scale.model.network import Stage
 from armd_scale.model.rows import Rows
 from armd_scale.parallel import optimizer as optimizers
 from armd_scale.parallel.groups import MegatronTopology, transformer_config
 from armd_scale.parallel.sharding import initialise, local_shape, partition_dim
+from armd_scale.parallel.timeline import Recorder, Timed
 
 MASTER = "weight"
 """Name of the float32 master weights beside the optimiser's own states."""
@@ -71,9 +72,7 @@ class Engine:
     def _build_chunks(self) -> list[Stage]:
         """This rank's runs of layers: one, or several when stages are interleaved."""
         model, parallel = self.config.model, self.config.parallel
-        runs = parallel.pipeline * parallel.chunks
-        cut = parallel.cut if parallel.cut is not None else cut_by_cost(model, runs)
-        edges = [0, *cut, model.layers]
+        edges = run_edges(self.config)
         rank = parallel_state.get_pipeline_model_parallel_rank()
         chunks = []
         for chunk in range(parallel.chunks):
@@ -154,6 +153,16 @@ class Engine:
         """Sum over pipeline stages, of which only the last has a loss, and data-parallel ranks."""
         dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
         dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[list[Timed]]:
+        """Inside, the passes of this rank are written into the list, with their times."""
+        recorder = Recorder()
+        self._parallel.timers = recorder
+        try:
+            yield recorder.passes
+        finally:
+            self._parallel.timers = None
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:

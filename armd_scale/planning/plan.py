@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from armd_scale.config import RunConfig
-from armd_scale.model.flops import cut_by_cost, training_flops_per_token
+from armd_scale.model.flops import run_edges, training_flops_per_token
 from armd_scale.parallel.engine import BUCKET
 from armd_scale.planning.hardware import COMMUNICATION, GPU, MEMORY, RESERVED
 from armd_scale.planning.measure import Chunk, Meter
@@ -96,8 +96,7 @@ class Planner:
     def plan(self, config: RunConfig) -> Plan:
         """The plan of a configuration with a known vocabulary."""
         parallel, model = config.parallel, config.model
-        runs = parallel.pipeline * parallel.chunks
-        edges = [0, *(parallel.cut if parallel.cut is not None else cut_by_cost(model, runs)), model.layers]
+        edges = run_edges(config)
         chunks = self._meter.chunks(config, edges)
         times = [(chunk.forward.seconds, chunk.backward.seconds) for chunk in chunks]
         times = [

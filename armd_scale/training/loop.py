@@ -6,6 +6,7 @@ the uninterrupted one would.
 """
 
 import concurrent.futures
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import torch
 from armd_scale import orders
 from armd_scale.config import RunConfig, identity, with_vocabulary
 from armd_scale.errors import UserError
-from armd_scale.model.flops import peak_flops, training_flops_per_token
+from armd_scale.model.flops import peak_flops, run_costs, run_edges, training_flops_per_token
 from armd_scale.model.rows import Rows, arrange
 from armd_scale.orders import Layout
 from armd_scale.parallel import groups
@@ -71,6 +72,8 @@ class _Trainer:
         self.engine = Engine(config, device)
         self.folder = config.directory / "checkpoints"
         self.step = 0
+        if rank == 0:
+            print(_layout(config), flush=True)
         self.checkpointer = checkpoint.Checkpointer(
             self.engine, self.folder, config.train.keep_checkpoints, config.train.keep_every
         )
@@ -188,3 +191,18 @@ class _Trainer:
         if self.peak:
             record["mfu"] = self.flops / seconds / self.peak
         return record
+
+
+def _layout(config: RunConfig) -> str:
+    """The layout of the processes, and the cut of the layers when there is one."""
+    parallel = config.parallel
+    text = f"{config.cluster.processes} processes: {parallel.describe()} x data {config.data_parallel}"
+    text += f" (ZeRO-{parallel.zero})"
+    if parallel.pipeline == 1:
+        return text
+    runs = zip(itertools.pairwise(run_edges(config)), run_costs(config), strict=True)
+    parts = [
+        f"stage {run % parallel.pipeline}: layers {first}-{last - 1} ({cost:.0%})"
+        for run, ((first, last), cost) in enumerate(runs)
+    ]
+    return f"{text}; cut{' by FLOPs' if parallel.cut is None else ''}: {', '.join(parts)}"

@@ -17,6 +17,7 @@ from armd_scale.model.flops import (
     layer_macs,
     training_flops_per_token,
 )
+from armd_scale.model.layers import Linears, linears
 from armd_scale.model.network import Stage
 from armd_scale.model.rows import arrange
 from armd_scale.orders import Layout
@@ -181,3 +182,37 @@ def test_flops_match_the_definition():
     row = projections_and_mlp + n * d  # plus scores and sums over n / 2 keys
     macs = 2 * row + 3 * row + 4 * 2 * d * d + 128 * (d + d) + 2 * d * d + 128 * d
     assert training_flops_per_token(c) == 6 * macs
+
+
+@pytest.mark.one_process
+def test_layers_are_built_from_specs():
+    """Any linear with Megatron-Core's interface can take the place of its own: that is how TransformerEngine does."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    class Doubled(ColumnParallelLinear):
+        def forward(self, *args, **kwargs):
+            out, bias = super().forward(*args, **kwargs)
+            return 2 * out, bias
+
+    own = build(PAPER)
+    parallel = groups.transformer_config(PAPER, ParallelConfig(), torch.float32)
+    other = Stage(PAPER, parallel, kinds=Linears(ModuleSpec(Doubled), ModuleSpec(RowParallelLinear)))
+    initialise([other], PAPER, 3)
+    assert sum(isinstance(module, Doubled) for module in other.modules()) == 3 * PAPER.layers
+    for module in other.modules():
+        if isinstance(module, Doubled):
+            module.weight.data /= 2
+    rows = arrange(np.arange(16)[None], orders.left_to_right(16), PAPER.bos_id)
+    torch.testing.assert_close(other(rows), own(rows))
+
+
+def test_transformer_engine_is_used_where_it_can_run(monkeypatch):
+    from megatron.core.extensions import transformer_engine
+
+    assert linears().column.module.__module__.startswith("megatron.core.tensor_parallel")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert linears().column.module.__module__.startswith("megatron.core.tensor_parallel")
+    monkeypatch.setattr(transformer_engine, "HAVE_TE", True)
+    assert linears().column.module is transformer_engine.TEColumnParallelLinear
+    assert linears().row.module is transformer_engine.TERowParallelLinear
