@@ -1,6 +1,6 @@
 """Turn the newest checkpoint of a run into a standalone model folder, and check that it is the same function.
 
-python tools/convert_ckpt.py RUN_DIR OUT_DIR [--checkpoint DIR] [--weights averaged|last]
+python tools/convert_ckpt.py RUN_DIR OUT_DIR [--checkpoint DIR] [--weights averaged|last] [--file-gb 2]
 """
 
 import argparse
@@ -23,7 +23,10 @@ def main() -> None:
         default="averaged",
         help="moving average of the weights, or the last ones",
     )
+    parser.add_argument("--file-gb", type=float, default=2.0, help="most gigabytes of weights in one file (default 2)")
     args = parser.parse_args()
+    if not args.file_gb > 0:
+        parser.error(f"--file-gb must be more than 0, not {args.file_gb}")
     from armd_scale.training import export, manifest
 
     config = export.load_run(args.run_dir)
@@ -33,7 +36,7 @@ def main() -> None:
     else:
         source = export.newest_checkpoint(config)
     averaged = args.weights == "averaged"
-    facts = export.export(config, source, args.out_dir, averaged)
+    facts = export.export(config, source, args.out_dir, averaged, int(args.file_gb * 1e9))
     print(f"{args.out_dir}: {facts['parameters']:,} parameters from {source}")
     print(f"largest difference to the training model's logits: {facts['difference']:.1e}")
 

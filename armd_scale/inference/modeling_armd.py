@@ -494,23 +494,16 @@ def strided_blocks(start: int, stop: int, streams: int) -> list[list[int]]:
 
 def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> ARMD:
     """Load a model folder. ``dtype``: None keeps the stored type. Raises ``InputError`` when the folder is no model."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(path)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder} is not a model folder: {name} is missing; make one with tools/convert_ckpt.py")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is not a model folder: config.json is missing; make one with tools/convert_ckpt.py")
     try:
         device = torch.device(device)
         torch.empty(1, device=device).cpu()
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         raise InputError(f"device {device} is not there or cannot run a model; use device='cpu'") from error
     config = _read_config(folder / "config.json")
-    try:
-        weights = load_file(folder / "model.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{folder / 'model.safetensors'} cannot be read: {error}; export it again") from error
+    weights = _read_weights(folder)
     with torch.device("meta"):
         model = ARMD(config)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -518,16 +511,37 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     if wanted != found:
         name = sorted(set(wanted.items()) ^ set(found.items()))[0][0]
         raise InputError(
-            f"{folder / 'model.safetensors'} does not fit config.json: {name} is {found.get(name, 'missing')}, "
+            f"the weights in {folder} do not fit config.json: {name} is {found.get(name, 'missing')}, "
             f"expected {wanted.get(name, 'nothing')}; export it again"
         )
     for name, tensor in weights.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise InputError(
-                f"{folder / 'model.safetensors'}: {name} holds values that are not finite; export it again"
-            )
+            raise InputError(f"the weights in {folder} are damaged: {name} is not finite; export it again")
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval().to(device=device, dtype=dtype)
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of ``model.safetensors``, or of the files that ``model.safetensors.index.json`` names."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    index = folder / "model.safetensors.index.json"
+    files = {"model.safetensors"}
+    if index.is_file():
+        try:
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{index} cannot be read: {error}; export the model again") from error
+    weights: dict[str, Tensor] = {}
+    for name in sorted(files):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} is not a model folder: {name} is missing; make one with tools/convert_ckpt.py")
+        try:
+            weights |= load_file(folder / name)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{folder / name} cannot be read: {error}; export the model again") from error
+    return weights
 
 
 _CHOICES = {

@@ -3,13 +3,12 @@
 - ``save``: all ranks write their parts with torch.distributed.checkpoint into a temporary folder, which gets its
   manifest and then its name;
 - ``load``: reads one under any layout;
-- ``read_weights``: whole float32 weights without any process group, one tensor at a time, for export.
+- ``Weights``: whole float32 weights without any process group, one tensor at a time, for export.
 """
 
 import concurrent.futures
 import shutil
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,17 +145,28 @@ def load(engine: Engine, checkpoint: Path) -> dict[str, Any]:
     return facts
 
 
-def read_weights(checkpoint: Path, averaged: bool) -> Iterator[tuple[str, Tensor]]:
-    """(parameter, whole float32 tensor) of a checkpoint; ``averaged``: the moving average where it is kept."""
-    reader = dcp.FileSystemReader(checkpoint)
-    entries = reader.read_metadata().state_dict_metadata
-    source = EMA if averaged and any(key.startswith(f"{EMA}/") for key in entries) else MASTER
-    for key, entry in sorted(entries.items()):
-        state, _, parameter = key.partition("/")
-        if state == source and isinstance(entry, TensorStorageMetadata):
-            target = {key: torch.empty(entry.size, dtype=torch.float32)}
-            _read(target, checkpoint)
-            yield parameter, target[key]
+class Weights:
+    """The whole float32 weights of a checkpoint, one tensor at a time, without any process group.
+
+    ``averaged``: the moving average where it is kept, else the master weights.
+    """
+
+    def __init__(self, checkpoint: Path, averaged: bool) -> None:
+        self._checkpoint = checkpoint
+        entries = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        self._state = EMA if averaged and any(key.startswith(f"{EMA}/") for key in entries) else MASTER
+        self.shapes: dict[str, tuple[int, ...]] = {
+            key.partition("/")[2]: tuple(entry.size)
+            for key, entry in sorted(entries.items())
+            if key.startswith(f"{self._state}/") and isinstance(entry, TensorStorageMetadata)
+        }
+
+    def read(self, parameter: str) -> Tensor:
+        """One weight by its global name."""
+        key = _key(self._state, parameter)
+        target = {key: torch.empty(self.shapes[parameter], dtype=torch.float32)}
+        _read(target, self._checkpoint)
+        return target[key]
 
 
 def _read(target: dict[str, Any], checkpoint: Path) -> None:

@@ -1,13 +1,17 @@
 """Training checkpoint -> standalone model folder.
 
-The folder holds ``config.json``, ``model.safetensors``, the tokenizer and ``modeling_armd.py``, the file of this
-project that defines the standalone model, carried over as it is.
+The folder holds ``config.json``, the weights in safetensors (in several files, with an index, when they are large), the
+tokenizer and ``modeling_armd.py``, the file of this project that defines the standalone model, carried over as it is.
+
+Memory is bounded: one file of weights when writing, one layer when comparing with the training model.
 """
 
+import itertools
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +26,16 @@ from armd_scale.config import ModelConfig, ParallelConfig, RunConfig
 from armd_scale.errors import UserError
 from armd_scale.inference import modeling_armd
 from armd_scale.model.network import Stage
-from armd_scale.model.rows import arrange
+from armd_scale.model.rows import Rows, arrange
 from armd_scale.parallel import groups
 from armd_scale.training import checkpoint, manifest
 from data_pipeline.shards import PackedDataset
 
 TOLERANCE = 1e-3
 """Largest difference of float32 logits that two orders of summation can explain."""
+
+FILE_BYTES = 2_000_000_000
+"""Most bytes of weights in one file, unless a single tensor is larger."""
 
 
 def load_run(run_dir: Path) -> RunConfig:
@@ -79,10 +86,13 @@ def standalone_config(model: ModelConfig, eos_id: int) -> modeling_armd.ARMDConf
     )
 
 
-def export(config: RunConfig, source: Path, out: Path, averaged: bool = True) -> dict[str, Any]:
+def export(
+    config: RunConfig, source: Path, out: Path, averaged: bool = True, file_bytes: int = FILE_BYTES
+) -> dict[str, Any]:
     """Write the model of checkpoint ``source`` to ``out`` and check it; what ``out`` held is replaced only after that.
 
-    ``averaged``: the moving average of the weights where the checkpoint holds it. Returns what was written, and the
+    ``averaged``: the moving average of the weights where the checkpoint holds it. ``file_bytes``: most bytes of weights
+    in a file. Returns what was written, and the
     largest difference of its logits to the training model's. Raises ``UserError``.
     """
     out = out.resolve()
@@ -97,17 +107,13 @@ def export(config: RunConfig, source: Path, out: Path, averaged: bool = True) ->
     for folder in (partial, old):
         shutil.rmtree(folder, ignore_errors=True)
     partial.mkdir(parents=True)
-    weights = {}
-    for name, tensor in checkpoint.read_weights(source, averaged):
-        if name in ("embedding.weight", "head.weight"):
-            tensor = tensor[: shape.vocab_size].clone()
-        weights[name] = tensor
-    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+    weights = checkpoint.Weights(source, averaged)
+    parameters = _write_weights(weights, shape.vocab_size, partial, file_bytes)
     fields = {**vars(shape), "tokenizer_sha256": tokenizers.digest(tokenizer), "checkpoint": source.name}
     (partial / "config.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
     tokenizers.copy(tokenizer, partial)
     shutil.copyfile(modeling_armd.__file__, partial / "modeling_armd.py")
-    difference = largest_difference(config, source, partial, averaged)
+    difference = largest_difference(config, weights, partial)
     if not difference < TOLERANCE:
         raise UserError(
             f"the exported model's logits differ from the training model's by {difference:.1e}: "
@@ -117,42 +123,73 @@ def export(config: RunConfig, source: Path, out: Path, averaged: bool = True) ->
         os.replace(out, old)
     os.replace(partial, out)
     shutil.rmtree(old, ignore_errors=True)
-    parameters = sum(tensor.numel() for tensor in weights.values())
     return {"parameters": parameters, "checkpoint": source.name, "difference": difference}
 
 
-def largest_difference(config: RunConfig, source: Path, out: Path, averaged: bool = True) -> float:
+def _write_weights(weights: checkpoint.Weights, vocab_size: int, folder: Path, file_bytes: int) -> int:
+    """Write safetensors files named as transformers does; returns the number of parameters."""
+    shapes = dict(weights.shapes)
+    for name in shapes.keys() & {"embedding.weight", "head.weight"}:
+        shapes[name] = (vocab_size, *shapes[name][1:])
+    sizes = {name: 4 * int(np.prod(shape)) for name, shape in shapes.items()}
+    files: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if files[-1] and sum(sizes[other] for other in files[-1]) + size > file_bytes:
+            files.append([])
+        files[-1].append(name)
+    places: dict[str, str] = {}
+    for number, names in enumerate(files, start=1):
+        file = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
+        tensors = {name: weights.read(name)[: shapes[name][0]].contiguous() for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(names, file)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return sum(sizes.values()) // 4
+
+
+def largest_difference(config: RunConfig, weights: checkpoint.Weights, out: Path) -> float:
     """Largest absolute difference between the logits of the training model and of the exported one, both float32.
 
-    The training model is built on one process from the Megatron-Core layers and given the weights of the
-    checkpoint; both score one held-out sample in a left-to-right, a shuffled and a strided order.
+    The training model is built on one process from the Megatron-Core layers, one layer after the other, and given the
+    weights of the checkpoint; both score one held-out sample in a left-to-right, a shuffled and a strided order.
     """
     model, length = config.model, config.model.length
     assert model.bos_id is not None
     tokens = PackedDataset(config.data_directory / "heldout").read([0])
     layouts = [orders.left_to_right(length), orders.shuffled(length, length, 0), orders.strided(length, 4)]
-    single = ParallelConfig()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        groups.start(single, rank=0, processes=1, rendezvous=f"{folder}/store", device=device)
-        try:
-            stage = Stage(model, groups.transformer_config(model, single, torch.float32)).to(device)
-            parameters = dict(stage.named_parameters())
-            with torch.no_grad():
-                for name, tensor in checkpoint.read_weights(source, averaged):
-                    parameters[name].copy_(tensor)
-                trained = [
-                    stage.logits(stage.hidden(arrange(tokens, layout, model.bos_id).to(device)))[
-                        :, 0, : model.vocab_size
-                    ]
-                    for layout in layouts
-                ]
-        finally:
-            groups.stop()
+    batches = [arrange(tokens, layout, model.bos_id).to(device) for layout in layouts]
     exported = inference.load(out, device=device)
     differences = []
-    for layout, along_order in zip(layouts, trained, strict=True):
+    for layout, along_order in zip(layouts, _trained_logits(model, weights, batches, device), strict=True):
         order, blocks = (torch.from_numpy(np.array(field)) for field in layout)
         logits = exported.logits(torch.from_numpy(tokens), order, blocks)[0, order - 1]
         differences.append((logits - along_order).abs().max())
     return float(torch.stack(differences).max())  # a tensor's maximum keeps a NaN
+
+
+@torch.no_grad()
+def _trained_logits(
+    model: ModelConfig, weights: checkpoint.Weights, batches: list[Rows], device: torch.device
+) -> Iterator[torch.Tensor]:
+    """Logits [N, V] of the first text of every batch."""
+    single = ParallelConfig()
+    with tempfile.TemporaryDirectory() as folder:
+        groups.start(single, rank=0, processes=1, rendezvous=f"{folder}/store", device=device)
+        try:
+            parallel = groups.transformer_config(model, single, torch.float32)
+            received: list[torch.Tensor | None] = [None] * len(batches)
+            for first, last in itertools.pairwise(range(model.layers + 1)):
+                stage = Stage(model, parallel, first, last).to(device)
+                for name, param in stage.named_parameters():
+                    param.copy_(weights.read(name))
+                for number, rows in enumerate(batches):
+                    stage.set_input_tensor(received[number])
+                    received[number] = stage.hidden(rows)
+            for hidden in received:
+                assert hidden is not None
+                yield stage.logits(hidden)[:, 0, : model.vocab_size]
+        finally:
+            groups.stop()

@@ -32,8 +32,7 @@ def write(checkpoint: Path, facts: dict[str, Any]) -> None:
 
 def publish(partial: Path, final: Path) -> None:
     """Give a closed checkpoint folder its name, and point ``latest`` to it."""
-    if final.exists():  # written again after a resume
-        shutil.rmtree(final)
+    aside = _aside(final) if final.exists() else None  # written again after a resume
     os.replace(partial, final)
     pointer = final.parent / f".{POINTER}.partial"
     pointer.write_text(final.name + "\n", encoding="utf-8")
@@ -43,13 +42,28 @@ def publish(partial: Path, final: Path) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+    if aside:
+        shutil.rmtree(aside)
+
+
+def _aside(checkpoint: Path) -> Path:
+    """Take a checkpoint out of the list in one move; to be removed at leisure."""
+    aside = checkpoint.with_name(f".{checkpoint.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(checkpoint, aside)
+    return aside
 
 
 def retain(folder: Path, last: int, every: int | None) -> None:
-    """Remove all but the ``last`` newest checkpoints and those whose step is a multiple of ``every``."""
+    """Remove all but the ``last`` newest checkpoints and those whose step is a multiple of ``every``.
+
+    A folder loses its name first: a process that dies while it removes files leaves no damaged checkpoint behind.
+    """
     for old in complete(folder)[:-last]:
         if not every or step_of(old) % every:
-            shutil.rmtree(old)
+            _aside(old)
+    for removed in folder.glob(".step-*.removed"):
+        shutil.rmtree(removed)
 
 
 def step_of(checkpoint: Path) -> int:

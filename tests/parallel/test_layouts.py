@@ -228,8 +228,10 @@ def test_a_layout_repeated_is_bit_exact():
         {"processes": 2, "parallel__pipeline": 2},
         {"processes": 2, "parallel__zero": 2},
         {"processes": 2, "parallel__zero": 3},
+        {"tensor": 2, "processes": 2, "parallel__sequence": True, "parallel__recompute": "full"},
+        {"processes": 2, "parallel__pipeline": 2, "parallel__chunks": 1, "train__micro_batch": 1},
     ],
-    ids=["one", "dp2", "tp2 dp2", "pp2", "zero2", "zero3"],
+    ids=["one", "dp2", "tp2 dp2", "pp2", "zero2", "zero3", "tp2 sp recompute", "pp2 accumulation"],
 )
 def test_bfloat16_follows_float32(reference, layout):
     """Float32 master weights and gradient sums: bf16 losses stay within its rounding of the float32 ones."""

@@ -3,68 +3,76 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+
+import torch.multiprocessing
 
 from armd_scale import config as configs
 from armd_scale.training import manifest
 from armd_scale.training.telemetry import read_metrics
 from tests.training.test_runs import data, figures, run  # noqa: F401  (data is a fixture)
 
-_WORKER = """
-import sys
-from armd_scale import config as configs
-from armd_scale.training.loop import train
-train(configs.load(sys.argv[1]), int(sys.argv[2]), 2, int(sys.argv[2]), sys.argv[3])
-"""
-KILLS = int(os.environ.get("ARMD_KILLS", "3"))
+KILLS = int(os.environ.get("ARMD_KILLS", "20"))
+
+
+def _worker(rank, path, store):
+    from armd_scale.training.loop import train
+
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    train(configs.load(path), rank, 2, rank, store)
 
 
 def _start(path, store):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", _WORKER, str(path)]
-    return [
-        subprocess.Popen([*words, str(rank), str(store)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for rank in range(2)
-    ]
+    from armd_scale.parallel import megatron_cpu
+
+    megatron_cpu.install()
+    # Forked: a group starts in a fraction of a second, so that the kills fall into its work.
+    return torch.multiprocessing.start_processes(_worker, (path, store), nprocs=2, start_method="fork", join=False)
 
 
 def _prepare(data, folder):  # noqa: F811
     config = run(
-        data, data / "text.jsonl", folder, 2, 2, steps=60, checkpoint_every=3, eval_every=30, keep_checkpoints=2
+        data, data / "text.jsonl", folder, 2, 2, steps=120, checkpoint_every=3, eval_every=60, keep_checkpoints=2
     )
     folder.mkdir()
     configs.save(config, folder / "config.yaml")
     return config
 
 
+def _finish(group):
+    while not group.join(timeout=60):
+        pass
+
+
 def test_kill_at_random_moments(data, tmp_path):  # noqa: F811
     """Both ranks killed, again and again: every restart finds a good checkpoint, the end is that of the calm run."""
     calm = _prepare(data, tmp_path / "calm")
-    for process in _start(calm.directory / "config.yaml", tmp_path / "store-calm"):
-        assert process.wait(timeout=120) == 0
+    _finish(_start(calm.directory / "config.yaml", tmp_path / "store-calm"))
     expected = figures(read_metrics(calm.directory))
     config = _prepare(data, tmp_path / "killed")
+    checkpoints = config.directory / "checkpoints"
     draw = random.Random(0)
-    reached = []
+    reached, while_saving = [], 0
     for attempt in range(KILLS):
-        processes = _start(config.directory / "config.yaml", tmp_path / f"store-{attempt}")
+        group = _start(config.directory / "config.yaml", tmp_path / f"store-{attempt}")
         seen = len(read_metrics(config.directory))
         deadline = time.monotonic() + 60
         while len(read_metrics(config.directory)) <= seen and time.monotonic() < deadline:
-            time.sleep(0.02)
-        time.sleep(draw.uniform(0.0, 0.5))
-        for process in processes:
-            process.send_signal(signal.SIGKILL)
-        for process in processes:
-            process.wait(timeout=30)
-        newest = manifest.newest_good(config.directory / "checkpoints")
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0.0, 0.3))
+        for pid in group.pids():
+            os.kill(pid, signal.SIGKILL)
+        for process in group.processes:
+            process.join(30)
+        while_saving += any(checkpoints.glob(".step-*.partial"))
+        newest = manifest.newest_good(checkpoints)
         reached.append(manifest.step_of(newest) if newest else 0)
-        for found in manifest.complete(config.directory / "checkpoints"):
+        for found in manifest.complete(checkpoints):
             manifest.verify(found)
     assert reached == sorted(reached)
-    for process in _start(config.directory / "config.yaml", tmp_path / "store-last"):
-        assert process.wait(timeout=120) == 0
-    got = figures(read_metrics(config.directory))
-    assert got == expected
+    assert while_saving or KILLS < 10, "no kill fell into the writing of a checkpoint: the test proves too little"
+    print(f"{KILLS} kills, {while_saving} while a checkpoint was written; reached {reached}")
+    _finish(_start(config.directory / "config.yaml", tmp_path / "store-last"))
+    assert figures(read_metrics(config.directory)) == expected

@@ -148,6 +148,49 @@ def test_a_checkpoint_is_free_of_its_layout(data, tmp_path):
             torch.testing.assert_close(found[key], tensor, atol=2e-5, rtol=1e-3, msg=f"{source} to {target}: {key}")
 
 
+EXACT = {
+    "zero 3, sizes that do not divide": (4, {"zero": 3}, "float32"),
+    "zero 3, bf16, sizes that do not divide": (4, {"zero": 3}, "bfloat16"),
+    "zero 2, bf16": (2, {"zero": 2}, "bfloat16"),
+    "pipeline 3, bf16": (3, {"pipeline": 3}, "bfloat16"),
+    "interleaved, data 2, bf16": (4, {"pipeline": 2, "chunks": 2}, "bfloat16"),
+    "pipeline 4, zero 0": (4, {"pipeline": 4, "zero": 0}, "float32"),
+}
+
+
+def test_states_survive_every_layout_bit_for_bit(data, tmp_path):
+    """Read under a layout and written by it at once: the same weights, moments and average to the last bit."""
+    fields = run(data, data / "text.jsonl", tmp_path / "one").model_dump()
+    fields["model"] |= {"layers": 4, "hidden": 30, "heads": 3, "ffn": 96, "length": 32}
+    fields["data"]["vocab_size"] = 300
+    start(RunConfig.model_validate(fields))
+    source = tmp_path / "one/checkpoints/step-00000008"
+    expected = _tensors(source)
+    for name, (processes, parallel, dtype) in EXACT.items():
+        changed = {**fields, "run_dir": str(tmp_path / name), "cluster": {"tasks_per_node": processes}}
+        changed["parallel"] = {**fields["parallel"], **parallel}
+        changed["train"] = {**fields["train"], "dtype": dtype}
+        run_processes(processes, _pass_on, RunConfig.model_validate(changed), source)
+        assert _tensors(tmp_path / name / "checkpoints/step-00000008") == expected, name
+
+
+def _pass_on(rank, processes, rendezvous, config, source):
+    from armd_scale.parallel import groups
+    from armd_scale.parallel.engine import Engine
+    from armd_scale.training import checkpoint
+
+    index = PackedDataset(config.data_directory / "train").index
+    config = configs.with_vocabulary(config, index["vocab_size"], index["bos_id"])
+    device = torch.device("cpu")
+    groups.start(config.parallel, rank=rank, processes=processes, rendezvous=rendezvous, device=device)
+    engine = Engine(config, device)
+    facts = checkpoint.load(engine, source)
+    writer = checkpoint.Checkpointer(engine, config.directory / "checkpoints", keep=1, keep_every=None)
+    writer.save(facts["step"], facts["state"])
+    writer.close()
+    groups.stop()
+
+
 def test_every_sample_once_and_the_same_on_any_number_of_ranks(data):
     """The samples of a step are those of the stream, whatever the ranks, and an epoch is a permutation."""
     index = PackedDataset(data / "data/train")

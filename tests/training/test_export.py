@@ -1,0 +1,78 @@
+"""From a checkpoint of any layout to a model folder: in several files, and in little memory."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from armd_scale import inference
+from armd_scale.config import RunConfig
+from armd_scale.inference import InputError
+from tests.conftest import run_processes
+from tests.training.test_runs import data, run, start  # noqa: F401  (data is a fixture)
+
+MB = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):  # noqa: F811
+    """One step of a model of 100 MB in float32, saved by tensor 2 x pipeline 2 (interleaved)."""
+    folder = tmp_path_factory.mktemp("wide") / "run"
+    fields = run(data, data / "text.jsonl", folder, 4, 2).model_dump()
+    fields["model"] |= {"layers": 8, "hidden": 512}
+    fields["orders"] |= {"ar_steps": 0, "permutation_steps": 0, "strided_steps": 0}
+    fields["train"] |= {"steps": 1, "global_batch": 4, "checkpoint_every": 1, "eval_every": 10}
+    fields["parallel"] |= {"pipeline": 2, "chunks": 2, "sequence": True}
+    start(RunConfig.model_validate(fields))
+    return RunConfig.model_validate(fields)
+
+
+def _export(rank, count, rendezvous, config, out, file_bytes):
+    """Export in this process; its facts, and the growth of memory that is not a mapped file."""
+    from armd_scale.config import with_vocabulary
+    from armd_scale.training import export
+    from data_pipeline.shards import PackedDataset
+
+    index = PackedDataset(config.data_directory / "train").index
+    config = with_vocabulary(config, index["vocab_size"], index["bos_id"])
+    before, most, done = _anonymous(), 0, threading.Event()
+
+    def watch():
+        nonlocal most
+        while not done.wait(0.002):
+            most = max(most, _anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    facts = export.export(config, export.newest_checkpoint(config), out, file_bytes=file_bytes)
+    done.set()
+    thread.join()
+    return facts, most - before
+
+
+def _anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def test_large_models_become_several_files_in_little_memory(trained, tmp_path):
+    """The weights are 100 MB, the checkpoint 400 MB, a file 16 MB, a layer 13 MB: a fraction of the model is held."""
+    [(facts, grown)] = run_processes(1, _export, trained, tmp_path / "model", 16 * MB)
+    size = 4 * facts["parameters"]
+    assert size > 100 * MB
+    assert facts["difference"] < 1e-4
+    assert grown < 0.6 * size, f"{grown / MB:.0f} MB for {size / MB:.0f} MB of weights"
+    files = sorted((tmp_path / "model").glob("*.safetensors"))
+    assert len(files) >= 7
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    assert all(file.stat().st_size < 17 * MB for file in files)
+    index = json.loads((tmp_path / "model/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == size
+    assert sum(param.numel() for param in inference.load(tmp_path / "model").parameters()) == facts["parameters"]
+    files[2].unlink()
+    with pytest.raises(InputError, match=rf"{files[2].name} is missing"):
+        inference.load(tmp_path / "model")
+    (tmp_path / "model/model.safetensors.index.json").write_text("[]")
+    with pytest.raises(InputError, match=r"index.json cannot be read"):
+        inference.load(tmp_path / "model")
