@@ -35,14 +35,17 @@ def main() -> None:
         size = config.data.vocab_size if config.data.tokenizer is None else args.vocab
         config = configs.with_vocabulary(config, size, 0)
     from armd_scale.planning import hardware, report
-    from armd_scale.planning.plan import Planner, alternatives
+    from armd_scale.planning.plan import Planner, alternatives, with_recompute
 
     gpu = hardware.find(args.gpu or ("h100" if config.cluster.gpus_per_node else "cpu"))
     planner = Planner(gpu)
     plan = planner.plan(config)
-    print(report.table(plan, assumed_vocabulary=assumed), flush=True)
+    kinds = ("none", "selective", "full")
+    recomputed = {kind: planner.plan(with_recompute(config, kind)) for kind in kinds}
+    print(report.table(plan, recomputed, assumed_vocabulary=assumed), flush=True)
     others = []
     if args.alternatives and gpu.cuda:
+        print("\n  searching other layouts, up to a few minutes ...", end="\r", file=sys.stderr, flush=True)
         others = sorted(alternatives(planner, config), key=lambda other: other.step)
         print(report.comparison(plan, others[: args.alternatives]))
     if args.json:

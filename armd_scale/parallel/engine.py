@@ -52,8 +52,8 @@ class Engine:
         self.chunks = nn.ModuleList(self._build_chunks())
         initialise(self.chunks, config.model, config.seed)
         self.chunks.to(device)
-        # Neither is wanted: a shared-memory all-reduce that is compiled at start, and a line for each step.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Neither is wanted: operations that DeepSpeed would probe with a compiler at every start, and a line a step.
+        deepspeed.ops.__compatible_ops__ = {}
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         self._engine, self._zero, _, _ = deepspeed.initialize(

@@ -9,6 +9,7 @@ All layers of a kind cost the same, so a run is measured with at most two of eac
 
 import contextlib
 import itertools
+import math
 import unittest.mock
 import weakref
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from armd_scale.model.network import Stage
 from armd_scale.model.rows import Rows
 from armd_scale.parallel import megatron_cpu
 from armd_scale.parallel.groups import transformer_config
+from armd_scale.parallel.sharding import global_shape
 from armd_scale.planning.hardware import GPU
 
 _REDUCED = {"allreduce_": 2.0, "_allgather_base_": 1.0, "_reduce_scatter_base_": 1.0}
@@ -60,6 +62,8 @@ class Chunk:
     """Weights with two dimensions or more, before ZeRO cuts them."""
     vectors: float = 0.0
     """The other weights."""
+    whole: float = 0.0
+    """Weights of all tensor-parallel ranks together, without the head's copy of the embedding."""
     largest: float = 0.0
     """Elements of the largest weight."""
     shared: float = 0.0
@@ -183,9 +187,15 @@ def run(config: RunConfig, first: int, last: int, gpu: GPU) -> Chunk:
                 kept, backward.peak = kept - sent, backward.peak - sent
             sizes = [param.numel() for param in stage.parameters()]
             matrices = sum(param.numel() for param in stage.parameters() if param.dim() > 1)
+            copied = stage.is_last and not stage.is_first and model.tied_head
+            whole = sum(
+                math.prod(global_shape(param))
+                for name, param in stage.named_parameters()
+                if not (copied and name == "embedding.weight")
+            )
     finally:
         _forget_tensors()
-    return Chunk(matrices, sum(sizes) - matrices, max(sizes), gathered.nbytes, kept, forward, backward)
+    return Chunk(matrices, sum(sizes) - matrices, whole, max(sizes), gathered.nbytes, kept, forward, backward)
 
 
 def _forget_tensors() -> None:

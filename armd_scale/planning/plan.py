@@ -1,43 +1,22 @@
 """A layout before it is paid for: memory of the fullest rank, time of a step, communication, and better layouts.
 
 Shapes, the bytes that a micro-batch keeps, FLOPs and tensor-parallel messages come from the real network
-(``measure``), the order of passes from the schedule. What DeepSpeed allocates beside the weights is written down here
-and compared with real runs in ``tests/planning``. Times are estimates: see ``hardware`` for what they assume.
+(``measure``), the order of passes from the schedule. Times are estimates: see ``hardware`` for what they assume.
 """
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
 from armd_scale.config import RunConfig
 from armd_scale.model.flops import run_edges, training_flops_per_token
-from armd_scale.parallel.engine import BUCKET
 from armd_scale.planning.hardware import COMMUNICATION, GPU, MEMORY, RESERVED
-from armd_scale.planning.measure import Chunk, Meter
-from armd_scale.planning.schedule import bubble, operations, simulate
-
-_GATHERED = 1_000_000_000
-"""Weights that ZeRO-3 keeps gathered at most: DeepSpeed's stage3_max_live_parameters."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of a rank by kind at the moment when their sum is largest."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    """Float32 master weights, moments and moving average."""
-    activations: float
-    buffers: float
-    """Of collectives, and what an operation of the update needs for itself."""
-
-    @property
-    def total(self) -> float:
-        return sum(asdict(self).values())
+from armd_scale.planning.measure import Chunk, Meter, Pass
+from armd_scale.planning.memory import Memory, rank_memory
+from armd_scale.planning.schedule import bubble, simulate
 
 
 @dataclass(frozen=True)
@@ -98,21 +77,14 @@ class Planner:
         parallel, model = config.parallel, config.model
         edges = run_edges(config)
         chunks = self._meter.chunks(config, edges)
-        times = [(chunk.forward.seconds, chunk.backward.seconds) for chunk in chunks]
-        times = [
-            (
-                forward + self._link(chunk.forward.sent, parallel.tensor),
-                backward + self._link(chunk.backward.sent, parallel.tensor),
-            )
-            for (forward, backward), chunk in zip(times, chunks, strict=True)
-        ]
+        times = [(self._pass(config, chunk.forward), self._pass(config, chunk.backward)) for chunk in chunks]
         ranks = [chunks[rank :: parallel.pipeline] for rank in range(parallel.pipeline)]
         states = max(sum(chunk.parameters for chunk in rank) for rank in ranks)
-        spans = simulate(parallel.pipeline, parallel.chunks, config.micro_batches, times, self._transfer(config))
+        transfer = self._link(config, _activation(config), config.cluster.processes)
+        spans = simulate(parallel.pipeline, parallel.chunks, config.micro_batches, times, transfer)
         passes = max(span.stop for rank in spans for span in rank)
-        traffic = self._traffic(config, ranks)
-        stride = parallel.tensor * (1 if config.data_parallel * parallel.tensor <= self._node(config) else 10**9)
-        reduction = self._link(traffic["data parallel"], stride)
+        traffic = _traffic(config, ranks)
+        reduction = self._link(config, traffic["data parallel"], parallel.tensor * config.data_parallel)
         # ZeRO-2 and 3 send while the backward pass computes; what does not fit behind it is left.
         backward = config.micro_batches * sum(chunk.backward.seconds for chunk in ranks[0])
         if parallel.zero > 1:
@@ -121,11 +93,11 @@ class Planner:
         return Plan(
             config=config,
             gpu=self.gpu,
-            parameters=self._whole(config, chunks),
+            parameters=sum(chunk.whole for chunk in chunks),
             flops_per_token=training_flops_per_token(model),
             edges=edges,
             costs=[sum(pair) / sum(map(sum, times)) for pair in times],
-            memory=[_memory(config, self.gpu, rank, chunks) for rank, chunks in enumerate(ranks)],
+            memory=[rank_memory(config, self.gpu, rank, chunks) for rank, chunks in enumerate(ranks)],
             bubble=bubble(spans),
             traffic=traffic,
             seconds={
@@ -136,109 +108,46 @@ class Planner:
             },
         )
 
-    def _node(self, config: RunConfig) -> int:
-        return config.cluster.tasks_per_node
+    def _pass(self, config: RunConfig, one: Pass) -> float:
+        return one.seconds + self._link(config, one.sent, config.parallel.tensor)
 
-    def _link(self, sent: float, span: int) -> float:
-        """Seconds to send so many bytes inside a group; ``span``: how many neighbouring ranks it reaches over."""
-        rate = self.gpu.link if span <= 8 else self.gpu.network
+    def _link(self, config: RunConfig, sent: float, ranks: int) -> float:
+        """Seconds to send so many bytes inside a group that lies within so many neighbouring ranks."""
+        rate = self.gpu.link if ranks <= config.cluster.tasks_per_node else self.gpu.network
         return sent / (rate * COMMUNICATION)
 
-    def _activation(self, config: RunConfig, streams: int) -> float:
-        """Bytes that a rank sends to the next stage for a micro-batch."""
-        parallel, model = config.parallel, config.model
-        rows = model.length / (parallel.tensor if parallel.sequence else 1)
-        width = 4 if config.train.dtype == "float32" else 2
-        return rows * streams * config.train.micro_batch * model.hidden * width
 
-    def _transfer(self, config: RunConfig) -> float:
-        stride = config.parallel.tensor * config.data_parallel
-        return self._link(self._activation(config, 2), 1 if stride < self._node(config) else 10**9)
-
-    def _traffic(self, config: RunConfig, ranks: list[list[Chunk]]) -> dict[str, float]:
-        parallel, size = config.parallel, config.data_parallel
-        weights = max(sum(chunk.parameters for chunk in rank) for rank in ranks)
-        width = 4 if config.train.dtype == "float32" else 2
-        # Over a ring each of the n ranks sends (n - 1) / n of the data once to reduce and once to gather it.
-        reduced = 4 * weights * (2 if parallel.zero < 2 else 1)
-        gathered = width * weights * (0 if parallel.zero == 0 else 1)
-        if parallel.zero == 3:
-            gathered *= 2 * config.micro_batches
-        boundaries = parallel.pipeline * parallel.chunks - 1
-        return {
-            "tensor parallel": config.micro_batches
-            * max(sum(chunk.forward.sent + chunk.backward.sent for chunk in rank) for rank in ranks),
-            "pipeline": 2 * config.micro_batches * self._activation(config, 2) * min(boundaries, parallel.chunks),
-            "data parallel": (reduced + gathered) * (size - 1) / size,
-        }
-
-    def _whole(self, config: RunConfig, chunks: list[Chunk]) -> float:
-        tensor, model = config.parallel.tensor, config.model
-        total = sum(chunk.matrices * tensor + chunk.vectors for chunk in chunks)
-        if model.prefix.kernel == "learned":
-            total -= (tensor - 1) * (model.length + 1) * model.prefix_dim
-        if model.prefix.target_position:
-            total -= (tensor - 1) * model.hidden * model.prefix_dim
-        if model.tied_head and len(chunks) > 1:
-            total -= model.padded_vocab * model.hidden
-        return total
+def with_recompute(config: RunConfig, recompute: str) -> RunConfig:
+    """The same run with other activations computed again."""
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"recompute": recompute})})
 
 
-def _memory(config: RunConfig, gpu: GPU, rank: int, chunks: list[Chunk]) -> Memory:
-    """The largest moment of a pipeline rank: in the passes, in the reduction, or in the update."""
-    zero, ranks = config.parallel.zero, config.data_parallel
-    low = config.train.dtype == "bfloat16"
-    states = sum(chunk.parameters for chunk in chunks)
-    matrices = sum(chunk.matrices for chunk in chunks)
-    largest = max(chunk.largest for chunk in chunks)
-    width = 2 if low else 4
-    shard = states / (ranks if zero else 1)
-    kinds = (2 if zero == 0 else 3) + (config.optimizer.ema > 0)
-    optimizer = 4 * kinds * shard
-    # Plain AdamW makes a root and a quotient of the whole group; the fused one, on CUDA, nothing.
-    temporary = 0 if gpu.cuda else 2 * 4 * (matrices / ranks if zero else largest)
-    bucket = min(BUCKET, states)
-    shared = max(chunk.shared for chunk in chunks)
-    weights, resident, gathered = width * states, 0.0, 0.0
-    if zero == 3:
-        weights = width * shard
-        resident = 4 * shard + 4 * bucket  # gradients of this rank's part, and the bucket, from the start
-        gathered = width * min(states, _GATHERED)
-    if low and zero == 1:
-        resident = 4 * states  # gradients are summed in float32 as they come
-    grads = width * states if not (low and zero == 1) else width * largest
-    reduction = {
-        0: 16 * largest,  # squares in float64
-        1: 0 if low else 4 * bucket + 4 * shard,
-        2: 6 * bucket + 4 * shard if low else 4 * shard,
-        3: 4 * bucket if low else 0,
-    }[zero]
-    filling = 4 * bucket if zero == 1 and not low else 0  # the bucket is there from the first gradient on
-    # What the optimiser reads beside its states: gradients of its part, flattened.
-    update = {0: grads, 1: 0 if low else 8 * shard, 2: (4 if low else 8) * shard, 3: 4 * shard}[zero]
-    activations = _activations(config, rank, chunks)
-    moments = [
-        # With ZeRO-3 the gradients of a layer come when its gathered weights go.
-        Memory(weights + gathered, resident + (0 if zero == 3 else grads), optimizer, activations, shared + filling),
-        Memory(weights, resident + grads, optimizer, 0.0, shared + reduction),
-        Memory(weights, resident + update, optimizer, 0.0, shared + temporary),
-    ]
-    return max(moments, key=lambda memory: memory.total)
+def _activation(config: RunConfig) -> float:
+    """Bytes that a rank sends to the next stage for a micro-batch, while both streams live."""
+    parallel, model = config.parallel, config.model
+    rows = model.length / (parallel.tensor if parallel.sequence else 1)
+    return rows * 2 * config.train.micro_batch * model.hidden * _width(config)
 
 
-def _activations(config: RunConfig, rank: int, chunks: list[Chunk]) -> float:
-    """Most bytes that the micro-batches in flight on a rank keep, with the largest working set of a pass."""
-    parallel = config.parallel
-    alive = most = 0.0
-    for operation in operations(rank, parallel.pipeline, parallel.chunks, config.micro_batches):
-        chunk = chunks[operation.chunk]
-        if operation.backward:
-            alive -= chunk.kept
-            most = max(most, alive + chunk.backward.peak)
-        else:
-            most = max(most, alive + chunk.forward.peak)
-            alive += chunk.kept
-    return most
+def _width(config: RunConfig) -> int:
+    """Bytes of a weight or an activation."""
+    return 4 if config.train.dtype == "float32" else 2
+
+
+def _traffic(config: RunConfig, ranks: list[list[Chunk]]) -> dict[str, float]:
+    """Bytes that the busiest rank sends in a step, by group."""
+    parallel, size = config.parallel, config.data_parallel
+    weights = max(sum(chunk.parameters for chunk in rank) for rank in ranks)
+    # Over a ring each of the n ranks sends (n - 1) / n of the data once to reduce and once to gather it.
+    reduced = 4 * weights * (2 if parallel.zero < 2 else 1)
+    gathered = _width(config) * weights * (0, 1, 1, 2 * config.micro_batches)[parallel.zero]
+    boundaries = min(parallel.chunks, parallel.pipeline * parallel.chunks - 1)
+    return {
+        "tensor parallel": config.micro_batches
+        * max(sum(chunk.forward.sent + chunk.backward.sent for chunk in rank) for rank in ranks),
+        "pipeline": 2 * config.micro_batches * _activation(config) * boundaries,
+        "data parallel": (reduced + gathered) * (size - 1) / size,
+    }
 
 
 def alternatives(planner: Planner, config: RunConfig) -> Iterator[Plan]:

@@ -31,32 +31,43 @@ def layout(plan: Plan) -> str:
     return f"{' x '.join(words)}, micro-batch {config.train.micro_batch}{recompute}"
 
 
-def table(plan: Plan, assumed_vocabulary: bool) -> str:
-    """All that is known about a plan."""
+def table(plan: Plan, recomputed: dict[str, Plan], assumed_vocabulary: bool) -> str:
+    """All that is known about a plan; ``recomputed``: the plans of the same layout for each kind of recomputation."""
     config, gpu = plan.config, plan.gpu
     tokens = config.train.global_batch * config.model.length
+    unit, name = (1e9, "GB") if plan.peak.total >= 1e9 else (1e6, "MB")
+    place = "GPU" if gpu.cuda else "process"
+    nodes = f"{config.cluster.nodes} node" + "s" * (config.cluster.nodes > 1)
     lines = [
         f"{config.name}: {plan.parameters:,.0f} parameters, {plan.flops_per_token:.3g} FLOPs per token in training",
-        f"  {config.cluster.processes} x {gpu.name} on {config.cluster.nodes} nodes: {layout(plan)}",
+        f"  {config.cluster.processes} x {gpu.name} on {nodes}: {layout(plan)}",
         f"  a step: {config.train.global_batch:,} sequences = {tokens:,} tokens, "
         f"{config.micro_batches} micro-batches a rank",
         "",
         "  stage  layers   share of the passes",
     ]
     for run, (first, last) in enumerate(zip(plan.edges, plan.edges[1:], strict=False)):
-        place = f"{run % config.parallel.pipeline}"
-        lines.append(f"  {place:>5}  {f'{first}-{last - 1}':<7}  {plan.costs[run]:7.1%}")
+        lines.append(f"  {run % config.parallel.pipeline:>5}  {f'{first}-{last - 1}':<7}  {plan.costs[run]:7.1%}")
     kinds = ("weights", "gradients", "optimizer", "activations", "buffers")
-    lines += ["", "  memory of a GPU at its fullest moment, GB", "  stage  " + "".join(f"{k:>13}" for k in kinds)]
+    lines += [
+        "",
+        f"  memory of a {place} at its fullest moment, {name}",
+        "  stage  " + "".join(f"{k:>13}" for k in kinds),
+    ]
     lines[-1] += f"{'total':>10}"
     for rank, memory in enumerate(plan.memory):
-        row = "".join(f"{getattr(memory, kind) / 1e9:13.2f}" for kind in kinds)
-        lines.append(f"  {rank:>5}  {row}{memory.total / 1e9:10.2f}")
+        row = "".join(f"{getattr(memory, kind) / unit:13.2f}" for kind in kinds)
+        lines.append(f"  {rank:>5}  {row}{memory.total / unit:10.2f}")
+    lines += ["", "  of which activations, and the total, with"]
+    for kind, other in recomputed.items():
+        most = max(memory.activations for memory in other.memory)
+        time = f", a step of {other.step:.2f} s" if gpu.cuda else ""
+        lines.append(f"  recompute {kind + ':':<10} {most / unit:8.2f}{other.peak.total / unit:10.2f}{time}")
     if not gpu.cuda:
         return "\n".join(lines)
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     available = (gpu.memory - RESERVED) / 1e9
-    lines += [f"  {verdict}: {plan.peak.total / 1e9:.1f} of {available:.1f} GB", ""]
+    lines += ["", f"  {verdict}: {plan.peak.total / 1e9:.1f} of {available:.1f} GB", ""]
     lines.append("  sent by a GPU in a step: " + ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in plan.traffic.items()))
     lines.append(f"  pipeline bubble {plan.bubble:.1%}" if config.parallel.pipeline > 1 else "  no pipeline bubble")
     parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in plan.seconds.items())

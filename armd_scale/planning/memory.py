@@ -1,0 +1,90 @@
+"""Memory of a rank: what the optimiser and DeepSpeed hold, and what the micro-batches in flight keep.
+
+The activations are measured on the real network. What DeepSpeed 0.19 allocates beside the weights is written down here;
+``tests/planning`` compares the sum with what real runs allocate.
+"""
+
+from dataclasses import asdict, dataclass
+
+from armd_scale.config import RunConfig
+from armd_scale.parallel.engine import BUCKET
+from armd_scale.planning.hardware import GPU
+from armd_scale.planning.measure import Chunk
+from armd_scale.planning.schedule import operations
+
+_GATHERED = 1_000_000_000
+"""Weights that ZeRO-3 keeps gathered at most: DeepSpeed's stage3_max_live_parameters."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank by kind at the moment when their sum is largest."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    """Float32 master weights, moments and moving average."""
+    activations: float
+    buffers: float
+    """Of collectives, and what an operation of the update needs for itself."""
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
+
+
+def rank_memory(config: RunConfig, gpu: GPU, rank: int, chunks: list[Chunk]) -> Memory:
+    """The largest moment of a pipeline rank: in the passes, in the reduction, or in the update."""
+    zero, ranks = config.parallel.zero, config.data_parallel
+    low = config.train.dtype == "bfloat16"
+    states = sum(chunk.parameters for chunk in chunks)
+    matrices = sum(chunk.matrices for chunk in chunks)
+    largest = max(chunk.largest for chunk in chunks)
+    width = 2 if low else 4
+    shard = states / (ranks if zero else 1)
+    kinds = (2 if zero == 0 else 3) + (config.optimizer.ema > 0)
+    optimizer = 4 * kinds * shard
+    # Plain AdamW makes a root and a quotient of the whole group; the fused one, on CUDA, nothing.
+    temporary = 0 if gpu.cuda else 2 * 4 * (matrices / ranks if zero else largest)
+    bucket = min(BUCKET, states)
+    shared = max(chunk.shared for chunk in chunks)
+    weights, resident, gathered = width * states, 0.0, 0.0
+    if zero == 3:
+        weights = width * shard
+        resident = 4 * shard + 4 * bucket  # gradients of this rank's part, and the bucket, from the start
+        gathered = width * min(states, _GATHERED)
+    if low and zero == 1:
+        resident = 4 * states  # gradients are summed in float32 as they come
+    grads = width * states if not (low and zero == 1) else width * largest
+    reduction = {
+        0: 16 * largest,  # squares in float64
+        1: 0 if low else 4 * bucket + 4 * shard,
+        2: 6 * bucket + 4 * shard if low else 4 * shard,
+        3: 4 * bucket if low else 0,
+    }[zero]
+    filling = 4 * bucket if zero == 1 and not low else 0  # the bucket is there from the first gradient on
+    # What the optimiser reads beside its states: gradients of its part, flattened.
+    update = {0: grads, 1: 0 if low else 8 * shard, 2: (4 if low else 8) * shard, 3: 4 * shard}[zero]
+    activations = _in_flight(config, rank, chunks)
+    moments = [
+        # With ZeRO-3 the gradients of a layer come when its gathered weights go.
+        Memory(weights + gathered, resident + (0 if zero == 3 else grads), optimizer, activations, shared + filling),
+        Memory(weights, resident + grads, optimizer, 0.0, shared + reduction),
+        Memory(weights, resident + update, optimizer, 0.0, shared + temporary),
+    ]
+    return max(moments, key=lambda memory: memory.total)
+
+
+def _in_flight(config: RunConfig, rank: int, chunks: list[Chunk]) -> float:
+    """Most bytes that the micro-batches in flight on a rank keep, with the largest working set of a pass."""
+    parallel = config.parallel
+    alive = most = 0.0
+    for operation in operations(rank, parallel.pipeline, parallel.chunks, config.micro_batches):
+        chunk = chunks[operation.chunk]
+        if operation.backward:
+            alive -= chunk.kept
+            most = max(most, alive + chunk.backward.peak)
+        else:
+            most = max(most, alive + chunk.forward.peak)
+            alive += chunk.kept
+    return most
