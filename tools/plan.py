@@ -45,7 +45,8 @@ def main() -> None:
     print(report.table(plan, recomputed, assumed_vocabulary=assumed), flush=True)
     others = []
     if args.alternatives and gpu.cuda:
-        print("\n  searching other layouts, up to a few minutes ...", end="\r", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            print("\n  searching other layouts, up to a few minutes ...", file=sys.stderr, flush=True)
         others = sorted(alternatives(planner, config), key=lambda other: other.step)
         print(report.comparison(plan, others[: args.alternatives]))
     if args.json:

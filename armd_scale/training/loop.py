@@ -8,6 +8,7 @@ the uninterrupted one would.
 import concurrent.futures
 import itertools
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,9 @@ def train(config: RunConfig, rank: int, processes: int, local_rank: int, rendezv
         )
     device = torch.device("cuda", local_rank) if config.cluster.gpus_per_node else torch.device("cpu")
     if device.type == "cuda":
+        if config.parallel.tensor > 1:
+            # One queue keeps the order in which Megatron hides tensor-parallel messages behind matrix products.
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device)
         # A bfloat16 run has few float32 products (prefix aggregation): the matrix units take them as TF32.
         torch.set_float32_matmul_precision("high" if config.train.dtype == "bfloat16" else "highest")
