@@ -25,8 +25,8 @@ def main() -> None:
     )
     parser.add_argument("--file-gb", type=float, default=2.0, help="most gigabytes of weights in one file (default 2)")
     args = parser.parse_args()
-    if not args.file_gb > 0:
-        parser.error(f"--file-gb must be more than 0, not {args.file_gb}")
+    if not 0 < args.file_gb < 1e6:
+        parser.error(f"--file-gb must be more than 0 and below a million, not {args.file_gb}")
     from armd_scale.training import export, manifest
 
     config = export.load_run(args.run_dir)

@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures to this file as well")
     parser.add_argument("overrides", nargs="*", help="section.field=value")
     args = parser.parse_args()
+    if args.vocab < 1 or args.alternatives < 0:
+        parser.error("--vocab must be at least 1 and --alternatives at least 0")
     overrides = list(args.overrides)
     if args.nodes is not None:
         overrides.append(f"cluster.nodes={args.nodes}")
