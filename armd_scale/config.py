@@ -175,6 +175,16 @@ class DataConfig(_Section):
     """Size of a tokenizer trained here."""
     samples_per_shard: Positive = 8192
     """Packed samples in one WebDataset shard."""
+    min_characters: Count = 0
+    """Shorter documents are left out, and counted."""
+    max_characters: Positive | None = None
+    """Longer documents are left out, and counted; null: none are."""
+    deduplicate: bool = False
+    """Leave out documents whose text was there before, and training documents that are held out."""
+    max_bad_fraction: Fraction = 0.01
+    """Largest share of the records that may be unreadable; they are counted and listed in ``bad.jsonl``."""
+    workers: Positive | None = None
+    """Processes that prepare the data; null: one for each core that this process may use."""
     verify: bool = True
     """Check the SHA-256 of every shard whenever a run starts or goes on."""
 
@@ -473,7 +483,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
     values = config.model_dump()
     values["model"].pop("vocab_size")  # these two follow from the data
     values["model"].pop("bos_id")
-    for name in ("directory", "verify"):
+    for name in ("directory", "verify", "workers", "max_bad_fraction"):
         values["data"].pop(name)
     return {
         **{name: values[name] for name in ("seed", "model", "data")},

@@ -168,7 +168,7 @@ def train(texts: Iterable[str], path: Path, vocab_size: int, seed: int = 0) -> T
             )
     except (RuntimeError, OSError) as error:
         partial.unlink(missing_ok=True)
-        reason = str(error).replace("\n", " ").rsplit(") ", 1)[-1]
+        reason = str(error).replace("\n", " ").rsplit("] ", 1)[-1]
         raise UserError(f"a tokenizer of {vocab_size} pieces cannot be trained on this text: {reason}") from error
     partial.replace(path)
     return SentencePieceTokenizer(path)

@@ -1,31 +1,55 @@
-"""Documents out of files: txt, jsonl, both packed with gz or zst, and parquet.
+"""Documents out of files: txt, jsonl, both packed with gz or zst, parquet, and tar files of these.
 
-- ``documents``: all documents of a list of files, folders and globs, in sorted order;
-- ``builtin:python``: real English and code that every Python installation carries.
+- ``files``: the files that a list of files, folders, globs and URLs stands for, sorted;
+- ``parts``: pieces of files that are read independently of each other: byte ranges of a plain jsonl file, row groups of
+  a parquet file, whole files of other kinds;
+- ``read``: the records of a part, good and bad, each with its place;
+- ``documents``: all documents of a list of sources, strictly.
+
+A URL is anything that fsspec opens.
 """
 
-import ast
-import builtins
-import functools
 import glob
 import gzip
-import importlib
 import io
 import json
-import sys
-import sysconfig
+import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
+import fsspec
 import zstandard
 
 from armd_scale.errors import UserError
+from data_pipeline.builtin import python_documents
 
 BUILTIN = "builtin:python"
-_FORMATS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst", ".parquet")
-_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
+PART_BYTES = 32 << 20
+"""Size of a piece of a file that can be cut."""
+LONGEST_LINE = 256 << 20
+"""Longest line of a jsonl file in bytes; a longer one is a bad record."""
+_FORMATS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst", ".parquet", ".tar")
+
+
+class Part(NamedTuple):
+    """A piece of a file: bytes of a jsonl file, row groups of a parquet file; ``stop`` -1: the whole file."""
+
+    file: str
+    start: int
+    stop: int
+    size: int
+    """About how many bytes it has on disk."""
+
+
+class Record(NamedTuple):
+    """A document, or what is wrong with it."""
+
+    text: str
+    place: str
+    """File and record, for people."""
+    problem: str | None = None
 
 
 def documents(sources: list[str], field: str = "text") -> Iterator[str]:
@@ -34,94 +58,68 @@ def documents(sources: list[str], field: str = "text") -> Iterator[str]:
     A txt file is one document, and so is a named file of no known format; a jsonl line and a parquet row hold one in
     ``field``. Raises ``UserError`` that names the file and the record for anything that cannot be read.
     """
-    for source in files(sources):
-        texts = python_documents() if source == BUILTIN else _read(Path(source), field)
-        yield from (text for text in texts if text.strip())
+    for part in parts(files(sources)):
+        for record in read(part, field):
+            if record.problem:
+                raise UserError(f"{record.place} {record.problem}")
+            if record.text.strip():
+                yield record.text
 
 
 def files(sources: list[str]) -> list[str]:
     """The files that ``sources`` stand for, each once, in the order in which they are read."""
-    expanded = (name for source in sources for name in ([source] if source == BUILTIN else map(str, _files(source))))
+    expanded = (name for source in sources for name in ([source] if source == BUILTIN else _files(source)))
     return list(dict.fromkeys(expanded))
 
 
-@functools.cache
-def python_documents() -> tuple[str, ...]:
-    """The language reference and the docstrings of the standard library, each with the head that it documents.
-
-    One document a reference topic and one a module, sorted by name; a docstring that was seen before is left out.
-    The same Python gives the same text.
-    """
-    return tuple(_python_documents())
+def size(file: str) -> int:
+    """Bytes of a file."""
+    if "://" in file:
+        system, path = fsspec.core.url_to_fs(file)
+        return int(system.size(path) or 0)
+    return Path(file).stat().st_size
 
 
-def _python_documents() -> Iterator[str]:
-    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    seen: set[str] = set()
-    for name in sorted(topics):
-        if topics[name] not in seen:
-            seen.add(topics[name])
-            yield topics[name].strip() + "\n"
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        if not _NOT_LIBRARY.intersection(path.relative_to(root).parts):
-            try:
-                tree = ast.parse(path.read_text(encoding="utf-8"))
-            except (SyntaxError, ValueError, OSError):
-                continue  # test data of the standard library, in odd encodings
-            module = ".".join(path.relative_to(root).with_suffix("").parts)
-            text = _documented(module, _heads(tree), seen)
-            if text:
-                yield text
-    for name in sorted({"builtins", *sys.builtin_module_names} - {"__main__"}):
-        compiled = builtins if name == "builtins" else importlib.import_module(name)
-        text = _documented(name, _compiled_heads(compiled), seen)
-        if text:
-            yield text
-
-
-def _heads(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """(head, docstring) of a module and of all that it defines, in the order of the source."""
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        docstring = ast.get_docstring(node)
-        if not docstring:
-            continue
-        if isinstance(node, ast.Module):
-            yield "", docstring
-        elif isinstance(node, ast.ClassDef):
-            yield f"class {node.name}:", docstring
+def parts(names: Iterable[str]) -> Iterator[Part]:
+    """The pieces of files, in order. They depend on the files alone."""
+    for name in names:
+        if name == BUILTIN:
+            yield Part(name, 0, -1, 0)
+        elif name.endswith(".jsonl"):
+            whole = size(name)
+            for start in range(0, whole, PART_BYTES):
+                yield Part(name, start, min(start + PART_BYTES, whole), min(PART_BYTES, whole - start))
+        elif name.endswith(".parquet"):
+            yield from _parquet_parts(name)
         else:
-            yield f"def {node.name}({ast.unparse(node.args)}):", docstring
+            yield Part(name, 0, -1, size(name))
 
 
-def _compiled_heads(module: object) -> Iterator[tuple[str, str]]:
-    """(name, docstring) of a module written in C and of all that it defines."""
-    yield "", getattr(module, "__doc__", None) or ""
-    for name, value in sorted(vars(module).items()):
-        docstring = getattr(value, "__doc__", None)
-        if name.startswith("_") or not callable(value) or not isinstance(docstring, str):
-            continue
-        yield name, docstring
-        if isinstance(value, type):
-            for method, entry in sorted(vars(value).items()):
-                docstring = getattr(entry, "__doc__", None)
-                if not method.startswith("_") and isinstance(docstring, str):
-                    yield f"{name}.{method}", docstring
+def read(part: Part, field: str = "text") -> Iterator[Record]:
+    """The records of a part, empty ones too. Raises ``UserError`` when the file itself cannot be read on."""
+    if part.file == BUILTIN:
+        yield from (Record(text, f"{BUILTIN} document {n}") for n, text in enumerate(python_documents(), start=1))
+    elif part.file.endswith(".parquet"):
+        yield from _read_parquet(part, field)
+    else:
+        try:
+            yield from _read_stream(part, field)
+        except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+            raise UserError(f"{part.file} cannot be read: {error}") from error
 
 
-def _documented(name: str, heads: Iterator[tuple[str, str]], seen: set[str]) -> str:
-    parts = []
-    for head, docstring in heads:
-        docstring = docstring.strip()
-        if docstring and docstring not in seen:
-            seen.add(docstring)
-            parts.append(f"{head}\n{docstring}\n" if head else f"{docstring}\n")
-    return f"module {name}\n\n" + "\n".join(parts) if parts else ""
+def encodable(text: str) -> bool:
+    """Whether a string is text: JSON and command lines can smuggle in lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
-def _files(source: str) -> list[Path]:
+def _files(source: str) -> list[str]:
+    if "://" in source:
+        return _remote_files(source)
     path = Path(source)
     if path.is_file():
         found = [path]
@@ -131,40 +129,177 @@ def _files(source: str) -> list[Path]:
         found = [Path(name) for name in glob.glob(source, recursive=True)]
     if not found:
         raise UserError(f"there is no text at {source}: give files, a folder or a glob of {', '.join(_FORMATS)}")
-    return sorted(found)
+    return [str(path) for path in sorted(found)]
 
 
-def _read(path: Path, field: str) -> Iterator[str]:
-    if path.name.endswith(".parquet"):
-        yield from _read_parquet(path, field)
+def _remote_files(source: str) -> list[str]:
+    try:
+        system, path = fsspec.core.url_to_fs(source)
+        if system.isdir(path):
+            found = [name for name in system.find(path) if name.endswith(_FORMATS)]
+        else:
+            found = [name for name in system.glob(path) if system.isfile(name)]
+    except (ValueError, ImportError, OSError) as error:
+        raise UserError(f"{source} cannot be opened: {error}") from error
+    if not found:
+        raise UserError(f"there is no text at {source}: give files, a folder or a glob of {', '.join(_FORMATS)}")
+    return sorted(system.unstrip_protocol(name) for name in found)
+
+
+def _open(file: str) -> IO[bytes]:
+    return fsspec.open(file, "rb").open() if "://" in file else open(file, "rb")
+
+
+def _read_stream(part: Part, field: str) -> Iterator[Record]:
+    with _open(part.file) as file:
+        if part.stop >= 0:
+            yield from _lines(_range(file, part), part.file, field, first=None if part.start else 1)
+        elif part.file.endswith(".tar"):
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                for member in archive:
+                    if member.isfile() and member.name.endswith(_FORMATS) and not member.name.endswith(".parquet"):
+                        content = archive.extractfile(member)
+                        assert content is not None
+                        yield from _plain(content, member.name, f"{part.file}/{member.name}", field)
+                file.seek(archive.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise OSError("it ends before its end mark")  # Python takes what is cut off there for an end
+        else:
+            yield from _plain(file, part.file, part.file, field)
+
+
+def _plain(file: IO[bytes], name: str, place: str, field: str) -> Iterator[Record]:
+    """The records of a txt or jsonl file, packed or not."""
+    if name.endswith(".gz"):
+        file = io.BufferedReader(gzip.GzipFile(fileobj=file))  # type: ignore[arg-type]
+    elif name.endswith(".zst"):
+        file = io.BufferedReader(_ZstdStream(file), 1 << 20)
+    if ".jsonl" in Path(name).suffixes[-2:]:
+        yield from _lines(_all_lines(file), place, field, first=1)
         return
     try:
-        with _open(path) as stream:
-            if ".jsonl" in path.name:
-                for number, line in enumerate(stream, start=1):
-                    if line.strip():
-                        yield _record(path, number, line, field)
-            else:
-                yield stream.read().decode("utf-8")
+        yield Record(file.read().decode("utf-8"), place)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from error
-    except (OSError, EOFError, zlib.error) as error:
+        yield Record("", place, f"is not UTF-8 text: {error}")
+
+
+def _range(file: IO[bytes], part: Part) -> Iterator[tuple[int, bytes]]:
+    """The lines that begin in a part, each with its first byte; a line belongs to the part in which it begins."""
+    at = part.start
+    if at:
+        file.seek(at - 1)
+        at += len(_line(file)) - 1
+    while at < part.stop:
+        line = _line(file)
+        if not line:
+            return
+        yield at, line
+        at += len(line)
+
+
+def _all_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    at = 0
+    while line := _line(file):
+        yield at, line
+        at += len(line)
+
+
+class _Giant(bytes):
+    """The beginning of a line that is too long; its length is that of the whole."""
+
+    def __len__(self) -> int:
+        return self.whole
+
+    whole = 0
+
+
+def _line(file: IO[bytes]) -> bytes:
+    line = file.readline(LONGEST_LINE)
+    if len(line) < LONGEST_LINE or line.endswith(b"\n"):
+        return line
+    giant = _Giant(line[:100])
+    giant.whole = len(line)
+    while more := file.readline(LONGEST_LINE):
+        giant.whole += len(more)
+        if more.endswith(b"\n"):
+            break
+    return giant
+
+
+def _lines(lines: Iterator[tuple[int, bytes]], place: str, field: str, first: int | None) -> Iterator[Record]:
+    """Records of jsonl lines; ``first``: the number of the first line, None where only its byte is known."""
+    for count, (at, line) in enumerate(lines):
+        if line.strip():
+            here = f"{place} byte {at}" if first is None else f"{place} line {first + count}"
+            yield _record(line, here, field)
+
+
+def _record(line: bytes, place: str, field: str) -> Record:
+    if isinstance(line, _Giant):
+        return Record("", place, f"is a line of {line.whole} bytes, more than {LONGEST_LINE}")
+    try:
+        text = json.loads(line)[field]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        return Record("", place, f"is not a JSON object with a field '{field}': {error!r}")
+    if not isinstance(text, str):
+        return Record("", place, f"field '{field}' is not text")
+    if not encodable(text):
+        return Record("", place, f"field '{field}' has half a surrogate pair, which is no text")
+    return Record(text, place)
+
+
+def _parquet_parts(name: str) -> Iterator[Part]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with _open(name) as stream, pyarrow.parquet.ParquetFile(stream) as file:
+            sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{name} cannot be read: {error}") from error
+    start = 0
+    for stop in range(1, len(sizes) + 1):
+        here = sum(sizes[start:stop])
+        if here >= PART_BYTES or stop == len(sizes):
+            yield Part(name, start, stop, here)
+            start = stop
+
+
+def _read_parquet(part: Part, field: str) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = part.file
+    try:
+        with _open(path) as stream, pyarrow.parquet.ParquetFile(stream) as file:
+            if field not in file.schema_arrow.names:
+                raise UserError(f"{path} has no column '{field}'; its columns: {', '.join(file.schema_arrow.names)}")
+            kind = file.schema_arrow.field(field).type
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                raise UserError(f"{path}: column '{field}' is {kind}, not text")
+            row = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
+            groups = range(part.start, part.stop)
+            for batch in file.iter_batches(columns=[field], batch_size=1024, row_groups=list(groups)):
+                for value in batch.column(0):
+                    yield _parquet_record(value, f"{path} row {row}")
+                    row += 1
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def _open(path: Path) -> IO[bytes]:
-    if path.name.endswith(".gz"):
-        return io.BufferedReader(gzip.GzipFile(path, "rb"))
-    if path.name.endswith(".zst"):
-        return io.BufferedReader(_ZstdStream(path), 1 << 20)
-    return path.open("rb")
+def _parquet_record(value, place: str) -> Record:  # type: ignore[no-untyped-def]
+    try:
+        text = value.as_py()
+    except UnicodeDecodeError as error:
+        return Record("", place, f"is not UTF-8 text: {error}")
+    return Record(text or "", place)  # null is no text
 
 
 class _ZstdStream(io.RawIOBase):
     """The text of a zst file of any number of frames; damage and a missing end are errors of reading."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
         self._frame = zstandard.ZstdDecompressor().decompressobj()
         self._started = False
         self._packed = self._ready = b""
@@ -194,41 +329,3 @@ class _ZstdStream(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
-
-
-def _record(path: Path, number: int, line: bytes, field: str) -> str:
-    try:
-        text = json.loads(line)[field]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} line {number} is not a JSON object with a field '{field}': {error!r}") from error
-    if not isinstance(text, str):
-        raise UserError(f"{path} line {number}: field '{field}' is not text")
-    if not encodable(text):
-        raise UserError(f"{path} line {number}: field '{field}' has half a surrogate pair, which is no text")
-    return text
-
-
-def encodable(text: str) -> bool:
-    """Whether a string is text: JSON and command lines can smuggle in lone surrogates."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _read_parquet(path: Path, field: str) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                raise UserError(f"{path} has no column '{field}'; its columns: {', '.join(file.schema_arrow.names)}")
-            kind = file.schema_arrow.field(field).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise UserError(f"{path}: column '{field}' is {kind}, not text")
-            for batch in file.iter_batches(columns=[field], batch_size=1024):
-                yield from (text for text in batch.column(0).to_pylist() if text is not None)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error

@@ -12,9 +12,9 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import webdataset
@@ -26,80 +26,65 @@ INDEX = "index.json"
 _BLOCK = 512  # unit of a tar file
 
 
-def pack(documents: Iterable[Sequence[int]], eos_id: int, length: int) -> Iterable[np.ndarray]:
-    """Documents + EOS, concatenated and cut into samples of ``length`` tokens; the last may be shorter."""
-    pending = np.empty(0, dtype=np.int64)
-    for tokens in documents:
-        pending = np.concatenate([pending, np.asarray(tokens, dtype=np.int64), [eos_id]])
-        whole = len(pending) // length * length
-        yield from pending[:whole].reshape(-1, length)
-        pending = pending[whole:]
-    if len(pending):
-        yield pending
+class Place(NamedTuple):
+    """A shard and the tokens of the stream that it holds; the last one can be a shorter sample, the tail."""
+
+    name: str
+    start: int
+    stop: int
 
 
-def write(
-    folder: Path, samples: Iterable[np.ndarray], length: int, per_shard: int, facts: dict[str, Any]
-) -> dict[str, Any]:
-    """Write samples as shards of ``per_shard`` and then the index, which holds ``facts`` as well; returns the index."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / INDEX).unlink(missing_ok=True)
-    dtype = np.uint16 if facts["vocab_size"] <= 1 << 16 else np.uint32
-    shards: list[dict[str, Any]] = []
-    tail: dict[str, Any] | None = None
-    writer: _Shard | None = None
-    tokens = 0
-    for sample in samples:
-        tokens += len(sample)
-        if len(sample) < length:
-            shard = _Shard(folder / "tail.tar")
-            shard.add(sample.astype(dtype))
-            tail = {**shard.close(), "tokens": len(sample)}
-            continue
-        writer = writer or _Shard(folder / f"shard-{len(shards):06d}.tar")
-        writer.add(sample.astype(dtype))
-        if writer.samples == per_shard:
-            shards.append(writer.close())
-            writer = None
-    if writer:
-        shards.append(writer.close())
+def token_type(vocab_size: int) -> np.dtype:
+    """The smallest type of a token: uint16 or uint32."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def cut(tokens: int, length: int, per_shard: int) -> list[Place]:
+    """Cut a stream of documents + EOS into samples of ``length`` tokens and these into shards; nothing is dropped."""
+    whole, size = tokens // length * length, length * per_shard
+    places = [
+        Place(f"shard-{number:06d}.tar", start, min(start + size, whole))
+        for number, start in enumerate(range(0, whole, size))
+    ]
+    return places if whole == tokens else [*places, Place("tail.tar", whole, tokens)]
+
+
+def write_shard(folder: Path, place: Place, tokens: np.ndarray, length: int) -> dict[str, Any]:
+    """Write the tokens of a place [stop - start]; the file appears when it is whole. Returns its facts for the index.
+
+    The bytes depend on the tokens alone.
+    """
+    partial = folder / f".{place.name}.{os.getpid()}"
+    with partial.open("wb") as file:
+        with webdataset.TarWriter(file, mtime=0, encoder=False) as tar:
+            samples = tokens.reshape(-1, length) if len(tokens) >= length else tokens[None]
+            header = _npy_header(samples.shape[1], tokens.dtype)
+            for number, sample in enumerate(samples):
+                tar.write({"__key__": f"{number:08d}", "npy": header + sample.tobytes()})
+        file.flush()
+        os.fsync(file.fileno())
+    with partial.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    facts = {"name": place.name, "samples": len(samples), "size": partial.stat().st_size, "sha256": digest}
+    os.replace(partial, folder / place.name)
+    return facts
+
+
+def write_index(folder: Path, written: list[dict[str, Any]], length: int, facts: dict[str, Any]) -> dict[str, Any]:
+    """Close a folder of shards; ``facts``: ``tokens``, ``vocab_size`` and what else is known. Returns the index."""
+    shards = [shard for shard in written if shard["name"] != "tail.tar"]
+    tail = next((shard for shard in written if shard["name"] == "tail.tar"), None)
     index = {
         "format": 1,
         "length": length,
-        "dtype": np.dtype(dtype).name,
+        "dtype": token_type(facts["vocab_size"]).name,
         "samples": sum(shard["samples"] for shard in shards),
-        "tokens": tokens,
         **facts,
         "shards": shards,
-        "tail": tail,
+        "tail": {**tail, "tokens": facts["tokens"] % length} if tail else None,
     }
     write_atomically(folder / INDEX, json.dumps(index, indent=1))
     return index
-
-
-class _Shard:
-    """One tar file in the making; bytes depend on the samples alone."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.samples = 0
-        self._file = path.open("wb")
-        self._tar = webdataset.TarWriter(self._file, mtime=0, encoder=False)
-
-    def add(self, tokens: np.ndarray) -> None:
-        member = io.BytesIO()
-        np.lib.format.write_array(member, tokens, version=(1, 0))
-        self._tar.write({"__key__": f"{self.samples:08d}", "npy": member.getvalue()})
-        self.samples += 1
-
-    def close(self) -> dict[str, Any]:
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        with self.path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"name": self.path.name, "samples": self.samples, "size": self.path.stat().st_size, "sha256": digest}
 
 
 class PackedDataset:

@@ -152,20 +152,20 @@ def test_gpt2_tokenizer():
     assert gpt2.encode("Hello world") == [15496, 995]
 
 
-@given(st.lists(st.lists(st.integers(3, 99), max_size=30), max_size=20), st.integers(1, 16))
-def test_packing_loses_nothing(documents, length):
-    samples = list(shards.pack(documents, 2, length))
-    whole = [token for document in documents for token in [*document, 2]]
-    assert [t for sample in samples for t in sample] == whole
-    assert all(len(sample) == length for sample in samples[:-1])
+def _write(folder, tokens, length, per_shard, vocab=100):
+    """All shards of a stream of tokens, and their index."""
+    tokens = tokens.astype(shards.token_type(vocab))
+    places = shards.cut(len(tokens), length, per_shard)
+    assert [place.start for place in places[1:]] == [place.stop for place in places[:-1]]
+    written = [shards.write_shard(folder, place, tokens[place.start : place.stop], length) for place in places]
+    shards.write_index(folder, written, length, {"tokens": len(tokens), "vocab_size": vocab, "bytes": 1})
 
 
 @given(st.integers(0, 40), st.integers(1, 12), st.integers(1, 7), st.sampled_from([300, 70_000]), st.randoms())
 def test_shards_hold_the_samples(tmp_path_factory, count, length, per_shard, vocab, random):
     folder = tmp_path_factory.mktemp("shards")
     tokens = np.array([random.randrange(vocab) for _ in range(count * length + random.randrange(length))])
-    samples = [tokens[i : i + length] for i in range(0, len(tokens), length)]
-    shards.write(folder, samples, length, per_shard, {"vocab_size": vocab, "bytes": 1})
+    _write(folder, tokens, length, per_shard, vocab)
     data = PackedDataset(folder)
     shards.verify(folder)
     assert len(data) == count
@@ -180,7 +180,7 @@ def test_shards_hold_the_samples(tmp_path_factory, count, length, per_shard, voc
 
 
 def test_damaged_shards_are_named(tmp_path):
-    shards.write(tmp_path, np.arange(80).reshape(10, 8), 8, 4, {"vocab_size": 100, "bytes": 1})
+    _write(tmp_path, np.arange(80), 8, 4)
     shard = tmp_path / "shard-000001.tar"
     good = shard.read_bytes()
     with tarfile.open(shard) as tar:

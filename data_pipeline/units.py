@@ -1,0 +1,269 @@
+"""Units of work: some pieces of files, read, filtered, split and tokenised by one process.
+
+A unit is a folder that appears under its name when it is done, so any process may do any unit at any time, and a unit
+that was interrupted is done again. What a unit holds depends on its files alone, never on who does it:
+
+- ``train.bin``, ``heldout.bin``: tokens of the documents, each followed by EOS;
+- ``train.npy``, ``heldout.npy``: a ``DOCUMENT`` for each;
+- ``bad.jsonl``: records that could not be used, with their places; ``facts.json``: how many records went where.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from armd_scale import tokenizer as tokenizers
+from armd_scale.files import write_atomically
+from data_pipeline import readers, shards
+from data_pipeline.readers import PART_BYTES, Part
+from data_pipeline.shards import Place, token_type
+
+SPLITS = ("train", "heldout")
+DOCUMENT = np.dtype([("tokens", "<u4"), ("bytes", "<u8"), ("hash", "<u8", 2)])
+"""A document: its tokens with EOS, its bytes of UTF-8, and the first half of its SHA-256."""
+REMOVED = ("bad", "empty", "short", "long")
+"""Why a record is in neither split."""
+_BATCH = 256  # documents that are tokenised at a time
+_EXCERPT = 200  # characters of a bad record that are kept
+
+
+class Job(NamedTuple):
+    """What all units of a preparation share; ``units``: source (``text`` or ``heldout_text``) and parts of each."""
+
+    folder: str
+    field: str
+    heldout_fraction: float
+    min_characters: int
+    max_characters: int | None
+    units: list[tuple[str, list[Part]]]
+
+    def place(self, number: int) -> Path:
+        """The folder of a unit."""
+        return Path(self.folder) / "work" / f"unit-{number:06d}"
+
+    def save(self) -> None:
+        """Write the job where ``load`` finds it."""
+        path = Path(self.folder) / "work/job.json"
+        path.write_text(json.dumps(self._asdict()), encoding="utf-8")
+
+    @staticmethod
+    def load(folder: str) -> "Job":
+        """The job of a folder."""
+        fields = json.loads((Path(folder) / "work/job.json").read_text(encoding="utf-8"))
+        fields["units"] = [(source, [Part(*part) for part in parts]) for source, parts in fields["units"]]
+        return Job(**fields)
+
+
+def cut(sources: dict[str, list[str]]) -> list[tuple[str, list[Part]]]:
+    """Units of about ``PART_BYTES`` of the files of each source: large files in pieces, small ones together."""
+    units: list[tuple[str, list[Part]]] = []
+    for source, names in sources.items():
+        parts: list[Part] = []
+        for part in readers.parts(names):
+            if parts and sum(p.size for p in parts) + part.size > PART_BYTES:
+                units.append((source, parts))
+                parts = []
+            parts.append(part)
+        if parts:
+            units.append((source, parts))
+    return units
+
+
+def held_out(text: str, fraction: float) -> bool:
+    """Whether a document is held out: by its hash, so that its copies are too."""
+    return int(_hash(text)[0]) < fraction * 2**64
+
+
+def tokenise(folder: str, number: int) -> dict[str, Any]:
+    """Do a unit unless it is done; returns its facts."""
+    job, tokenizer = _tools(folder)
+    final = job.place(number)
+    if not final.is_dir():
+        partial = final.with_name(f".{final.name}.{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _tokenise(job, number, tokenizer, partial)
+        os.replace(partial, final)
+    return json.loads((final / "facts.json").read_text(encoding="utf-8"))
+
+
+def _tools(folder: str) -> tuple[Job, tokenizers.Tokenizer]:
+    return _load_tools(folder, (Path(folder) / "work/job.json").stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_tools(folder: str, written: int) -> tuple[Job, tokenizers.Tokenizer]:
+    """``written``: when the job was, so that a folder that was made anew is read anew."""
+    return Job.load(folder), tokenizers.load(Path(folder) / "tokenizer")
+
+
+def _hash(text: str) -> np.ndarray:
+    return np.frombuffer(hashlib.sha256(text.encode("utf-8")).digest()[:16], "<u8")
+
+
+def _tokenise(job: Job, number: int, tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
+    counts: Counter[str] = Counter()
+    source, parts = job.units[number]
+    dtype = token_type(tokenizer.vocab_size)
+    with (folder / "bad.jsonl").open("w", encoding="utf-8") as bad:
+        texts = _usable(job, parts, counts, bad)
+        writers = {split: _Writer(folder, split, dtype) for split in SPLITS}
+        for batch in _batches(texts):
+            for text, tokens in zip(batch, tokenizer.encode_batch(batch), strict=True):
+                digest = _hash(text)
+                heldout = source == "heldout_text" or int(digest[0]) < job.heldout_fraction * 2**64
+                writers[SPLITS[heldout]].add(text, digest, [*tokens, tokenizer.eos_id])
+    for split, writer in writers.items():
+        counts[split] = writer.close()
+    facts = {name: counts[name] for name in ("records", *SPLITS, *REMOVED)}
+    (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+class Stream:
+    """The tokens of all units of a split, one after the other, without the documents that ``keep`` leaves out."""
+
+    def __init__(self, folder: str, split: str) -> None:
+        job, tokenizer = _tools(folder)
+        self._job, self._split, self._dtype = job, split, token_type(tokenizer.vocab_size)
+        documents = [self.documents(number) for number in range(len(job.units))]
+        self._first = np.cumsum([0, *map(len, documents)])
+        path = _keep_path(folder, split)
+        self._keep = np.load(path, mmap_mode="r") if path.is_file() else None
+        self._starts = np.cumsum([0, *(self._kept(n, docs)["tokens"].sum() for n, docs in enumerate(documents))])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def documents(self, number: int) -> np.ndarray:
+        """The documents of a unit, of type ``DOCUMENT``."""
+        return np.load(self._job.place(number) / f"{self._split}.npy")
+
+    def totals(self) -> dict[str, int]:
+        """Number and bytes of the documents."""
+        kept = [self._kept(number, self.documents(number)) for number in range(len(self._job.units))]
+        return {"documents": sum(map(len, kept)), "bytes": sum(int(docs["bytes"].sum()) for docs in kept)}
+
+    def _kept(self, number: int, documents: np.ndarray) -> np.ndarray:
+        return documents if self._keep is None else documents[self._mask(number)]
+
+    def _mask(self, number: int) -> np.ndarray:
+        assert self._keep is not None
+        return self._keep[self._first[number] : self._first[number + 1]]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens ``start`` to ``stop``."""
+        pieces = [np.empty(0, self._dtype)]
+        number = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while start < stop:
+            upto = min(stop, int(self._starts[number + 1]))
+            if upto > start:
+                first = int(self._starts[number])
+                pieces.append(self._tokens(number)[start - first : upto - first])
+                start = upto
+            number += 1
+        return np.concatenate(pieces)
+
+    def _tokens(self, number: int) -> np.ndarray:
+        path = self._job.place(number) / f"{self._split}.bin"
+        tokens = np.memmap(path, self._dtype, mode="r") if path.stat().st_size else np.empty(0, self._dtype)
+        if self._keep is None:
+            return tokens
+        return tokens[np.repeat(self._mask(number), self.documents(number)["tokens"])]
+
+
+def write_shard(folder: str, split: str, place: Place, length: int) -> dict[str, Any]:
+    """Write one shard of a split unless it is written; returns its facts for the index."""
+    known = Path(folder) / "work" / f"{split}-{place.name}.json"
+    if not known.is_file():
+        stream = _load_stream(folder, split, (Path(folder) / "work/job.json").stat().st_mtime_ns)
+        facts = shards.write_shard(Path(folder) / split, place, stream.read(place.start, place.stop), length)
+        write_atomically(known, json.dumps(facts))
+    return json.loads(known.read_text(encoding="utf-8"))
+
+
+@functools.lru_cache(maxsize=2)
+def _load_stream(folder: str, split: str, written: int) -> Stream:
+    return Stream(folder, split)
+
+
+def drop_duplicates(folder: str) -> dict[str, int]:
+    """Mark the documents whose text was there before, held-out ones first; how many each split loses.
+
+    Needs about 40 bytes of memory a document.
+    """
+    job = Job.load(folder)
+    hashes = {
+        split: np.concatenate([np.load(job.place(n) / f"{split}.npy")["hash"] for n in range(len(job.units))])
+        for split in SPLITS
+    }
+    order = np.concatenate([hashes["heldout"], hashes["train"]])
+    first = np.zeros(len(order), dtype=bool)
+    first[np.unique(order, axis=0, return_index=True)[1]] = True
+    held = len(hashes["heldout"])
+    kept = {"heldout": first[:held], "train": first[held:]}
+    for split, keep in kept.items():
+        partial = _keep_path(folder, split).with_suffix(".partial.npy")
+        np.save(partial, keep)
+        os.replace(partial, _keep_path(folder, split))
+    return {split: int((~keep).sum()) for split, keep in kept.items()}
+
+
+def _keep_path(folder: str, split: str) -> Path:
+    return Path(folder) / "work" / f"{split}.keep.npy"
+
+
+class _Writer:
+    """The documents of one split of a unit."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype) -> None:
+        self._dtype = dtype
+        self._tokens = (folder / f"{split}.bin").open("wb")
+        self._path = folder / f"{split}.npy"
+        self._documents: list[tuple[int, int, np.ndarray]] = []
+
+    def add(self, text: str, digest: np.ndarray, tokens: list[int]) -> None:
+        self._tokens.write(np.array(tokens, dtype=self._dtype).tobytes())
+        self._documents.append((len(tokens), len(text.encode("utf-8")), digest))
+
+    def close(self) -> int:
+        self._tokens.close()
+        np.save(self._path, np.array(self._documents, dtype=DOCUMENT))
+        return len(self._documents)
+
+
+def _usable(job: Job, parts: list[Part], counts: Counter[str], bad: Any) -> Iterator[str]:
+    """Texts of the documents that stay; the others are counted."""
+    for part in parts:
+        for record in readers.read(part, job.field):
+            counts["records"] += 1
+            length = len(record.text)
+            if record.problem:
+                counts["bad"] += 1
+                bad.write(json.dumps({"place": record.place, "problem": record.problem[:_EXCERPT]}) + "\n")
+            elif not record.text.strip():
+                counts["empty"] += 1
+            elif length < job.min_characters:
+                counts["short"] += 1
+            elif job.max_characters is not None and length > job.max_characters:
+                counts["long"] += 1
+            else:
+                yield record.text
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == _BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,261 @@
+"""Preparation as a whole: nothing depends on who does the work, nothing is lost silently, interruptions cost little."""
+
+import gzip
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+import tarfile
+import time
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from armd_scale import tokenizer as tokenizers
+from armd_scale.config import RunConfig
+from armd_scale.errors import UserError
+from data_pipeline import prepare as preparing
+from data_pipeline import readers, shards, units
+from data_pipeline.shards import PackedDataset
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "äöü", "你好"]
+
+
+def config(folder, text, **data):
+    return RunConfig.model_validate(
+        {
+            "run_dir": str(folder / "run"),
+            "model": {"length": 16},
+            "orders": {"rho": 8},
+            "data": {
+                "text": [str(text)], "directory": str(folder), "vocab_size": 290, "heldout_fraction": 0.2,
+                "samples_per_shard": 32, "workers": 1, **data,
+            },
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Documents of several lengths, some of them twice."""
+    draw = random.Random(0)
+    documents = [" ".join(draw.choices(WORDS, k=draw.randrange(1, 60))) for _ in range(700)]
+    documents += documents[:80]
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": one}) + "\n" for one in documents), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Units of two kilobytes, and other processes for any amount of work."""
+    monkeypatch.setattr(readers, "PART_BYTES", 2000)
+    monkeypatch.setattr(units, "PART_BYTES", 2000)
+    monkeypatch.setattr(preparing, "_SMALL", 0)
+
+
+def content(folder):
+    """All files of a prepared folder but the settings, which name the source."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "complete.json"
+    }
+
+
+def texts(folder, split):
+    """The documents of a split, decoded from its shards."""
+    data, tokenizer = PackedDataset(folder / split), tokenizers.load(folder / "tokenizer")
+    stream = np.concatenate([data.read(np.arange(len(data))).reshape(-1), data.tail()]).tolist()
+    found, start = [], 0
+    for at, token in enumerate(stream):
+        if token == tokenizer.eos_id:
+            found.append(tokenizer.decode(stream[start:at]))
+            start = at + 1
+    return found
+
+
+def test_the_result_does_not_depend_on_processes_or_pieces(text, tmp_path, monkeypatch):
+    preparing.prepare(config(tmp_path / "one", text))
+    expected = content(tmp_path / "one")
+    for size, workers in ((2000, 1), (777, 3), (2000, 3)):
+        monkeypatch.setattr(readers, "PART_BYTES", size)
+        monkeypatch.setattr(units, "PART_BYTES", size)
+        monkeypatch.setattr(preparing, "_SMALL", 0)
+        folder = tmp_path / f"{size}-{workers}"
+        preparing.prepare(config(folder, text, workers=workers))
+        assert content(folder) == expected, (size, workers)
+    written = [json.loads(line)["text"] for line in text.read_text(encoding="utf-8").splitlines()]
+    got = texts(tmp_path / "one", "train") + texts(tmp_path / "one", "heldout")
+    assert sorted(got) == sorted(written)
+    held = set(texts(tmp_path / "one", "heldout"))
+    assert texts(tmp_path / "one", "train") == [one for one in written if one not in held]
+
+
+@given(st.lists(st.binary(max_size=40).map(lambda b: b.replace(b"\n", b"")), max_size=30), st.integers(1, 50))
+def test_pieces_of_a_file_hold_every_line_once(tmp_path_factory, lines, size):
+    path = tmp_path_factory.mktemp("p") / "x.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    whole = path.stat().st_size
+    parts = [readers.Part(str(path), start, min(start + size, whole), size) for start in range(0, whole, size)]
+    with path.open("rb") as file:
+        found = [line for part in parts for _, line in readers._range(file, part)]
+    assert b"".join(found) == path.read_bytes()
+    assert [line.rstrip(b"\n") for line in found] == path.read_bytes().split(b"\n")[: len(found)]
+
+
+def test_duplicates_and_filters_are_counted(text, tmp_path, small_parts):
+    folder = tmp_path / "data"
+    preparing.prepare(config(folder, text, deduplicate=True, min_characters=10, max_characters=200))
+    written = [json.loads(line)["text"] for line in text.read_text(encoding="utf-8").splitlines()]
+    fitting = [one for one in written if 10 <= len(one) <= 200]
+    counts = json.loads((folder / "complete.json").read_text())["records"]
+    assert counts["records"] == len(written)
+    assert counts["short"] == sum(len(one) < 10 for one in written)
+    assert counts["long"] == sum(len(one) > 200 for one in written)
+    assert counts["duplicate"] == len(fitting) - len(set(fitting))
+    assert sum(counts[name] for name in counts if name != "records") == counts["records"]
+    train, heldout = texts(folder, "train"), texts(folder, "heldout")
+    assert sorted(train + heldout) == sorted(set(fitting))
+    assert train == list(dict.fromkeys(one for one in fitting if one not in set(heldout)))
+    assert PackedDataset(folder / "train").index["documents"] == counts["train"] == len(train)
+
+
+def test_what_is_held_out_is_not_trained_on(text, tmp_path):
+    """A held-out file whose documents are in the training text as well."""
+    lines = text.read_text(encoding="utf-8").splitlines()
+    (tmp_path / "heldout.jsonl").write_text("\n".join(lines[:50]), encoding="utf-8")
+    folder = tmp_path / "data"
+    preparing.prepare(config(folder, text, heldout_text=[str(tmp_path / "heldout.jsonl")], deduplicate=True))
+    assert not set(texts(folder, "train")) & set(texts(folder, "heldout"))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_kill_at_random_moments(text, tmp_path, small_parts, workers):
+    """kill -9 of the whole group, again and again: finished units are kept, and the result is that of a calm run."""
+    preparing.prepare(config(tmp_path / "calm", text, deduplicate=True))
+    killed = config(tmp_path / "killed", text, deduplicate=True, workers=workers)
+    work = tmp_path / ".killed.partial/work"
+    draw, done = random.Random(workers), []
+    for _ in range(6):
+        process = multiprocessing.get_context("fork").Process(target=_in_group, args=(killed,))
+        process.start()
+        time.sleep(draw.uniform(0.05, 0.6 if workers == 1 else 2.5))
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            process.kill()
+        process.join()
+        done.append(len(list(work.glob("unit-*"))))
+    preparing.prepare(killed)
+    assert content(tmp_path / "killed") == content(tmp_path / "calm")
+    assert done[:-1] <= sorted(done[:-1]) or (tmp_path / "killed").exists()
+
+
+def _in_group(settings):
+    os.setsid()
+    preparing.prepare(settings)
+
+
+def test_bad_records_are_listed_and_stop_the_run_only_when_many(tmp_path):
+    path = tmp_path / "x.jsonl"
+    good = [json.dumps({"text": f"a good document, number {n}, of some length"}) for n in range(300)]
+    lines = [*good[:150], "{broken", *good[150:], json.dumps({"body": "no text"}), "", json.dumps({"text": "  "})]
+    path.write_text("\n".join(lines))
+    folder = tmp_path / "data"
+    preparing.prepare(config(folder, path))
+    counts = json.loads((folder / "complete.json").read_text())["records"]
+    assert (counts["bad"], counts["empty"], counts["records"]) == (2, 1, 303)
+    bad = [json.loads(line) for line in (folder / "bad.jsonl").read_text().splitlines()]
+    assert [one["place"] for one in bad] == [f"{path} line 151", f"{path} line 302"]
+    assert "is not a JSON object" in bad[0]["problem"]
+    with pytest.raises(UserError, match=r"2 of 303 records cannot be used, more than .* the first: .*x.jsonl line 151"):
+        preparing.prepare(config(tmp_path / "strict", path, max_bad_fraction=0.001))
+    assert not (tmp_path / "strict").exists()
+
+
+BROKEN = [
+    b'{"text": "unfinished', b"\x00\x00\x00", b"\xff\xfe{}", b"[]", b"null", b'{"text": null}', b'{"text": 1}', b"   ",
+    b'{"text": "\\ud800"}', b"[" * 5000, b'{"text": "\x00 nul inside"}', b'{"text": "ok \\u0000 escaped nul"}', b"{}",
+]  # fmt: skip
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(st.sampled_from([b'{"text": "a good line"}', *BROKEN]) | st.binary(max_size=30), max_size=40), st.data()
+)
+def test_fuzzed_files_lose_nothing_silently(tmp_path_factory, lines, data):
+    """Whatever is in a file, every record is counted, and nothing but a UserError comes out."""
+    content = b"\n".join(line.replace(b"\n", b" ") for line in lines)
+    name, pack = data.draw(
+        st.sampled_from([("x.jsonl", bytes), ("x.jsonl.gz", gzip.compress), ("x.jsonl.zst", zstandard.compress)])
+    )
+    packed = pack(content)
+    packed = packed[: data.draw(st.integers(0, len(packed)) | st.just(len(packed)))]
+    path = tmp_path_factory.mktemp("f") / name
+    path.write_bytes(packed)
+    try:
+        records = [record for part in readers.parts([str(path)]) for record in readers.read(part)]
+    except UserError:
+        return  # names the file: test_bad_files_are_named
+    read = packed if name == "x.jsonl" else content
+    if name != "x.jsonl" and packed != pack(content):
+        assert not packed, "a truncated file was taken for a whole one"
+        return
+    assert len(records) == sum(bool(line.strip()) for line in read.split(b"\n"))
+    assert all(record.problem or readers.encodable(record.text) for record in records)
+
+
+def test_giant_lines_are_bad_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LONGEST_LINE", 1000)
+    path = tmp_path / "x.jsonl"
+    lines = [json.dumps({"text": word}) for word in ("a", "b" * 5000, "c", "d" * 986)]
+    path.write_text("\n".join(lines))
+    for size in (100, 10_000):
+        monkeypatch.setattr(readers, "PART_BYTES", size)
+        records = [record for part in readers.parts([str(path)]) for record in readers.read(part)]
+        assert [record.text[:1] for record in records] == ["a", "", "c", "d"]
+        assert records[1].problem == f"is a line of {len(lines[1]) + 1} bytes, more than 1000"
+
+
+def test_tar_files_urls_and_row_groups(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, content in (
+            ("one.txt", b"a text"), ("two.jsonl", b'{"text": "b"}\n{"text": "c"}'), ("three.bin", b"\x00"),
+            ("four.jsonl.gz", gzip.compress(b'{"text": "d"}')),
+        ):  # fmt: skip
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    assert list(readers.documents([str(tmp_path / "a.tar")])) == ["a text", "b", "c", "d"]
+    assert list(readers.documents([f"file://{tmp_path}/*.tar"])) == ["a text", "b", "c", "d"]
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:1500])
+    with pytest.raises(UserError, match="cut.tar cannot be read"):
+        list(readers.documents([str(tmp_path / "cut.tar")]))
+    for url in ("file:///nowhere/*.txt", "nosuch://x/y.txt"):
+        with pytest.raises(UserError, match="there is no text at|cannot be opened"):
+            list(readers.documents([url]))
+    table = pyarrow.table({"text": [f"row {n}" if n % 7 else None for n in range(1000)]})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet", row_group_size=100)
+    parts = list(readers.parts([str(tmp_path / "x.parquet")]))
+    assert sum(part.stop - part.start for part in parts) == 10
+    records = [record for part in parts for record in readers.read(part)]
+    assert [record.text for record in records] == [f"row {n}" if n % 7 else "" for n in range(1000)]
+    halves = [readers.Part(str(tmp_path / "x.parquet"), a, b, 1) for a, b in ((0, 4), (4, 10))]
+    assert [record for part in halves for record in readers.read(part)] == records
+
+
+@given(st.integers(0, 500), st.integers(1, 12), st.integers(1, 7))
+def test_a_stream_is_cut_without_loss(tokens, length, per_shard):
+    places = shards.cut(tokens, length, per_shard)
+    covered = [token for place in places for token in range(place.start, place.stop)]
+    assert covered == list(range(tokens))
+    assert all((place.stop - place.start) % length == 0 for place in places if place.name != "tail.tar")
+    assert all(place.stop - place.start <= length * per_shard for place in places)
