@@ -183,10 +183,20 @@ class DataConfig(_Section):
     """Leave out documents whose text was there before, and training documents that are held out."""
     max_bad_fraction: Fraction = 0.01
     """Largest share of the records that may be unreadable; they are counted and listed in ``bad.jsonl``."""
+    skip_steps: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] = []
+    """Ranges [first, last) of steps whose samples are left out, after a loss spike say; growing, numbered as in a run
+    that leaves nothing out. Can be changed while a run stands before the range."""
     workers: Positive | None = None
     """Processes that prepare the data; null: one for each core that this process may use."""
     verify: bool = True
     """Check the SHA-256 of every shard whenever a run starts or goes on."""
+
+    @model_validator(mode="after")
+    def _grows(self) -> typing.Self:
+        edges = [edge for pair in self.skip_steps for edge in pair]
+        if sorted(set(edges)) != edges:
+            raise ValueError(f"skip_steps = {self.skip_steps} must be growing ranges [first, last) that do not touch")
+        return self
 
 
 class OptimizerConfig(_Section):
@@ -483,7 +493,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
     values = config.model_dump()
     values["model"].pop("vocab_size")  # these two follow from the data
     values["model"].pop("bos_id")
-    for name in ("directory", "verify", "workers", "max_bad_fraction"):
+    for name in ("directory", "verify", "workers", "max_bad_fraction", "skip_steps"):
         values["data"].pop(name)
     return {
         **{name: values[name] for name in ("seed", "model", "data")},

@@ -136,8 +136,8 @@ def copy(tokenizer: Tokenizer, folder: Path) -> None:
         shutil.copyfile(tokenizer.path, folder / name)
 
 
-def train(texts: Iterable[str], path: Path, vocab_size: int, seed: int = 0) -> Tokenizer:
-    """Train a unigram sentencepiece model on texts and write it to ``path``.
+def train(texts: Iterable[str], path: Path, vocab_size: int, seed: int = 0, kind: str = "unigram") -> Tokenizer:
+    """Train a sentencepiece model (``unigram`` or ``bpe``) on texts and write it to ``path``.
 
     No normalisation, byte fallback, and the line feed as a piece: decoding gives the text back.
     """
@@ -151,7 +151,7 @@ def train(texts: Iterable[str], path: Path, vocab_size: int, seed: int = 0) -> T
                 sentence_iterator=iter(texts),
                 model_writer=file,
                 vocab_size=vocab_size,
-                model_type="unigram",
+                model_type=kind,
                 normalization_rule_name="identity",
                 add_dummy_prefix=False,
                 remove_extra_whitespaces=False,

@@ -266,7 +266,7 @@ def _tokenizer(config: RunConfig, folder: Path) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.model"
     if path.is_file():  # of an interrupted preparation with the same settings
         return tokenizers.load(path)
-    return tokenizers.train(_paragraphs(_training_text(config)), path, config.data.vocab_size, config.seed)
+    return tokenizers.train(paragraphs(_training_text(config)), path, config.data.vocab_size, config.seed)
 
 
 def _training_text(config: RunConfig) -> Iterator[str]:
@@ -279,7 +279,7 @@ def _training_text(config: RunConfig) -> Iterator[str]:
                 yield record.text
 
 
-def _paragraphs(documents: Iterable[str]) -> Iterator[str]:
+def paragraphs(documents: Iterable[str]) -> Iterator[str]:
     """Paragraphs of the first documents, enough to train a tokenizer on."""
     size = 0
     for document in documents:

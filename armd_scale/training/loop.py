@@ -72,7 +72,9 @@ class _Trainer:
         self.config = config
         self.data = data
         self.heldout = heldout
-        self.stream = SampleStream(len(data), config.seed)
+        batch = config.train.global_batch
+        skip = [(first * batch, last * batch) for first, last in config.data.skip_steps]
+        self.stream = SampleStream(len(data), config.seed, skip)
         self.engine = Engine(config, device)
         self.folder = config.directory / "checkpoints"
         self.step = 0
@@ -84,9 +86,13 @@ class _Trainer:
         found = checkpoint.newest(self.folder)
         if found:
             manifest.check_identity(found, config)
-            self.step = checkpoint.load(self.engine, found)["step"]
+            facts = checkpoint.load(self.engine, found)
+            self.step = facts["step"]
+            self._check_skips(facts["state"].get("skip_steps", []))
             if rank == 0:
                 print(f"resumed from {found}", flush=True)
+        if rank == 0 and config.data.skip_steps:
+            print(f"the samples of these steps are left out: {config.data.skip_steps}", flush=True)
         self.telemetry = Telemetry(config, active=rank == 0, first_step=self.step)
         self.flops = training_flops_per_token(config.model) * config.train.global_batch * config.model.length
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -166,8 +172,25 @@ class _Trainer:
 
     def save(self) -> None:
         """Start writing a checkpoint of the present step."""
-        state = {"identity": identity(self.config), "samples": self.step * self.config.train.global_batch}
+        state = {
+            "identity": identity(self.config),
+            "samples": self.step * self.config.train.global_batch,
+            "skip_steps": self.config.data.skip_steps,
+        }
         self.checkpointer.save(self.step, state)
+
+    def _check_skips(self, before: list[list[int]]) -> None:
+        """``UserError`` when the samples seen so far would be others with the present ``data.skip_steps``."""
+        batch = self.config.train.global_batch
+        old = SampleStream(1, 0, [(first * batch, last * batch) for first, last in before])
+        seen = np.array([self.step * batch - 1])
+        reached = int(max(stream.places(seen)[0] for stream in (old, self.stream)))
+        past = [[pair for pair in stream.skip if pair[0] <= reached] for stream in (old, self.stream)]
+        if past[0] != past[1]:
+            raise UserError(
+                f"data.skip_steps = {self.config.data.skip_steps} changes what the run has seen before step "
+                f"{self.step} (it was {before}): only steps ahead can be skipped; to go back, remove newer checkpoints"
+            )
 
     def _arrange(self, tokens: np.ndarray, layouts: Sequence[Layout]) -> list[Rows]:
         bos = self.config.model.bos_id

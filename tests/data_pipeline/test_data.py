@@ -211,6 +211,17 @@ def test_the_stream_is_a_permutation_of_every_epoch(samples, seed, data):
     assert np.array_equal(np.concatenate([again.take(0, cut), again.take(cut, 2 * samples - cut)]), whole)
 
 
+@given(st.integers(1, 300), st.lists(st.integers(0, 400), max_size=6, unique=True).map(sorted), st.integers(1, 200))
+def test_ranges_can_be_left_out(samples, edges, count):
+    """What is left is the whole sequence without the ranges, in its order."""
+    skip = list(zip(edges[::2], edges[1::2], strict=False))
+    whole = SampleStream(samples, 3).take(0, count + 400)
+    kept = [sample for place, sample in enumerate(whole) if not any(a <= place < b for a, b in skip)]
+    stream = SampleStream(samples, 3, skip)
+    assert stream.take(0, count).tolist() == kept[:count]
+    assert stream.take(count // 2, count).tolist()[: count - count // 2] == kept[count // 2 : count]
+
+
 def test_the_stream_shuffles():
     """Neighbours are spread, and epochs differ: no correlation beyond chance between place and sample."""
     stream = SampleStream(5000, 0)

@@ -7,8 +7,11 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import tarfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -21,10 +24,11 @@ from hypothesis import strategies as st
 from armd_scale import tokenizer as tokenizers
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError
+from data_pipeline import inspect, readers, shards, units
 from data_pipeline import prepare as preparing
-from data_pipeline import readers, shards, units
 from data_pipeline.shards import PackedDataset
 
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "äöü", "你好"]
 
 
@@ -259,3 +263,40 @@ def test_a_stream_is_cut_without_loss(tokens, length, per_shard):
     assert covered == list(range(tokens))
     assert all((place.stop - place.start) % length == 0 for place in places if place.name != "tail.tar")
     assert all(place.stop - place.start <= length * per_shard for place in places)
+
+
+def module(*words):
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_a_tokenizer_of_its_own_and_what_is_in_the_data(text, tmp_path, kind):
+    """train_tokenizer makes what a preparation uses; inspect finds every document and every damage."""
+    words = ("data_pipeline.train_tokenizer", "--text", text, "--vocab", 290, "--kind", kind, "--out", tmp_path / "t")
+    done = module(*words)
+    assert done.returncode == 0, done.stderr
+    assert f"290 pieces ({kind})" in done.stdout
+    again = module(*words)
+    assert (again.returncode, again.stdout) == (2, "")
+    assert "tokenizer.model exists" in again.stderr
+    tokenizer = tokenizers.load(tmp_path / "t")
+    assert tokenizer.decode(tokenizer.encode("any text \u4f60 \U0001f600\n")) == "any text \u4f60 \U0001f600\n"
+    folder = tmp_path / "data"
+    preparing.prepare(config(folder, text, tokenizer=str(tmp_path / "t")))
+    done = module("data_pipeline.inspect", folder, "--picture", tmp_path / "lengths.png")
+    assert done.returncode == 0, done.stderr
+    assert "records 780, train" in done.stdout.replace("records records", "records")
+    assert done.stdout.count("every shard has its size and SHA-256") == 2
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    for split in ("train", "heldout"):
+        lengths = inspect.document_lengths(PackedDataset(folder / split), tokenizer.eos_id)
+        assert lengths.tolist() == [len(tokenizer.encode(one)) + 1 for one in texts(folder, split)]
+    shard = folder / "train/shard-000003.tar"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    done = module("data_pipeline.inspect", folder)
+    assert done.returncode == 2
+    assert "shard-000003.tar is damaged" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "is not complete prepared data" in module("data_pipeline.inspect", tmp_path).stderr

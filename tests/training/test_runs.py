@@ -191,6 +191,27 @@ def _pass_on(rank, processes, rendezvous, config, source):
     groups.stop()
 
 
+def test_a_range_of_the_data_is_skipped(data, tmp_path, capfd):
+    """After a checkpoint, the batches of two steps are left out: the steps behind them move up."""
+    base = run(data, data / "text.jsonl", tmp_path / "run", checkpoint_every=3)
+    start(base)
+    fields = base.model_dump()
+    fields["data"]["skip_steps"] = [[4, 6]]
+    skipping = RunConfig.model_validate(fields)
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000006")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000008")
+    before = [r["loss"] for r in read_metrics(tmp_path / "run") if "loss" in r]
+    records = [r["loss"] for r in start(skipping) if "loss" in r]
+    assert records[:4] == before[:4]
+    assert records[4] != before[4]
+    assert "left out: [[4, 6]]" in capfd.readouterr().out
+    fields["data"]["skip_steps"] = [[1, 2]]
+    with pytest.raises(
+        torch.multiprocessing.ProcessRaisedException, match="changes what the run has seen before step 8"
+    ):
+        start(RunConfig.model_validate(fields))
+
+
 def test_every_sample_once_and_the_same_on_any_number_of_ranks(data):
     """The samples of a step are those of the stream, whatever the ranks, and an epoch is a permutation."""
     index = PackedDataset(data / "data/train")

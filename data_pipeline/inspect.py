@@ -1,0 +1,105 @@
+"""What is in a folder of prepared data, and whether it is whole.
+
+python -m data_pipeline.inspect DIR [--samples 3] [--picture lengths.png]
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from armd_scale import tokenizer as tokenizers
+from armd_scale.errors import UserError, cli
+from data_pipeline import shards
+from data_pipeline.shards import PackedDataset
+
+_READ = 4096  # samples that are looked at at a time
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m data_pipeline.inspect", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="data folder of a run, with train/, heldout/ and tokenizer/")
+    parser.add_argument("--samples", type=int, default=2, help="decoded samples of each split (default 2)")
+    parser.add_argument("--picture", type=Path, help="draw the lengths of the documents into this png as well")
+    args = parser.parse_args()
+    if not (args.folder / "complete.json").is_file():
+        raise UserError(f"{args.folder} is not complete prepared data: it has no complete.json")
+    tokenizer = tokenizers.load(args.folder / "tokenizer")
+    records = json.loads((args.folder / "complete.json").read_text(encoding="utf-8")).get("records", {})
+    print(f"{args.folder}: records " + ", ".join(f"{name} {count:,}" for name, count in records.items()))
+    print(f"tokenizer: {tokenizer.path.name}, {tokenizer.vocab_size} entries, SHA-256 {tokenizers.digest(tokenizer)}")
+    lengths = {}
+    for split in ("train", "heldout"):
+        data = PackedDataset(args.folder / split)
+        if data.index["tokenizer_sha256"] != tokenizers.digest(tokenizer):
+            raise UserError(f"{args.folder / split} was made with another tokenizer than {tokenizer.path}")
+        index = data.index
+        tail = index["tail"]["tokens"] if index["tail"] else 0
+        print(
+            f"\n{split}: {index['documents']:,} documents, {index['bytes']:,} bytes, {index['tokens']:,} tokens "
+            f"({data.bytes_per_token:.2f} bytes each) in {len(data):,} samples of {data.length} and a tail of {tail}; "
+            f"{len(index['shards'])} shards of {index['dtype']}"
+        )
+        shards.verify(args.folder / split)
+        print("  every shard has its size and SHA-256")
+        lengths[split] = document_lengths(data, tokenizer.eos_id)
+        print(_bars(lengths[split]))
+        chosen = np.linspace(0, len(data) - 1, num=min(args.samples, len(data)), dtype=int)
+        for number, sample in zip(chosen, data.read(chosen), strict=True):
+            text = " | ".join(tokenizer.decode(part.tolist()) for part in _documents(sample, tokenizer.eos_id))
+            print(f"  sample {number}: {text[:300]!r}")
+    if args.picture:
+        _draw(lengths, args.picture)
+        print(f"\n{args.picture}")
+
+
+def document_lengths(data: PackedDataset, eos_id: int) -> np.ndarray:
+    """Tokens of every document of a split, EOS included, in order."""
+    ends, at = [], 0
+    for start in range(0, len(data), _READ):
+        tokens = data.read(np.arange(start, min(start + _READ, len(data)))).reshape(-1)
+        ends.append(at + np.flatnonzero(tokens == eos_id))
+        at += len(tokens)
+    ends.append(at + np.flatnonzero(data.tail() == eos_id))
+    return np.diff(np.concatenate(ends), prepend=-1)
+
+
+def _documents(sample: np.ndarray, eos_id: int) -> list[np.ndarray]:
+    return np.split(sample, np.flatnonzero(sample == eos_id) + 1)
+
+
+def _histogram(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Counts and edges: a bin for each doubling of the length."""
+    top = max(1, int(np.ceil(np.log2(lengths.max(initial=1) + 1))))
+    edges = 2 ** np.arange(top + 1)
+    return np.histogram(lengths, edges)[0], edges
+
+
+def _bars(lengths: np.ndarray) -> str:
+    counts, edges = _histogram(lengths)
+    most = max(1, counts.max(initial=0))
+    lines = [
+        f"  {low:>9,}-{high - 1:<9,} {count:>11,} {'#' * round(40 * count / most)}"
+        for count, low, high in zip(counts, edges, edges[1:], strict=False)
+        if count
+    ]
+    return "\n".join(["  tokens in a document", *lines])
+
+
+def _draw(lengths: dict[str, np.ndarray], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for split, each in lengths.items():
+        axes.hist(each, bins=_histogram(each)[1].tolist(), alpha=0.6, label=f"{split}: {len(each):,}")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens in a document")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,34 @@
+"""Train a sentencepiece tokenizer on text.
+
+python -m data_pipeline.train_tokenizer --text 'corpus/*.jsonl.zst' --vocab 32000 --out tokenizer [--kind bpe]
+"""
+
+import argparse
+from pathlib import Path
+
+from armd_scale import tokenizer as tokenizers
+from armd_scale.errors import UserError, cli
+from data_pipeline import readers
+from data_pipeline.prepare import paragraphs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m data_pipeline.train_tokenizer", description=__doc__.split("\n")[0])
+    parser.add_argument("--text", nargs="+", required=True, help="files, folders, globs or URLs of text")
+    parser.add_argument("--field", default="text", help="field of a jsonl record or parquet column with the text")
+    parser.add_argument("--vocab", type=int, default=32000, help="number of pieces (default 32000)")
+    parser.add_argument("--kind", choices=("unigram", "bpe"), default="unigram", help="model (default unigram)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="folder for tokenizer.model")
+    args = parser.parse_args()
+    target = args.out / "tokenizer.model"
+    if target.exists():
+        raise UserError(f"{target} exists: choose another folder, data may have been made with it")
+    args.out.mkdir(parents=True, exist_ok=True)
+    texts = paragraphs(readers.documents(args.text, args.field))
+    tokenizer = tokenizers.train(texts, target, args.vocab, args.seed, args.kind)
+    print(f"{target}: {tokenizer.vocab_size} pieces ({args.kind}), SHA-256 {tokenizers.digest(tokenizer)}")
+
+
+if __name__ == "__main__":
+    cli(main)
