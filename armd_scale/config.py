@@ -23,7 +23,7 @@ from armd_scale.errors import UserError
 from armd_scale.files import write_atomically
 
 Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=10**9)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -234,7 +234,8 @@ class TrainConfig(_Section):
     micro_batch: Positive = 8
     """Sequences in one forward pass of one rank."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of weights and activations; master weights, gradients' sums and moments are always float32."""
+    """Type of weights and activations; master weights and moments are always float32, and so are sums of gradients, but
+    for those of micro-batches with ZeRO-2 and 3."""
     log_every: Positive = 10
     """Steps between two lines of ``metrics.jsonl``."""
     eval_every: Positive = 1_000

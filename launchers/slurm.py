@@ -76,7 +76,7 @@ def _prepare_folder(config: Any) -> None:
     from armd_scale.training.telemetry import environment
 
     folder = config.directory
-    newest = manifest.latest(folder / "checkpoints")
+    newest = manifest.readable(folder / "checkpoints")
     if newest:
         manifest.check_identity(newest, config)
     try:

@@ -5,14 +5,16 @@ python tools/plan.py --config configs/7b.yaml --nodes 16 [--gpu h100] [section.f
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the plan is made on fake tensors of the CPU, wherever it runs
 
 from armd_scale import config as configs
-from armd_scale.errors import cli
+from armd_scale.errors import UserError, cli
 from armd_scale.files import write_atomically
 
 
@@ -26,8 +28,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures to this file as well")
     parser.add_argument("overrides", nargs="*", help="section.field=value")
     args = parser.parse_args()
-    if args.vocab < 1 or args.alternatives < 0:
-        parser.error("--vocab must be at least 1 and --alternatives at least 0")
+    if not 1 <= args.vocab <= 10**8 or args.alternatives < 0:
+        parser.error("--vocab must be from 1 to 100 million and --alternatives at least 0")
     overrides = list(args.overrides)
     if args.nodes is not None:
         overrides.append(f"cluster.nodes={args.nodes}")
@@ -35,13 +37,18 @@ def main() -> None:
     assumed = config.model.vocab_size is None
     if assumed:
         size = config.data.vocab_size if config.data.tokenizer is None else args.vocab
-        config = configs.with_vocabulary(config, size, 0)
+        config = configs.with_vocabulary(config, size, config.model.bos_id or 0)
     from armd_scale.planning import hardware, report
     from armd_scale.planning.plan import Planner, alternatives, with_recompute
 
     gpu = hardware.find(args.gpu or ("h100" if config.cluster.gpus_per_node else "cpu"))
     planner = Planner(gpu)
-    plan = planner.plan(config)
+    try:
+        plan = planner.plan(config)
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        raise UserError(f"a tensor of this model has more bytes than can be counted: {error}") from error
     kinds = ("none", "selective", "full")
     recomputed = {kind: planner.plan(with_recompute(config, kind)) for kind in kinds}
     print(report.table(plan, recomputed, assumed_vocabulary=assumed), flush=True)
@@ -52,7 +59,9 @@ def main() -> None:
         others = sorted(alternatives(planner, config), key=lambda other: other.step)
         print(report.comparison(plan, others[: args.alternatives]))
     if args.json:
-        facts = [{**asdict(one), **report.derived(one)} for one in [plan, *others[: args.alternatives]]]
+        facts = [
+            {**asdict(one), **report.derived(one), "gpu": one.gpu.name} for one in [plan, *others[: args.alternatives]]
+        ]
         for one, fact in zip([plan, *others], facts, strict=False):
             fact["config"] = one.config.model_dump()
         write_atomically(args.json, json.dumps({"plan": facts[0], "alternatives": facts[1:]}, indent=1) + "\n")

@@ -7,12 +7,14 @@ as they ran). The tokens are random: only the times are of interest.
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # processes on gloo, wherever it runs
 
 from armd_scale import config as configs
 from armd_scale.config import RunConfig
@@ -27,8 +29,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="section.field=value")
     args = parser.parse_args()
     config = configs.load(args.config, args.overrides)
-    if config.model.vocab_size is None:
-        config = configs.with_vocabulary(config, config.data.vocab_size, 0)
+    size = config.model.vocab_size or config.data.vocab_size
+    config = configs.with_vocabulary(config, size, config.model.bos_id or 0)
     if config.cluster.gpus_per_node:
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"gpus_per_node": 0})})
     args.out.mkdir(parents=True, exist_ok=True)

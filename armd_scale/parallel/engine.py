@@ -60,7 +60,7 @@ class Engine:
             model=self.chunks,
             optimizer=optimizers.build(self.chunks, config.optimizer, fused=device.type == "cuda"),
             mpu=MegatronTopology(count_by_tensor_rank=self.zero == 3),
-            config=_deepspeed_config(config, sum(p.numel() for p in self.chunks.parameters()), device),
+            config=_deepspeed_config(config, sum(p.numel() for p in self.chunks.parameters())),
         )
         # ZeRO-0 reduces here, see _reduce_and_clip; DeepSpeed would send everything once more.
         self._engine.enable_backward_allreduce = self.zero > 0
@@ -316,7 +316,7 @@ def _gradient(param: nn.Parameter) -> Tensor:
     return gradient
 
 
-def _deepspeed_config(config: RunConfig, parameters: int, device: torch.device) -> dict[str, Any]:
+def _deepspeed_config(config: RunConfig, parameters: int) -> dict[str, Any]:
     """DeepSpeed's settings for a rank that holds ``parameters`` weights before ZeRO cuts them."""
     zero = config.parallel.zero
     settings: dict[str, Any] = {
@@ -327,8 +327,7 @@ def _deepspeed_config(config: RunConfig, parameters: int, device: torch.device) 
         "gradient_clipping": config.optimizer.clip if zero else 0.0,
         "zero_optimization": {
             "stage": zero,
-            # ZeRO-1 reduces once, after the last micro-batch: only ZeRO-2 and 3 have something to overlap with.
-            "overlap_comm": zero > 1 and device.type == "cuda",
+            "overlap_comm": False,  # gradients are reduced once, after the last micro-batch
             # DeepSpeed allocates the whole bucket, 2 GB by default, whatever the size of the model.
             "reduce_bucket_size": min(BUCKET, parameters),
         },

@@ -80,15 +80,13 @@ class Planner:
         times = [(self._pass(config, chunk.forward), self._pass(config, chunk.backward)) for chunk in chunks]
         ranks = [chunks[rank :: parallel.pipeline] for rank in range(parallel.pipeline)]
         states = max(sum(chunk.parameters for chunk in rank) for rank in ranks)
-        transfer = self._link(config, _activation(config), config.cluster.processes)
-        spans = simulate(parallel.pipeline, parallel.chunks, config.micro_batches, times, transfer)
+        stage = parallel.tensor * config.data_parallel
+        transfers = [self._link(config, sent, parallel.pipeline, stage) for sent in _boundaries(config, edges)]
+        spans = simulate(parallel.pipeline, parallel.chunks, config.micro_batches, times, transfers)
         passes = max(span.stop for rank in spans for span in rank)
-        traffic = _traffic(config, ranks)
-        reduction = self._link(config, traffic["data parallel"], parallel.tensor * config.data_parallel)
-        # ZeRO-2 and 3 send while the backward pass computes; what does not fit behind it is left.
-        backward = config.micro_batches * sum(chunk.backward.seconds for chunk in ranks[0])
-        if parallel.zero > 1:
-            reduction = max(0.0, reduction - backward)
+        traffic = _traffic(config, ranks, edges)
+        reduction = self._link(config, traffic["data parallel"], config.data_parallel, parallel.tensor)
+        reduction += self._link(config, traffic["tied embedding"], 2, stage)
         share = states / (config.data_parallel if parallel.zero else 1)
         return Plan(
             config=config,
@@ -102,19 +100,25 @@ class Planner:
             traffic=traffic,
             seconds={
                 "passes": passes,
-                "gradients and weights over data parallel": reduction,
+                "gradients and weights": reduction,
                 # gradient, master, two moments and average read, four of them written, the weight written
                 "optimiser": share * (4 * 9 + 2) / (self.gpu.bandwidth * MEMORY),
             },
         )
 
     def _pass(self, config: RunConfig, one: Pass) -> float:
-        return one.seconds + self._link(config, one.sent, config.parallel.tensor)
+        return one.seconds + self._link(config, one.sent, config.parallel.tensor, 1)
 
-    def _link(self, config: RunConfig, sent: float, ranks: int) -> float:
-        """Seconds to send so many bytes inside a group that lies within so many neighbouring ranks."""
-        rate = self.gpu.link if ranks <= config.cluster.tasks_per_node else self.gpu.network
-        return sent / (rate * COMMUNICATION)
+    def _link(self, config: RunConfig, sent: float, size: int, stride: int) -> float:
+        """Seconds to send so many bytes inside a group of ``size`` ranks, each ``stride`` from the next.
+
+        Across nodes a group uses the network cards of all its ranks in a node.
+        """
+        node = config.cluster.tasks_per_node
+        if node % (size * stride) == 0:
+            return sent / (self.gpu.link * COMMUNICATION)
+        cards = max(1, min(size, node // stride))
+        return sent / (min(self.gpu.link, self.gpu.network * cards) * COMMUNICATION)
 
 
 def with_recompute(config: RunConfig, recompute: str) -> RunConfig:
@@ -122,11 +126,13 @@ def with_recompute(config: RunConfig, recompute: str) -> RunConfig:
     return config.model_copy(update={"parallel": config.parallel.model_copy(update={"recompute": recompute})})
 
 
-def _activation(config: RunConfig) -> float:
-    """Bytes that a rank sends to the next stage for a micro-batch, while both streams live."""
+def _boundaries(config: RunConfig, edges: list[int]) -> list[float]:
+    """Bytes of a micro-batch between each run of layers and the next, in either direction."""
     parallel, model = config.parallel, config.model
     rows = model.length / (parallel.tensor if parallel.sequence else 1)
-    return rows * 2 * config.train.micro_batch * model.hidden * _width(config)
+    stream = rows * config.train.micro_batch * model.hidden * _width(config)
+    # Both streams while both live; interleaved stages always exchange tensors of the larger size.
+    return [stream * (2 if edge < model.two_stream or parallel.chunks > 1 else 1) for edge in edges[1:-1]]
 
 
 def _width(config: RunConfig) -> int:
@@ -134,24 +140,31 @@ def _width(config: RunConfig) -> int:
     return 4 if config.train.dtype == "float32" else 2
 
 
-def _traffic(config: RunConfig, ranks: list[list[Chunk]]) -> dict[str, float]:
+def _traffic(config: RunConfig, ranks: list[list[Chunk]], edges: list[int]) -> dict[str, float]:
     """Bytes that the busiest rank sends in a step, by group."""
-    parallel, size = config.parallel, config.data_parallel
+    parallel, size, model = config.parallel, config.data_parallel, config.model
     weights = max(sum(chunk.parameters for chunk in rank) for rank in ranks)
-    # Over a ring each of the n ranks sends (n - 1) / n of the data once to reduce and once to gather it.
-    reduced = 4 * weights * (2 if parallel.zero < 2 else 1)
+    # Over a ring each of the n ranks sends (n - 1) / n of the data once to reduce and once to gather it. DeepSpeed
+    # reduces whole gradients with ZeRO-2 as well; with ZeRO-3 each rank gets its part alone.
+    reduced = 4 * weights * (1 if parallel.zero == 3 else 2)
     gathered = _width(config) * weights * (0, 1, 1, 2 * config.micro_batches)[parallel.zero]
-    boundaries = min(parallel.chunks, parallel.pipeline * parallel.chunks - 1)
+    between = [0.0, *_boundaries(config, edges), 0.0]
+    hops = [
+        sum(between[run] + between[run + 1] for run in range(rank, len(edges) - 1, parallel.pipeline))
+        for rank in range(parallel.pipeline)
+    ]
+    tied = model.tied_head and parallel.pipeline > 1
     return {
         "tensor parallel": config.micro_batches
         * max(sum(chunk.forward.sent + chunk.backward.sent for chunk in rank) for rank in ranks),
-        "pipeline": 2 * config.micro_batches * _activation(config) * boundaries,
+        "pipeline": config.micro_batches * max(hops),
         "data parallel": (reduced + gathered) * (size - 1) / size,
+        "tied embedding": 4 * model.padded_vocab * model.hidden / parallel.tensor if tied else 0.0,
     }
 
 
 def alternatives(planner: Planner, config: RunConfig) -> Iterator[Plan]:
-    """Plans of other layouts of the same run on the same GPUs that fit in memory.
+    """Plans of the configured and of other layouts of the same run on the same GPUs, those that fit in memory.
 
     Left out, since they can hardly be faster: recomputation where it is not needed, and more than four times as many
     model-parallel ranks as the smallest layout that fits without it.
@@ -159,6 +172,9 @@ def alternatives(planner: Planner, config: RunConfig) -> Iterator[Plan]:
     zeros = (1,) if config.parallel.zero < 2 else (1, config.parallel.zero)
     sizes = sorted(itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16)), key=lambda size: (size[0] * size[1], size))
     smallest = None
+    configured = planner.plan(config)
+    if configured.fits:
+        yield configured
     for tensor, pipeline in sizes:
         if tensor > config.cluster.tasks_per_node or (smallest and tensor * pipeline > 4 * smallest):
             continue
@@ -172,6 +188,8 @@ def alternatives(planner: Planner, config: RunConfig) -> Iterator[Plan]:
                 if candidate is None or _least_memory(candidate) > planner.gpu.memory:
                     break
                 plan = planner.plan(candidate)
+                if plan.fits and candidate == config:
+                    break
                 if plan.fits:
                     smallest = smallest or (tensor * pipeline if recompute == "none" else None)
                     yield plan
@@ -189,12 +207,10 @@ def _changed(config: RunConfig, layout: dict[str, Any], micro_batch: int) -> Run
 
 
 def _least_memory(config: RunConfig) -> float:
-    """A lower bound without looking: weights and states of the average rank."""
-    model = config.model
+    """A lower bound without looking: weights, gradients and states of the layers on the average rank."""
+    model, zero = config.model, config.parallel.zero
     per_layer = 2 * model.hidden**2 + 2 * model.hidden * model.key_heads * model.head_dim
     per_layer += (3 if model.mlp == "swiglu" else 2) * model.hidden * model.ffn_width
-    ranks = config.parallel.tensor * config.parallel.pipeline
-    whole = model.layers * per_layer / ranks
-    return (
-        6 * whole + 16 * whole / config.data_parallel if config.parallel.zero < 2 else 22 * whole / config.data_parallel
-    )
+    weights = model.layers * per_layer / (config.parallel.tensor * config.parallel.pipeline)
+    states = 4 * (3 + (config.optimizer.ema > 0)) * weights / config.data_parallel
+    return states + _width(config) * weights / (config.data_parallel if zero == 3 else 1)

@@ -68,7 +68,10 @@ def table(plan: Plan, recomputed: dict[str, Plan], assumed_vocabulary: bool) -> 
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     available = (gpu.memory - RESERVED) / 1e9
     lines += ["", f"  {verdict}: {plan.peak.total / 1e9:.1f} of {available:.1f} GB", ""]
-    lines.append("  sent by a GPU in a step: " + ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in plan.traffic.items()))
+    lines.append(
+        "  sent by the busiest GPU in a step: "
+        + ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in plan.traffic.items() if v)
+    )
     lines.append(f"  pipeline bubble {plan.bubble:.1%}" if config.parallel.pipeline > 1 else "  no pipeline bubble")
     parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in plan.seconds.items())
     facts = derived(plan)
@@ -81,7 +84,7 @@ def table(plan: Plan, recomputed: dict[str, Plan], assumed_vocabulary: bool) -> 
         f"  assumed, not measured: matrix products reach {ARITHMETIC:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s, other "
         f"kernels {MEMORY:.0%} of the memory bandwidth,",
         f"  collectives {COMMUNICATION:.0%} of {gpu.link / 1e9:.0f} GB/s in a node and {gpu.network / 1e9:.0f} GB/s "
-        f"between nodes, one ring each; tensor-parallel messages are not hidden;",
+        f"between nodes and GPU; nothing of them is hidden behind computing;",
         f"  {RESERVED / 1e9:.0f} GB of a GPU are left for CUDA, NCCL and fragmentation; one token a block; "
         "no time for evaluation and checkpoints",
     ]

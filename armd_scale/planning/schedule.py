@@ -51,10 +51,10 @@ def simulate(
     chunks: int,
     micro_batches: int,
     durations: Sequence[tuple[float, float]],
-    transfer: float = 0.0,
+    transfers: Sequence[float] | None = None,
 ) -> list[list[Span]]:
     """Spans of every rank. ``durations``: (forward, backward) of each run of layers, run chunk * pipeline + rank;
-    ``transfer``: time between the end of an operation and the start of the next run's."""
+    ``transfers``: time to send the output of each run of layers but the last to the next one, or a gradient back."""
     runs = pipeline * chunks
     waiting = [deque(operations(rank, pipeline, chunks, micro_batches)) for rank in range(pipeline)]
     spans: list[list[Span]] = [[] for _ in range(pipeline)]
@@ -71,7 +71,7 @@ def simulate(
                     ended = done.get((op.backward, before, op.micro_batch))
                     if ended is None:
                         break
-                    ready = ended + (transfer if pipeline > 1 else 0.0)
+                    ready = ended + (transfers[min(run, before)] if transfers else 0.0)
                 start = max(ready, spans[rank][-1].stop if spans[rank] else 0.0)
                 stop = start + durations[run][op.backward]
                 spans[rank].append(Span(op, start, stop))

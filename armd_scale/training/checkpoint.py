@@ -9,6 +9,7 @@
 import concurrent.futures
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,16 +94,31 @@ class Checkpointer:
     def _write(self, step: int, state: dict[str, Any], tensors: dict[str, DTensor]) -> None:
         final = self.folder / f"step-{step:08d}"
         partial = self.folder / f".{final.name}.partial"
-        if dist.get_rank() == 0:
+
+        def begin() -> None:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        dist.barrier(group=self._group)
-        dcp.save(tensors, checkpoint_id=partial, process_group=self._group)
-        if dist.get_rank() == 0:
+
+        def end() -> None:
             manifest.write(partial, {"step": step, "states": self.engine.state_names, "state": state})
             manifest.publish(partial, final)
             manifest.retain(self.folder, self._keep, self._keep_every)
-        dist.barrier(group=self._group)
+
+        self._on_rank_0(begin)
+        dcp.save(tensors, checkpoint_id=partial, process_group=self._group)
+        self._on_rank_0(end)
+
+    def _on_rank_0(self, work: Callable[[], None]) -> None:
+        """Do it on rank 0; an error of the disk is raised on all ranks, which would wait for each other otherwise."""
+        outcome: list[OSError | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                work()
+            except OSError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if outcome[0] is not None:
+            raise outcome[0]
 
 
 def newest(folder: Path) -> Path | None:

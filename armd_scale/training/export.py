@@ -9,6 +9,7 @@ Memory is bounded: one file of weights when writing, one layer when comparing wi
 import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -33,6 +34,10 @@ from data_pipeline.shards import PackedDataset
 
 TOLERANCE = 1e-3
 """Largest difference of float32 logits that two orders of summation can explain."""
+
+_OWN = re.compile(
+    r"config\.json|tokenizer\.(json|model)|modeling_armd\.py|__pycache__|model.*\.safetensors(\.index\.json)?"
+)
 
 FILE_BYTES = 2_000_000_000
 """Most bytes of weights in one file, unless a single tensor is larger."""
@@ -92,18 +97,20 @@ def export(
     """Write the model of checkpoint ``source`` to ``out`` and check it; what ``out`` held is replaced only after that.
 
     ``averaged``: the moving average of the weights where the checkpoint holds it. ``file_bytes``: most bytes of weights
-    in a file. Returns what was written, and the
-    largest difference of its logits to the training model's. Raises ``UserError``.
+    in a file. Returns what was written, and the largest difference of its logits to the training model's. Raises
+    ``UserError``.
     """
+    manifest.check_identity(source, config)
     out = out.resolve()
     data = config.data_directory
     tokenizer = tokenizers.load(data / "tokenizer", config.model.vocab_size)
     if tokenizers.digest(tokenizer) != PackedDataset(data / "train").index["tokenizer_sha256"]:
         raise UserError(f"{tokenizer.path} is not the tokenizer that {data} was made with: restore it")
     shape = standalone_config(config.model, tokenizer.eos_id)
-    if out.exists() and not (out.is_dir() and ((out / "config.json").is_file() or not any(out.iterdir()))):
-        raise UserError(f"{out} exists and is no model folder: choose another place")
     partial, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "old"))
+    if old.exists() and not out.exists():  # an export died between its two renames
+        os.replace(old, out)
+    _check_place(out)
     for folder in (partial, old):
         shutil.rmtree(folder, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -119,11 +126,37 @@ def export(
             f"the exported model's logits differ from the training model's by {difference:.1e}: "
             f"nothing was replaced; what was written is in {partial}"
         )
+    _flush(partial)
     if out.exists():
         os.replace(out, old)
     os.replace(partial, out)
     shutil.rmtree(old, ignore_errors=True)
     return {"parameters": parameters, "checkpoint": source.name, "difference": difference}
+
+
+def _check_place(out: Path) -> None:
+    """``UserError`` unless ``out`` is free, empty, or a model folder that holds nothing else."""
+    if not out.exists():
+        return
+    names = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
+    strange = [name for name in sorted(names) if not _OWN.fullmatch(name)]
+    if strange or (names and not {"config.json", "modeling_armd.py"} <= names):
+        what = (
+            f"holds {strange[0]}, which no export writes"
+            if strange and "config.json" in names
+            else "is no model folder"
+        )
+        raise UserError(f"{out} exists and {what}: choose another place")
+
+
+def _flush(folder: Path) -> None:
+    """Have the files of a folder, and their names, on the disk."""
+    for path in [*folder.iterdir(), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _write_weights(weights: checkpoint.Weights, vocab_size: int, folder: Path, file_bytes: int) -> int:
@@ -161,12 +194,12 @@ def largest_difference(config: RunConfig, weights: checkpoint.Weights, out: Path
     layouts = [orders.left_to_right(length), orders.shuffled(length, length, 0), orders.strided(length, 4)]
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     batches = [arrange(tokens, layout, model.bos_id).to(device) for layout in layouts]
-    exported = inference.load(out, device=device)
+    exported = inference.load(out)  # on the CPU, where its weights are mapped files
     differences = []
     for layout, along_order in zip(layouts, _trained_logits(model, weights, batches, device), strict=True):
         order, blocks = (torch.from_numpy(np.array(field)) for field in layout)
         logits = exported.logits(torch.from_numpy(tokens), order, blocks)[0, order - 1]
-        differences.append((logits - along_order).abs().max())
+        differences.append((logits - along_order.cpu()).abs().max())
     return float(torch.stack(differences).max())  # a tensor's maximum keeps a NaN
 
 

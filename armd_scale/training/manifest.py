@@ -57,8 +57,15 @@ def _aside(checkpoint: Path) -> Path:
 def retain(folder: Path, last: int, every: int | None) -> None:
     """Remove all but the ``last`` newest checkpoints and those whose step is a multiple of ``every``.
 
+    Those newer than the one that ``latest`` names were passed over as damaged: they get another name and do not count.
     A folder loses its name first: a process that dies while it removes files leaves no damaged checkpoint behind.
     """
+    good = step_of(folder / (folder / POINTER).read_text(encoding="utf-8").strip())
+    for damaged in complete(folder):
+        if step_of(damaged) > good:
+            aside = damaged.with_name(f"{damaged.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(damaged, aside)
     for old in complete(folder)[:-last]:
         if not every or step_of(old) % every:
             _aside(old)
@@ -110,16 +117,28 @@ def read(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         assert isinstance(manifest["files"], dict)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        assert all(facts.keys() >= {"size", "sha256"} for facts in manifest["files"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(
             f"checkpoint {checkpoint} has no readable {MANIFEST} ({error}): use the checkpoint before it"
         ) from error
     return manifest
 
 
+def readable(folder: Path) -> Path | None:
+    """The newest complete checkpoint whose manifest can be read, not verified; None when there is none."""
+    for checkpoint in reversed(complete(folder)):
+        try:
+            read(checkpoint)
+        except UserError:
+            continue
+        return checkpoint
+    return None
+
+
 def check_identity(found: Path, config: RunConfig) -> None:
     """``UserError`` when a checkpoint was made with another model, data, seed or batch than ``config`` asks for."""
-    before, now = read(found)["state"]["identity"], identity(config)
+    before, now = read(found).get("state", {}).get("identity", {}), identity(config)
     differing = [name for name in now if before.get(name) != now[name]]
     if differing:
         raise UserError(

@@ -14,6 +14,7 @@ from armd_scale.planning import measure
 from armd_scale.planning.hardware import GPUS
 from armd_scale.planning.plan import Planner, alternatives
 from tests.conftest import MODERN, PAPER, run_processes
+from tests.planning import test_memory as memory
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = GPUS["h100"]
@@ -78,6 +79,80 @@ def _parameters(rank, count, rendezvous, model):
     stage = Stage(model, groups.transformer_config(model, single, torch.float32))
     groups.stop()
     return sum(param.numel() for param in stage.parameters())
+
+
+TRAFFIC = {
+    "pipeline 2": {"pipeline": 2},
+    "pipeline 2, cut late": {"pipeline": 2, "cut": [3]},
+    "pipeline 2, cut early": {"pipeline": 2, "cut": [1]},
+    "interleaved": {"pipeline": 2, "chunks": 2},
+    "pipeline 4": {"pipeline": 4},
+    "data 2": {"processes": 2},
+    "data 2, zero 2": {"processes": 2, "zero": 2},
+    "tensor 2": {"processes": 2, "tensor": 2},
+    "tensor 2, sequence": {"processes": 2, "tensor": 2, "sequence": True},
+}
+
+
+@pytest.mark.parametrize("layout", TRAFFIC)
+def test_traffic_is_what_real_ranks_send(layout):
+    """Bytes of all messages of a step, by the kind of operation; those of a ring for collectives."""
+    options = {"processes": TRAFFIC[layout].get("pipeline", 2), **TRAFFIC[layout]}
+    config = memory.config(memory.STATES, dtype="bfloat16", **options)
+    real = run_processes(config.cluster.processes, _sent, config)
+    planned = Planner(GPUS["cpu"]).plan(config).traffic
+    assert max(sent["send"] for sent in real) == planned["pipeline"]
+    collectives = sum(planned[name] for name in ("tensor parallel", "data parallel", "tied embedding"))
+    # The norm of the gradient and the log are a few bytes more.
+    assert max(sent["ring"] for sent in real) == pytest.approx(collectives, rel=0.03, abs=10_000)
+
+
+def _sent(rank, count, rendezvous, config):
+    import numpy as np
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    from armd_scale import orders
+    from armd_scale.model.rows import arrange
+    from armd_scale.parallel import groups
+    from armd_scale.parallel.engine import Engine
+
+    passes = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1, "allgather_": 1, "reduce_": 1}
+    sent = {"send": 0.0, "ring": 0.0}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket._qualified_op_name
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            floating = [t for t in tensors if t.dtype.is_floating_point]
+            if name == "c10d::send":
+                sent["send"] += sum(t.nbytes for t in floating)
+            elif name.startswith("c10d::") and floating and name.removeprefix("c10d::") in passes:
+                boxed = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.ScriptObject)]
+                ranks = max(group.size() for group in map(_unboxed, boxed) if group is not None)
+                size = max(t.nbytes for t in floating)
+                sent["ring"] += passes[name.removeprefix("c10d::")] * size * (ranks - 1) / ranks
+            return func(*args, **(kwargs or {}))
+
+    device, length = torch.device("cpu"), config.model.length
+    groups.start(config.parallel, rank=rank, processes=count, rendezvous=rendezvous, device=device)
+    engine = Engine(config, device)
+    tokens = np.zeros((config.train.micro_batch, length), dtype=np.int64)
+    rows = [arrange(tokens, orders.left_to_right(length), 1) for _ in range(config.micro_batches)]
+    with Watch():
+        engine.train_step(rows, 1e-3)
+    groups.stop()
+    return sent
+
+
+def _unboxed(leaf):
+    from torch.distributed import ProcessGroup
+
+    try:
+        return ProcessGroup.unbox(leaf)
+    except (RuntimeError, TypeError):
+        return None  # the operation of a reduction
 
 
 def test_alternatives_fit_and_keep_the_run():
@@ -148,6 +223,7 @@ def test_bad_input_of_the_command_line():
         (("--config", "configs/7b.yaml", "--gpu", "b200"), "no figures are known for the GPU 'b200'; known: h100"),
         (("--config", "configs/7b.yaml", "--nodes", "3"), "is not a multiple of"),
         (("--config", "configs/none.yaml"), "there is no configuration file"),
+        (("--config", "configs/1b.yaml", "model.hidden=999999984", "model.heads=2"), "more bytes than can be counted"),
     ):
         done = tool(*words)
         assert done.returncode == 2

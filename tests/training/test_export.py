@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from armd_scale import config as configs
 from armd_scale import inference
 from armd_scale.config import RunConfig
+from armd_scale.errors import UserError
 from armd_scale.inference import InputError
 from tests.conftest import run_processes
 from tests.training.test_runs import data, run, start  # noqa: F401  (data is a fixture)
@@ -76,3 +78,39 @@ def test_large_models_become_several_files_in_little_memory(trained, tmp_path):
     (tmp_path / "model/model.safetensors.index.json").write_text("[]")
     with pytest.raises(InputError, match=r"index.json cannot be read"):
         inference.load(tmp_path / "model")
+
+
+def _export_again(rank, count, rendezvous, config, source, out):
+    from armd_scale.training import export
+
+    with pytest.raises(UserError) as error:
+        export.export(export.load_run(config.directory), source, out)
+    return str(error.value)
+
+
+def test_what_is_there_is_not_lost(trained, tmp_path):
+    """Folders of other things, checkpoints of other runs, and an export that died between its two renames."""
+    source = next((trained.directory / "checkpoints").glob("step-*"))
+    configs.save(trained, trained.directory / "config.yaml")
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    (out / "thesis.txt").write_text("years of work")
+    for held, line in (("thesis.txt", "holds thesis.txt, which no export writes"), (None, "is no model folder")):
+        if held is None:
+            (out / "thesis.txt").unlink()
+        assert line in run_processes(1, _export_again, trained, source, out)[0]
+    other = tmp_path / "other"
+    other.mkdir()
+    fields = trained.model_dump()
+    fields["model"]["rope_base"] = 500.0
+    fields["run_dir"] = str(other)
+    configs.save(RunConfig.model_validate(fields), other / "config.yaml")
+    line = run_processes(1, _export_again, RunConfig.model_validate(fields), source, tmp_path / "new")[0]
+    assert "holds a run with another 'model'" in line
+    assert not (tmp_path / "new").exists()
+    # died after the first rename: the old model is under another name, and comes back before anything else happens
+    (tmp_path / ".model.old").mkdir()
+    (tmp_path / ".model.old/notes.txt").write_text("the old model")
+    run_processes(1, _export_again, trained, source, tmp_path / "model")
+    assert (tmp_path / "model/notes.txt").read_text() == "the old model"

@@ -1,5 +1,6 @@
 """Whole training runs on gloo: resuming, checkpoints, and what they refuse. Identity 8 on one layout."""
 
+import errno
 import json
 import shutil
 
@@ -253,6 +254,60 @@ def test_old_checkpoints_are_removed(data, tmp_path):
     start(config)
     names = [path.name for path in manifest.complete(config.directory / "checkpoints")]
     assert names == ["step-00000006", "step-00000008"]
+
+
+def test_damaged_checkpoints_do_not_push_out_good_ones(tmp_path):
+    """Steps 300 and 400 are damaged; the run goes on from 200 and writes 250: that one must stay."""
+    for step in (100, 200, 300, 400):
+        _checkpoint(tmp_path, step)
+    for step in (300, 400):
+        (tmp_path / f"step-{step:08d}/data").write_text("damaged")
+    assert manifest.newest_good(tmp_path).name == "step-00000200"
+    _checkpoint(tmp_path, 250)
+    manifest.retain(tmp_path, 2, None)
+    assert [path.name for path in manifest.complete(tmp_path)] == ["step-00000200", "step-00000250"]
+    assert manifest.newest_good(tmp_path).name == (tmp_path / "latest").read_text().strip() == "step-00000250"
+    assert (tmp_path / "step-00000400.damaged/data").read_text() == "damaged"
+
+
+def _checkpoint(folder, step):
+    partial = folder / ".partial"
+    partial.mkdir()
+    (partial / "data").write_text(str(step))
+    manifest.write(partial, {"step": step})
+    manifest.publish(partial, folder / f"step-{step:08d}")
+
+
+def test_an_unreadable_manifest_is_passed_over(tmp_path):
+    for step in (1, 2, 3):
+        _checkpoint(tmp_path, step)
+    (tmp_path / "step-00000003/manifest.json").write_text("")
+    (tmp_path / "step-00000002/manifest.json").write_text('{"files": {"data": 1}}')
+    assert manifest.readable(tmp_path).name == "step-00000001"
+    assert manifest.newest_good(tmp_path).name == "step-00000001"
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(data, tmp_path, capfd):
+    """The disk is full once, on rank 0, when it closes a checkpoint: all ranks go on, and the next one is written."""
+    config = run(data, data / "text.jsonl", tmp_path / "run", 2, 2)
+    config.directory.mkdir()
+    run_processes(2, _train_on_a_full_disk, config)
+    names = [path.name for path in manifest.complete(config.directory / "checkpoints")]
+    assert names == ["step-00000004", "step-00000006", "step-00000008"]
+    assert "the checkpoint of step 2 could not be written, training goes on: [Errno 28]" in capfd.readouterr().out
+
+
+def _train_on_a_full_disk(rank, processes, rendezvous, config):
+    write, calls = manifest.write, []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*args)
+
+    manifest.write = full
+    _train(rank, processes, rendezvous, config)
 
 
 def test_training_learns(data, tmp_path):
