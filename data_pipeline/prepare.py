@@ -24,6 +24,8 @@ from armd_scale.errors import UserError
 from armd_scale.files import exclusive, write_atomically
 from data_pipeline import readers, shards, units
 
+_UNFILTERED = {"min_characters": 0, "max_characters": None, "deduplicate": False}
+"""What data was prepared with before these settings existed."""
 _COUNTS = ("records", *units.SPLITS, *units.REMOVED)
 _SMALL = 4 << 20  # bytes or tokens that are done before other processes have started
 _TRAINING_TEXT = 32 << 20  # bytes of text that a tokenizer is trained on
@@ -64,7 +66,8 @@ def _check(config: RunConfig, folder: Path, done: dict[str, Any]) -> dict[str, A
     except UserError as error:  # the shards are what counts once they are there
         print(f"data: the text itself is gone, using the shards in {folder} ({error})", flush=True)
         settings = done["settings"]
-    differing = [name for name in settings if done["settings"].get(name) != settings[name]]
+    before = {**_UNFILTERED, **done["settings"]}
+    differing = [name for name in settings if before.get(name) != settings[name]]
     if differing:
         raise UserError(
             f"the data in {folder} was prepared with other settings ({', '.join(differing)}): "

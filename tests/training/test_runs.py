@@ -287,6 +287,23 @@ def test_an_unreadable_manifest_is_passed_over(tmp_path):
     assert manifest.newest_good(tmp_path).name == "step-00000001"
 
 
+def test_fields_that_are_younger_than_a_checkpoint(tmp_path):
+    """A checkpoint without a field of today was made with its default."""
+    config = RunConfig()
+    for extra, allowed in (({}, True), ({"data": {"deduplicate": True}}, False)):
+        was = configs.identity(config)
+        del was["data"]["deduplicate"], was["model"]["rope_base"]
+        folder = tmp_path / str(allowed)
+        folder.mkdir()
+        (folder / "manifest.json").write_text(json.dumps({"files": {}, "state": {"identity": was}}))
+        now = RunConfig.model_validate(extra)
+        if allowed:
+            manifest.check_identity(folder, now)
+        else:
+            with pytest.raises(UserError, match="a run with another 'data'"):
+                manifest.check_identity(folder, now)
+
+
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(data, tmp_path, capfd):
     """The disk is full once, on rank 0, when it closes a checkpoint: all ranks go on, and the next one is written."""
     config = run(data, data / "text.jsonl", tmp_path / "run", 2, 2)
