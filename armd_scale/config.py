@@ -155,6 +155,15 @@ class OrderConfig(_Section):
         return self
 
 
+class MixtureConfig(_Section):
+    """Another prepared data set that is read beside the run's own."""
+
+    directory: str
+    """Its folder, prepared with the same tokenizer and length."""
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """Samples of it for each ``data.weight`` samples of the run's own data."""
+
+
 class DataConfig(_Section):
     """Text, tokenizer and shards."""
 
@@ -188,6 +197,10 @@ class DataConfig(_Section):
     that leaves nothing out. Can be changed while a run stands before the range."""
     workers: Positive | None = None
     """Processes that prepare the data; null: one for each core that this process may use."""
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """Weight of this data in a mixture."""
+    mixture: list[MixtureConfig] = []
+    """Other prepared data sets to train on as well; held out is this one's text."""
     verify: bool = True
     """Check the SHA-256 of every shard whenever a run starts or goes on."""
 

@@ -23,6 +23,7 @@ from armd_scale.config import RunConfig
 from armd_scale.errors import UserError
 from armd_scale.files import exclusive, write_atomically
 from data_pipeline import readers, shards, units
+from data_pipeline.stream import open_mixture
 
 _UNFILTERED = {"min_characters": 0, "max_characters": None, "deduplicate": False}
 """What data was prepared with before these settings existed."""
@@ -36,7 +37,11 @@ def prepare(config: RunConfig) -> dict[str, Any]:
     folder = config.data_directory.resolve()
     with exclusive(folder.with_name(f".{folder.name}.lock"), f"the data in {folder}"):
         done = _completed(folder)
-        return _prepare(config, folder) if done is None else _check(config, folder, done)
+        index = _prepare(config, folder) if done is None else _check(config, folder, done)
+    for data in open_mixture(config)[1:]:
+        if config.data.verify:
+            shards.verify(data.folder)
+    return index
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from armd_scale.parallel.engine import Engine
 from armd_scale.training import checkpoint, manifest, schedules
 from armd_scale.training.telemetry import Telemetry
 from data_pipeline.shards import PackedDataset
-from data_pipeline.stream import SampleStream
+from data_pipeline.stream import Mixture, SampleStream, open_mixture
 
 _LN2 = float(np.log(2))
 
@@ -50,14 +50,9 @@ def train(config: RunConfig, rank: int, processes: int, local_rank: int, rendezv
         torch.set_float32_matmul_precision("high" if config.train.dtype == "bfloat16" else "highest")
     else:
         torch.set_num_threads(config.cluster.cpus_per_task)
-    data = PackedDataset(config.data_directory / "train")
+    data = open_mixture(config)
     heldout = PackedDataset(config.data_directory / "heldout")
-    config = with_vocabulary(config, data.index["vocab_size"], data.index["bos_id"])
-    if data.length != config.model.length:
-        raise UserError(
-            f"the samples in {data.folder} have {data.length} tokens but model.length is {config.model.length}: "
-            "prepare them again in another data.directory"
-        )
+    config = with_vocabulary(config, data[0].index["vocab_size"], data[0].index["bos_id"])
     groups.start(config.parallel, rank=rank, processes=processes, rendezvous=rendezvous, device=device)
     try:
         _Trainer(config, data, heldout, device, rank).run()
@@ -67,14 +62,15 @@ def train(config: RunConfig, rank: int, processes: int, local_rank: int, rendezv
 
 class _Trainer:
     def __init__(
-        self, config: RunConfig, data: PackedDataset, heldout: PackedDataset, device: torch.device, rank: int
+        self, config: RunConfig, data: list[PackedDataset], heldout: PackedDataset, device: torch.device, rank: int
     ) -> None:
         self.config = config
-        self.data = data
         self.heldout = heldout
         batch = config.train.global_batch
         skip = [(first * batch, last * batch) for first, last in config.data.skip_steps]
-        self.stream = SampleStream(len(data), config.seed, skip)
+        weights = [config.data.weight, *(other.weight for other in config.data.mixture)]
+        self.samples = Mixture(data, weights, config.seed, skip)
+        self._skip = skip
         self.engine = Engine(config, device)
         self.folder = config.directory / "checkpoints"
         self.step = 0
@@ -145,7 +141,7 @@ class _Trainer:
         train, config = self.config.train, self.config
         share = train.global_batch // config.data_parallel
         first = self.engine.data_rank * share
-        tokens = self.data.read(self.stream.take(step * train.global_batch + first, share))
+        tokens = self.samples.read(step * train.global_batch + first, share)
         layouts = [schedules.layout(step, first + slot, config) for slot in range(share)]
         return self._arrange(tokens, layouts)
 
@@ -182,10 +178,12 @@ class _Trainer:
     def _check_skips(self, before: list[list[int]]) -> None:
         """``UserError`` when the samples seen so far would be others with the present ``data.skip_steps``."""
         batch = self.config.train.global_batch
-        old = SampleStream(1, 0, [(first * batch, last * batch) for first, last in before])
+        old, now = (
+            SampleStream(1, 0, skip) for skip in ([(first * batch, last * batch) for first, last in before], self._skip)
+        )
         seen = np.array([self.step * batch - 1])
-        reached = int(max(stream.places(seen)[0] for stream in (old, self.stream)))
-        past = [[pair for pair in stream.skip if pair[0] <= reached] for stream in (old, self.stream)]
+        reached = int(max(stream.places(seen)[0] for stream in (old, now)))
+        past = [[pair for pair in stream.skip if pair[0] <= reached] for stream in (old, now)]
         if past[0] != past[1]:
             raise UserError(
                 f"data.skip_steps = {self.config.data.skip_steps} changes what the run has seen before step "
@@ -205,7 +203,7 @@ class _Trainer:
         record: dict[str, Any] = {
             "step": self.step,
             "loss": loss,
-            "bits_per_byte": loss / _LN2 / self.data.bytes_per_token,
+            "bits_per_byte": loss / _LN2 / self.samples.bytes_per_token,
             "learning_rate": rate,
             "grad_norm": self.engine.grad_norm,
             "phase": schedules.phase(done, config),

@@ -20,7 +20,7 @@ from armd_scale.errors import UserError
 from data_pipeline import readers, shards
 from data_pipeline.prepare import prepare
 from data_pipeline.shards import PackedDataset
-from data_pipeline.stream import SampleStream
+from data_pipeline.stream import Mixture, SampleStream, open_mixture
 from tests.conftest import shared_data
 
 TEXTS = [
@@ -222,6 +222,50 @@ def test_ranges_can_be_left_out(samples, edges, count):
     assert stream.take(count // 2, count).tolist()[: count - count // 2] == kept[count // 2 : count]
 
 
+class _Numbers:
+    """A data set whose samples are their own numbers."""
+
+    length, bytes_per_token = 1, 1.0
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def read(self, numbers):
+        return np.asarray(numbers)[:, None]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.floats(0.01, 10)), min_size=1, max_size=4),
+    st.integers(0, 9),
+    st.integers(0, 10**9),
+    st.data(),
+)
+def test_mixtures_are_exact(sources, seed, start, data):
+    """Any cut gives the same samples; inside a data set they follow its own order; shares hold in any window."""
+    sizes, weights = zip(*sources, strict=True)
+    mixture = Mixture([_Numbers(size) for size in sizes], weights, seed)
+    chosen, inside = mixture.assign(start, 200)
+    cut = data.draw(st.integers(0, 200))
+    halves = [mixture.assign(start, cut), mixture.assign(start + cut, 200 - cut)]
+    assert np.array_equal(np.concatenate([half[0] for half in halves]), chosen)
+    assert np.array_equal(np.concatenate([half[1] for half in halves]), inside)
+    tokens = mixture.read(start, 200)[:, 0]
+    for source, (size, weight) in enumerate(sources):
+        here = inside[chosen == source]
+        assert np.array_equal(here, np.arange(len(here)) + (here[0] if len(here) else 0)), "none repeated, none lost"
+        expected = SampleStream(size, seed).take(int(here[0]), len(here)) if len(here) else []
+        assert tokens[chosen == source].tolist() == list(expected)
+        assert abs(len(here) - 200 * weight / sum(weights)) <= source + 1.01
+
+
+def test_one_data_set_is_its_stream():
+    mixture = Mixture([_Numbers(37)], [2.0], 5, [(10, 20)])
+    assert mixture.read(0, 90)[:, 0].tolist() == SampleStream(37, 5, [(10, 20)]).take(0, 90).tolist()
+
+
 def test_the_stream_shuffles():
     """Neighbours are spread, and epochs differ: no correlation beyond chance between place and sample."""
     stream = SampleStream(5000, 0)
@@ -318,6 +362,25 @@ def test_text_that_has_changed_is_noticed(tmp_path, prose):
         prepare(config)
     Path(prose).unlink()  # the shards are enough once they are there
     assert prepare(config) == index
+
+
+def test_mixtures_must_fit_together(tmp_path, prose):
+    own = _config(tmp_path, text=[prose], directory=str(tmp_path / "one"), heldout_fraction=0.2)
+    prepare(own)
+    tokenizer = str(tmp_path / "one/tokenizer")
+    prepare(_config(tmp_path, text=[prose], directory=str(tmp_path / "two"), heldout_fraction=0.4, tokenizer=tokenizer))
+    prepare(_config(tmp_path, text=[prose], directory=str(tmp_path / "odd"), heldout_fraction=0.2, vocab_size=290))
+    fields = own.model_dump()
+    fields["data"]["mixture"] = [{"directory": str(tmp_path / "two"), "weight": 0.5}]
+    mixed = RunConfig.model_validate(fields)
+    prepare(mixed)
+    datasets = open_mixture(mixed)
+    sources, _ = Mixture(datasets, [1.0, 0.5], 0).assign(0, 300)
+    assert (sources == 1).sum() == pytest.approx(100, abs=2)
+    for other, line in (("odd", "was made with another tokenizer"), ("absent", "is not a complete data set")):
+        fields["data"]["mixture"] = [{"directory": str(tmp_path / other)}]
+        with pytest.raises(UserError, match=line):
+            prepare(RunConfig.model_validate(fields))
 
 
 def test_a_folder_of_other_things_is_not_overwritten(tmp_path, prose):
