@@ -76,7 +76,8 @@ class Mixture:
     """The samples of a run, out of one or several data sets.
 
     Of any n samples in a row, the data set with share w has n w, rounded up or down once for it and for every data set
-    before it; where its turns begin depends on the seed, so the expectation is exact. ``skip``: as for ``SampleStream``.
+    before it; where its turns begin depends on the seed, so that the expectation is exact. ``skip``: as for
+    ``SampleStream``.
     """
 
     def __init__(
