@@ -57,8 +57,9 @@ def test_nothing_to_score():
 
 
 def test_the_simple_models(tmp_path):
-    train = np.array([[3, 3, 3, 4], [4, 5, 3, 3]])
-    shards.write(tmp_path, train, 4, 8, {"vocab_size": 6, "bytes": 10})
+    train = np.array([3, 3, 3, 4, 4, 5, 3, 3], dtype=np.uint16)
+    written = [shards.write_shard(tmp_path, place, train, 4) for place in shards.cut(8, 4, 8)]
+    shards.write_index(tmp_path, written, 4, {"tokens": 8, "vocab_size": 6, "bytes": 10})
     tokens = np.array([3, 5, 0])
     probabilities = (np.array([0, 0, 0, 5, 2, 1]) + 1) / 14
     expected = -np.log2(probabilities[tokens]).sum() / 7

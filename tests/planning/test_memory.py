@@ -94,7 +94,9 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("shape", [ACTIVATIONS, STATES], ids=["activations", "states"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_planned_memory_is_what_a_run_allocates(layout, shape):
+def test_planned_memory_is_what_a_run_allocates(layout, shape, request):
+    if shape is STATES and not ("zero" in layout or layout == "one" or request.config.getoption("--parity")):
+        pytest.skip("part of the whole matrix: make parity")
     run = config(shape, **LAYOUTS[layout])
     real = run_processes(run.cluster.processes, _live, run)
     group = run.parallel.tensor * run.data_parallel

@@ -83,13 +83,11 @@ def _parameters(rank, count, rendezvous, model):
 
 TRAFFIC = {
     "pipeline 2": {"pipeline": 2},
-    "pipeline 2, cut late": {"pipeline": 2, "cut": [3]},
     "pipeline 2, cut early": {"pipeline": 2, "cut": [1]},
     "interleaved": {"pipeline": 2, "chunks": 2},
     "pipeline 4": {"pipeline": 4},
     "data 2": {"processes": 2},
     "data 2, zero 2": {"processes": 2, "zero": 2},
-    "tensor 2": {"processes": 2, "tensor": 2},
     "tensor 2, sequence": {"processes": 2, "tensor": 2, "sequence": True},
 }
 
