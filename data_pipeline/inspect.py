@@ -27,7 +27,7 @@ def main() -> None:
         raise UserError(f"{args.folder} is not complete prepared data: it has no complete.json")
     tokenizer = tokenizers.load(args.folder / "tokenizer")
     records = json.loads((args.folder / "complete.json").read_text(encoding="utf-8")).get("records", {})
-    print(f"{args.folder}: records " + ", ".join(f"{name} {count:,}" for name, count in records.items()))
+    print(f"{args.folder}: " + ", ".join(f"{name} {count:,}" for name, count in records.items()))
     print(f"tokenizer: {tokenizer.path.name}, {tokenizer.vocab_size} entries, SHA-256 {tokenizers.digest(tokenizer)}")
     lengths = {}
     for split in ("train", "heldout"):
