@@ -394,6 +394,11 @@ class RunConfig(_Section):
                 f"train.global_batch = {self.train.global_batch} is not a multiple of {per_pass} = train.micro_batch "
                 f"({self.train.micro_batch}) x data-parallel processes ({self.data_parallel})"
             )
+        if self.parallel.chunks > 1 and self.micro_batches % self.parallel.pipeline:
+            raise ValueError(
+                f"interleaved stages need the micro-batches of a step ({self.micro_batches}) to be a multiple of "
+                f"parallel.pipeline = {self.parallel.pipeline}; change train.micro_batch or train.global_batch"
+            )
         if self.cluster.gpus_per_node and self.cluster.gpus_per_node != self.cluster.tasks_per_node:
             raise ValueError("cluster.tasks_per_node must equal cluster.gpus_per_node: one process per GPU")
         if self.orders.rho > model.length:
@@ -437,11 +442,6 @@ class RunConfig(_Section):
         ):
             raise ValueError(
                 f"parallel.cut = {cut} must be {runs - 1} growing layer numbers between 1 and {self.model.layers - 1}"
-            )
-        if parallel.chunks > 1 and self.micro_batches % parallel.pipeline:
-            raise ValueError(
-                f"interleaved stages need the micro-batches of a step ({self.micro_batches}) to be a multiple of "
-                f"parallel.pipeline = {parallel.pipeline}; change train.micro_batch or train.global_batch"
             )
 
 

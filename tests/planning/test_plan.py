@@ -208,8 +208,8 @@ def test_the_command_line(tmp_path):
     facts = json.loads((tmp_path / "plan.json").read_text())["plan"]
     assert facts["fits"] is True
     assert facts["config"]["cluster"]["nodes"] == 128
-    small = tool("--config", "configs/7b.yaml", "--nodes", "1", "--alternatives", "0", "parallel.tensor=1",
-                 "parallel.sequence=false")  # fmt: skip
+    small = tool("--config", "configs/7b.yaml", "--nodes", "1", "--alternatives", "0", "parallel.pipeline=1",
+                 "parallel.chunks=1", "train.micro_batch=2")  # fmt: skip
     assert "DOES NOT FIT" in small.stdout
     processes = tool("--config", "configs/tiny.yaml")
     assert "memory of a process" in processes.stdout
