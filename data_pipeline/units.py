@@ -80,7 +80,11 @@ def cut(sources: dict[str, list[str]]) -> list[tuple[str, list[Part]]]:
 
 def held_out(text: str, fraction: float) -> bool:
     """Whether a document is held out: by its hash, so that its copies are too."""
-    return int(_hash(text)[0]) < fraction * 2**64
+    return _below(_hash(text), fraction)
+
+
+def _below(digest: np.ndarray, fraction: float) -> bool:
+    return int(digest[0]) < fraction * 2**64
 
 
 def tokenise(folder: str, number: int) -> dict[str, Any]:
@@ -120,7 +124,7 @@ def _tokenise(job: Job, number: int, tokenizer: tokenizers.Tokenizer, folder: Pa
         for batch in _batches(texts):
             for text, tokens in zip(batch, tokenizer.encode_batch(batch), strict=True):
                 digest = _hash(text)
-                heldout = source == "heldout_text" or int(digest[0]) < job.heldout_fraction * 2**64
+                heldout = source == "heldout_text" or _below(digest, job.heldout_fraction)
                 writers[SPLITS[heldout]].add(text, digest, [*tokens, tokenizer.eos_id])
     for split, writer in writers.items():
         counts[split] = writer.close()

@@ -48,9 +48,7 @@ def cut_by_cost(config: ModelConfig, runs: int) -> list[int]:
 
     The first run also seeds the targets, the last one also has the head. Every run has a layer.
     """
-    layers = [layer_macs(config, index) for index in range(config.layers)]
-    layers[0] += embedding_macs(config)
-    layers[-1] += head_macs(config)
+    layers = _costs(config)
     before = [0.0, *itertools.accumulate(layers)]
     # best[stop]: (cost of the costliest run, starts of the runs) when layers 0..stop-1 are in the runs so far
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
@@ -66,6 +64,14 @@ def cut_by_cost(config: ModelConfig, runs: int) -> list[int]:
     return best[config.layers][1][1:]
 
 
+def _costs(config: ModelConfig) -> list[float]:
+    """Multiply-adds of every layer, with those of the embedding in the first and of the head in the last."""
+    layers = [layer_macs(config, index) for index in range(config.layers)]
+    layers[0] += embedding_macs(config)
+    layers[-1] += head_macs(config)
+    return layers
+
+
 def run_edges(config: RunConfig) -> list[int]:
     """First layer of every run of layers of a layout, then the number of layers."""
     parallel = config.parallel
@@ -77,10 +83,7 @@ def run_edges(config: RunConfig) -> list[int]:
 
 def run_costs(config: RunConfig) -> list[float]:
     """Share of every run of layers in the FLOPs of a token."""
-    model = config.model
-    layers = [layer_macs(model, index) for index in range(model.layers)]
-    layers[0] += embedding_macs(model)
-    layers[-1] += head_macs(model)
+    layers = _costs(config.model)
     return [sum(layers[a:b]) / sum(layers) for a, b in itertools.pairwise(run_edges(config))]
 
 

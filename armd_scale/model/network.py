@@ -59,7 +59,7 @@ class Stage(nn.Module):
         # Names carry the global layer number, so that a checkpoint does not depend on the cut.
         self.layers = nn.ModuleDict(
             {
-                str(index): Layer(config, parallel, kinds, *_streams(config, index), recompute == "selective")
+                str(index): Layer(config, parallel, kinds, *streams_of(config, index), recompute == "selective")
                 for index in range(first, last)
             }
         )
@@ -140,7 +140,7 @@ class Stage(nn.Module):
         return rotary(positions_BN, self.model.head_dim, self.model.rope_base)
 
 
-def _streams(config: ModelConfig, index: int) -> tuple[int, int]:
+def streams_of(config: ModelConfig, index: int) -> tuple[int, int]:
     """Streams into and out of layer ``index``."""
     if index >= config.two_stream:
         return 1, 1

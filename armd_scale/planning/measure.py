@@ -29,7 +29,7 @@ from torch.utils.flop_counter import flop_registry
 
 from armd_scale.config import RunConfig
 from armd_scale.model import prefix
-from armd_scale.model.network import Stage
+from armd_scale.model.network import Stage, streams_of
 from armd_scale.model.rows import Rows
 from armd_scale.parallel import megatron_cpu
 from armd_scale.parallel.groups import transformer_config
@@ -91,7 +91,7 @@ class Meter:
             return [self._chunk(config, first, last) for first, last in itertools.pairwise(edges)]
 
     def _chunk(self, config: RunConfig, first: int, last: int) -> Chunk:
-        kinds = [_kind(config, index) for index in range(first, last)]
+        kinds = [streams_of(config.model, index) for index in range(first, last)]
         counts = [min(2, kinds.count(kind)) for kind in _KINDS]
         ends = first == 0, last == config.model.layers
         base = self._shrunk(config, counts, *ends)
@@ -128,11 +128,6 @@ _KINDS = ((2, 2), (2, 1), (1, 1))
 """Streams into and out of a layer."""
 
 
-def _kind(config: RunConfig, index: int) -> tuple[int, int]:
-    two_stream = config.model.two_stream
-    return (1, 1) if index >= two_stream else (2, 1) if index == two_stream - 1 else (2, 2)
-
-
 def _add(total: Chunk, base: Chunk, fewer: Chunk, times: int) -> Chunk:
     """``total`` and ``times`` the difference of ``base`` to ``fewer``; what there is once stays as it is."""
 
@@ -165,7 +160,7 @@ def run(config: RunConfig, first: int, last: int, gpu: GPU) -> Chunk:
             index = torch.zeros(batch, length, dtype=torch.int64)
             rows = Rows(index, index, index, index, visible=None)
             if not stage.is_first:
-                streams = 2 if config.parallel.chunks > 1 else _kind(config, first)[0]
+                streams = 2 if config.parallel.chunks > 1 else streams_of(config.model, first)[0]
                 rank_rows = length // config.parallel.tensor if config.parallel.sequence else length
             sharing = config.parallel.sequence and config.parallel.tensor > 1
             gathered = parallel_state.get_global_memory_buffer().get_tensor(

@@ -97,10 +97,9 @@ def comparison(plan: Plan, others: list[Plan]) -> str:
     """The fastest layouts beside the configured one."""
     if not others:
         return "\n  no layout of this run fits on these GPUs"
-    lines = ["", "  fastest layouts that fit          step, s   MFU   memory, GB"]
+    lines = ["", "  step, s    MFU       GB   fastest layouts that fit"]
     for other in others:
         lines.append(f"  {other.step:8.2f} {other.mfu:6.1%} {other.peak.total / 1e9:8.1f}   {layout(other)}")
-    lines[1] = "  step, s    MFU       GB   fastest layouts that fit"
     faster = plan.step / others[0].step - 1
     if plan.fits and faster > 0.02:
         lines.append(f"  the first would be {faster:.0%} faster than the configured one")
