@@ -2,15 +2,30 @@
 
 - sentencepiece: a ``.model`` file (trained here, with byte fallback, so that any text can be encoded);
 - Hugging Face: a folder with ``tokenizer.json``, such as GPT-2's.
+
+Where it is known between which bytes no token reaches, text is encoded by segments (``segments``), many times as fast.
 """
 
 import hashlib
+import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
 
 from armd_scale.errors import UserError
+from armd_scale.segments import SegmentEncoder, bytelevel_cuts, sentencepiece_cuts
+
+_SPACE = "\u2581"
+"""What sentencepiece writes for a space."""
+
+
+def token_type(vocab_size: int) -> np.dtype:
+    """The smallest type of a token: uint16 or uint32."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 class Tokenizer(Protocol):
@@ -26,8 +41,8 @@ class Tokenizer(Protocol):
         """Token ids of a text, without BOS and EOS."""
         ...
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of several texts."""
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of several texts, of type ``token_type``."""
         ...
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -53,10 +68,42 @@ class SentencePieceTokenizer:
             raise UserError(f"{path} has no BOS or EOS piece; train it with both")
 
     def encode(self, text: str) -> list[int]:
-        return self._processor.encode(text)
+        return self.encode_batch([text])[0].tolist()
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self._processor.encode(texts, num_threads=1)
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        if self._segments:
+            return self._segments.encode_batch(texts)
+        return [np.array(ids, token_type(self.vocab_size)) for ids in self._processor.encode(texts, num_threads=1)]
+
+    @cached_property
+    def _segments(self) -> SegmentEncoder | None:
+        """For models that take text as it is and can spell any byte; they alone give it back as it was."""
+        from sentencepiece import sentencepiece_model_pb2
+
+        schema: Any = sentencepiece_model_pb2
+        model = schema.ModelProto.FromString(self._processor.serialized_model_proto())
+        text, kind = model.normalizer_spec, model.trainer_spec
+        changed = text.precompiled_charsmap or text.add_dummy_prefix or text.remove_extra_whitespaces
+        known = kind.model_type in (kind.UNIGRAM, kind.BPE) and not kind.treat_whitespace_as_suffix
+        if changed or not known or not kind.byte_fallback:
+            return None
+        matching = (model.SentencePiece.NORMAL, model.SentencePiece.USER_DEFINED)
+        pieces = (piece.piece.replace(_SPACE, " ") for piece in model.pieces if piece.type in matching)
+        return SegmentEncoder(sentencepiece_cuts(pieces), self._encode_segments, token_type(self.vocab_size))
+
+    def _encode_segments(self, segments: list[str]) -> list[list[int]]:
+        tokens = self._processor.encode(segments, num_threads=1)
+        for number, segment in enumerate(segments):
+            if _SPACE in segment:  # the library would take it for a space
+                tokens[number] = list(self._spelt(segment))
+        return tokens
+
+    def _spelt(self, segment: str) -> Iterator[int]:
+        """Tokens of a text with U+2581, which is spelt in bytes."""
+        for number, part in enumerate(segment.split(_SPACE)):
+            if number:
+                yield from (self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode("utf-8"))
+            yield from self._processor.encode(part)
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self._processor.decode([t for t in tokens if t not in (self.bos_id, self.eos_id)])
@@ -91,10 +138,28 @@ class HuggingFaceTokenizer:
         raise UserError(f"{self.path} has none of the special tokens {', '.join(names)}")
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0].tolist()
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        if self._segments:
+            return self._segments.encode_batch(texts)
+        return [np.array(ids, token_type(self.vocab_size)) for ids in self._encode(texts)]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @cached_property
+    def _segments(self) -> SegmentEncoder | None:
+        """For byte-level BPE that splits text as GPT-2 does and changes nothing in it."""
+        file: dict[str, Any] = json.loads(self._tokenizer.to_str())
+        model, split = file["model"], file["pre_tokenizer"] or {}
+        plain = model["type"] == "BPE" and not any(
+            model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+        )
+        as_gpt2 = split.get("type") == "ByteLevel" and split.get("use_regex", True) and not split["add_prefix_space"]
+        if not (plain and as_gpt2) or file["normalizer"] or not all(one["special"] for one in file["added_tokens"]):
+            return None
+        return SegmentEncoder(bytelevel_cuts(), self._encode, token_type(self.vocab_size))
 
     def decode(self, tokens: Iterable[int]) -> str:
         special = {self.bos_id, self.eos_id}
@@ -122,6 +187,12 @@ def _load(path: Path) -> Tokenizer:
     if (path / "tokenizer.json").is_file():
         return HuggingFaceTokenizer(path)
     raise UserError(f"there is no tokenizer at {path}: expected tokenizer.model or tokenizer.json")
+
+
+def gives_back(tokenizer: Tokenizer) -> bool:
+    """Whether text comes back as it was: capitals, spaces, line ends, ligatures and signs of other scripts."""
+    text = " It's\n\n  \tThe \ufb01rst, \u00e9 e\u0301 \u4f60\u597d \U0001f600 \u2581\u00a0\u2028\r\n "
+    return tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def digest(tokenizer: Tokenizer) -> str:

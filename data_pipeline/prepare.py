@@ -270,6 +270,8 @@ def _tokenizer(config: RunConfig, folder: Path) -> tokenizers.Tokenizer:
     if config.data.tokenizer:
         tokenizer = tokenizers.load(config.data.tokenizer)
         tokenizers.copy(tokenizer, folder)
+        if not tokenizers.gives_back(tokenizer):
+            print(f"data: the tokenizer {tokenizer.path} does not give every text back as it was", flush=True)
         return tokenizer
     path = folder / "tokenizer.model"
     if path.is_file():  # of an interrupted preparation with the same settings

@@ -21,6 +21,7 @@ import webdataset
 
 from armd_scale.errors import UserError
 from armd_scale.files import write_atomically
+from armd_scale.tokenizer import token_type
 
 INDEX = "index.json"
 _BLOCK = 512  # unit of a tar file
@@ -32,11 +33,6 @@ class Place(NamedTuple):
     name: str
     start: int
     stop: int
-
-
-def token_type(vocab_size: int) -> np.dtype:
-    """The smallest type of a token: uint16 or uint32."""
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 def cut(tokens: int, length: int, per_shard: int) -> list[Place]:

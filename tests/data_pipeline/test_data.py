@@ -21,7 +21,6 @@ from data_pipeline import readers, shards
 from data_pipeline.prepare import prepare
 from data_pipeline.shards import PackedDataset
 from data_pipeline.stream import Mixture, SampleStream, open_mixture
-from tests.conftest import shared_data
 
 TEXTS = [
     "First document.\n",
@@ -113,48 +112,9 @@ def test_the_text_that_python_carries():
     assert len(set(documents)) == len(documents)
 
 
-@pytest.fixture(scope="module")
-def piece(tmp_path_factory):
-    texts = [" ".join(f"word{i % 37} and line {i}\n    indented {i * 7}" for i in range(400))] * 3
-    return tokenizers.train(texts, tmp_path_factory.mktemp("t") / "tokenizer.model", 400)
-
-
-@given(st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\u2581\x00"), max_size=60))
-def test_sentencepiece_gives_the_text_back(piece, text):
-    tokens = piece.encode(text)
-    assert piece.decode([piece.bos_id, *tokens, piece.eos_id]) == text
-    assert all(0 <= t < piece.vocab_size and t not in (piece.bos_id, piece.eos_id) for t in tokens)
-    assert piece.encode_batch([text]) == [tokens]
-
-
-def test_a_vocabulary_that_the_text_cannot_fill(tmp_path):
-    with pytest.raises(UserError, match="a tokenizer of 5000 pieces cannot be trained on this text"):
-        tokenizers.train(["too little text"], tmp_path / "x.model", 5000)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_tokenizer_folders(tmp_path, piece):
-    with pytest.raises(UserError, match="there is no tokenizer at"):
-        tokenizers.load(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes(b"junk")
-    with pytest.raises(UserError, match="is not a sentencepiece model"):
-        tokenizers.load(tmp_path)
-    tokenizers.copy(piece, tmp_path)
-    assert tokenizers.digest(tokenizers.load(tmp_path)) == tokenizers.digest(piece)
-
-
-def test_gpt2_tokenizer():
-    gpt2 = tokenizers.load(shared_data("tokenizers/gpt2"))
-    assert gpt2.vocab_size == 50257
-    assert gpt2.bos_id == gpt2.eos_id == 50256
-    for text in TEXTS:
-        assert gpt2.decode([*gpt2.encode(text), gpt2.eos_id]) == text
-    assert gpt2.encode("Hello world") == [15496, 995]
-
-
 def _write(folder, tokens, length, per_shard, vocab=100):
     """All shards of a stream of tokens, and their index."""
-    tokens = tokens.astype(shards.token_type(vocab))
+    tokens = tokens.astype(tokenizers.token_type(vocab))
     places = shards.cut(len(tokens), length, per_shard)
     assert [place.start for place in places[1:]] == [place.stop for place in places[:-1]]
     written = [shards.write_shard(folder, place, tokens[place.start : place.stop], length) for place in places]
@@ -400,31 +360,6 @@ def test_a_file_counts_once_and_its_name_is_no_pattern(tmp_path):
     odd = tmp_path / "a[1].txt"
     odd.write_text("only once\n")
     assert list(readers.documents([str(odd), str(odd), str(tmp_path / "*.txt")])) == ["only once\n"]
-
-
-def test_a_hugging_face_file_that_cuts_and_fills(tmp_path):
-    """Settings that a tokenizer.json carries from its last user do not reach the data."""
-    import tokenizers as library
-
-    bpe = library.Tokenizer(library.models.BPE())
-    bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = library.decoders.ByteLevel()
-    trainer = library.trainers.BpeTrainer(
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(["some text to train on"] * 9, trainer)
-    bpe.enable_truncation(4)
-    bpe.enable_padding(length=8)
-    bpe.save(str(tmp_path / "tokenizer.json"))
-    loaded = tokenizers.load(tmp_path)
-    long = "a much longer text than four tokens, with <|endoftext|> written out"
-    assert loaded.decode(loaded.encode(long)) == long
-    assert loaded.eos_id not in loaded.encode(long)
-    assert [len(t) for t in loaded.encode_batch(["x", long])] == [1, len(loaded.encode(long))]
-    with pytest.raises(UserError, match="it is not its tokenizer"):
-        tokenizers.load(tmp_path, loaded.vocab_size + 1)
 
 
 @pytest.mark.parametrize(
