@@ -8,6 +8,7 @@ Cutting, looking up and joining are a few passes of numpy over a window of text,
 - ``sentencepiece_cuts``, ``bytelevel_cuts``: between which bytes a tokenizer's tokens never reach.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 _KEY = 15
 """Bytes of a segment that fit into its key with its length; longer ones are looked up one by one."""
 _LONGEST = 64  # bytes of a segment that is remembered
-_WINDOW = 1 << 19  # bytes of text that are worked on at a time: its arrays stay in the cache of a core
+_WINDOW = 1 << 18  # bytes of text that are worked on at a time: its arrays stay in the cache of a core
 _MOST_SEGMENTS = 1 << 20
 _MOST_TOKENS = 1 << 24
 _LOW_BYTES = np.array([(1 << 8 * count) - 1 for count in range(9)], dtype=np.uint64)
@@ -65,7 +66,7 @@ class SegmentEncoder:
             here = np.frombuffer(raw, np.uint8, stop - at, at)
             pairs = here[:-1].astype(np.uint16) << 8
             pairs |= here[1:]
-            cut = self._cuts[pairs]
+            cut = self._cuts.take(pairs)
             first, last = np.searchsorted(stops, (at, stop), side="right")
             ends = stops[first:last]
             cut[ends[ends < stop] - at - 1] = True
@@ -83,7 +84,7 @@ class SegmentEncoder:
         starts = edges[:-1]
         low, high = _keys(raw, starts, np.diff(edges))
         slots = self._table.find(low, high)
-        begin, count = self._table.begin[slots], self._table.count[slots]
+        begin, count = self._table.begin.take(slots), self._table.count.take(slots)
         unknown = np.flatnonzero(slots < 0)
         if len(unknown):
             words = [raw[a:b] for a, b in zip(starts[unknown].tolist(), edges[unknown + 1].tolist(), strict=True)]
@@ -100,19 +101,18 @@ class SegmentEncoder:
         ends = np.cumsum(count)
         index = np.repeat(begin - (ends - count), count)
         index += np.arange(len(index))
-        return self._pool[index], ends
+        return self._pool.take(index), ends
 
     def _add(self, words: list[bytes]) -> list[tuple[int, int]]:
         """Encode segments into the pool; where the tokens of each begin, and how many they are."""
-        places = []
-        for tokens in self._encode([word.decode("utf-8") for word in words]):
-            stop = self._used + len(tokens)
-            if stop > len(self._pool):
-                self._pool = np.concatenate([self._pool, np.empty(max(stop, len(self._pool)), self._dtype)])
-            self._pool[self._used : stop] = tokens
-            places.append((self._used, len(tokens)))
-            self._used = stop
-        return places
+        encoded = self._encode([word.decode("utf-8") for word in words])
+        edges = list(itertools.accumulate(map(len, encoded), initial=self._used))
+        if edges[-1] > len(self._pool):
+            self._pool = np.concatenate([self._pool, np.empty(edges[-1], self._dtype)])
+        flat = itertools.chain.from_iterable(encoded)
+        self._pool[self._used : edges[-1]] = np.fromiter(flat, self._dtype, edges[-1] - self._used)
+        self._used = edges[-1]
+        return [(begin, stop - begin) for begin, stop in itertools.pairwise(edges)]
 
 
 class _Table:
@@ -126,7 +126,7 @@ class _Table:
     def find(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """Slots of keys, -1 for those that are not there."""
         slots = self._slots(low, high)
-        open_ = np.flatnonzero((self._low[slots] != low) | (self._high[slots] != high))
+        open_ = np.flatnonzero((self._low.take(slots) != low) | (self._high.take(slots) != high))
         while len(open_):
             free = self._high[slots[open_]] == 0
             slots[open_[free]] = -1
@@ -166,8 +166,8 @@ class _Table:
 def _keys(raw: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Two words for each segment: its bytes and its length; those that do not fit share a key that is never stored."""
     words = np.ndarray((len(raw) - 7,), np.dtype("<u8"), raw, strides=(1,))
-    low = words[starts] & _LOW_BYTES[np.minimum(lengths, 8)]
-    high = words[starts + 8] & _LOW_BYTES[np.clip(lengths - 8, 0, 7)]
+    low = words[starts] & _LOW_BYTES.take(np.minimum(lengths, 8))
+    high = words[starts + 8] & _LOW_BYTES.take(np.clip(lengths - 8, 0, 7))
     high |= np.minimum(lengths, 255).astype(np.uint64) << np.uint64(56)
     long = lengths > _KEY
     low[long], high[long] = 0, np.uint64(255 << 56)
@@ -181,9 +181,8 @@ def sentencepiece_cuts(pieces: Iterable[str]) -> np.ndarray:
     paths through its segments, and no merge of BPE reaches over a cut.
     """
     held = np.zeros((256, 256), dtype=bool)
-    for piece in pieces:
-        units = np.frombuffer(piece.encode("utf-8"), np.uint8)
-        held[units[:-1], units[1:]] = True
+    units = np.frombuffer(b"\xff".join(piece.encode("utf-8") for piece in pieces), np.uint8)  # no byte of UTF-8
+    held[units[:-1], units[1:]] = True
     held[:, 0x80:0xC0] = True  # never inside a character
     return ~held
 

@@ -147,7 +147,7 @@ def _remote_files(source: str) -> list[str]:
 
 
 def _open(file: str) -> IO[bytes]:
-    return fsspec.open(file, "rb").open() if "://" in file else open(file, "rb")
+    return fsspec.open(file, "rb").open() if "://" in file else open(file, "rb", buffering=1 << 20)
 
 
 def _read_stream(part: Part, field: str) -> Iterator[Record]:

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from armd_scale.tokenizer import token_type
 
 INDEX = "index.json"
 _BLOCK = 512  # unit of a tar file
+_CHECKSUM = slice(148, 154)  # octal digits of the sum of a member's header
 
 
 class Place(NamedTuple):
@@ -50,20 +52,36 @@ def write_shard(folder: Path, place: Place, tokens: np.ndarray, length: int) -> 
 
     The bytes depend on the tokens alone.
     """
+    samples = tokens.reshape(-1, length) if len(tokens) >= length else tokens[None]
+    archive = _archive(samples)
     partial = folder / f".{place.name}.{os.getpid()}"
     with partial.open("wb") as file:
-        with webdataset.TarWriter(file, mtime=0, encoder=False) as tar:
-            samples = tokens.reshape(-1, length) if len(tokens) >= length else tokens[None]
-            header = _npy_header(samples.shape[1], tokens.dtype)
-            for number, sample in enumerate(samples):
-                tar.write({"__key__": f"{number:08d}", "npy": header + sample.tobytes()})
+        file.write(archive)
         file.flush()
         os.fsync(file.fileno())
-    with partial.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    facts = {"name": place.name, "samples": len(samples), "size": partial.stat().st_size, "sha256": digest}
     os.replace(partial, folder / place.name)
-    return facts
+    digest = hashlib.sha256(archive).hexdigest()
+    return {"name": place.name, "samples": len(samples), "size": len(archive), "sha256": digest}
+
+
+def _archive(samples: np.ndarray) -> memoryview:
+    """The tar that WebDataset's writer makes of samples [count, N].
+
+    It writes the first member; the others differ in name, checksum and tokens, and are filled in at once.
+    """
+    (head, size), first = _member(samples.shape[1], samples.dtype), io.BytesIO()
+    with webdataset.TarWriter(first, mtime=0, encoder=False) as tar:
+        tar.write({"__key__": f"{0:08d}", "npy": head + samples[0].tobytes()})
+    start = _BLOCK + len(head)
+    archive = np.zeros(-(-(len(samples) * size + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE, np.uint8)
+    members = archive[: len(samples) * size].reshape(-1, size)
+    members[:] = np.frombuffer(first.getvalue(), np.uint8, size)
+    members[:, start : start + samples[0].nbytes] = np.ascontiguousarray(samples).view(np.uint8)
+    digits = np.arange(len(samples))[:, None] // 10 ** np.arange(7, -1, -1) % 10
+    members[:, :8] += digits.astype(np.uint8)
+    sums = int(bytes(members[0, _CHECKSUM]), 8) + digits.sum(axis=1)
+    members[:, _CHECKSUM] = ord("0") + sums[:, None] // 8 ** np.arange(5, -1, -1) % 8
+    return archive.data
 
 
 def write_index(folder: Path, written: list[dict[str, Any]], length: int, facts: dict[str, Any]) -> dict[str, Any]:
@@ -138,11 +156,10 @@ class PackedDataset:
                 f"shard {path} is damaged: {path.stat().st_size} bytes, the index says {shard['size']}; "
                 "restore it or prepare the data again"
             )
-        payload = length * self._dtype.itemsize
-        header = len(_npy_header(length, self._dtype))
-        member = _BLOCK + -(-(header + payload) // _BLOCK) * _BLOCK
-        data = np.memmap(path, dtype=np.uint8, mode="r")[: shard["samples"] * member]
-        return data.reshape(-1, member)[:, _BLOCK + header : _BLOCK + header + payload].view(self._dtype)
+        head, size = _member(length, self._dtype)
+        start, stop = _BLOCK + len(head), _BLOCK + len(head) + length * self._dtype.itemsize
+        data = np.memmap(path, dtype=np.uint8, mode="r")[: shard["samples"] * size]
+        return data.reshape(-1, size)[:, start:stop].view(self._dtype)
 
 
 def verify(folder: Path) -> None:
@@ -157,7 +174,9 @@ def verify(folder: Path) -> None:
                 raise UserError(f"shard {path} is damaged: its SHA-256 differs from the index; prepare the data again")
 
 
-def _npy_header(length: int, dtype: np.dtype) -> bytes:
-    member = io.BytesIO()
-    np.lib.format.write_array(member, np.zeros(length, dtype), version=(1, 0))
-    return member.getvalue()[: -length * dtype.itemsize]
+def _member(length: int, dtype: np.dtype) -> tuple[bytes, int]:
+    """What is before the tokens of a sample in its ``.npy``, and the bytes of its member of the tar."""
+    whole = io.BytesIO()
+    np.lib.format.write_array(whole, np.zeros(length, dtype), version=(1, 0))
+    content = whole.getvalue()
+    return content[: len(content) - length * dtype.itemsize], _BLOCK + -(-len(content) // _BLOCK) * _BLOCK
