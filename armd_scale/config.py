@@ -174,6 +174,10 @@ class DataConfig(_Section):
     reference and the docstrings that every Python installation carries."""
     text_field: str = "text"
     """Field of a jsonl record or parquet column that holds the text."""
+    id_field: str = "id"
+    """Field or column that holds the document's id, where there is one."""
+    source_field: str = "source"
+    """Field or column that says where the document comes from; where there is none, the name of its file does."""
     heldout_text: list[str] = []
     """Text for validation; empty: ``heldout_fraction`` of the documents of ``text``, chosen by their hash."""
     heldout_fraction: Fraction = 0.02
@@ -196,13 +200,17 @@ class DataConfig(_Section):
     """Ranges [first, last) of steps whose samples are left out, after a loss spike say; growing, numbered as in a run
     that leaves nothing out. Can be changed while a run stands before the range."""
     workers: Positive | None = None
-    """Processes that prepare the data; null: one for each core that this process may use."""
+    """Processes that prepare the data in a job; null: one for each core that the job may use."""
+    jobs: Positive = 1
+    """Jobs that share the preparation of the data, as an array; more than 1 pays from some 10 GB of text on."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
     """Weight of this data in a mixture."""
     mixture: list[MixtureConfig] = []
     """Other prepared data sets to train on as well; held out is this one's text."""
     verify: bool = True
     """Check the SHA-256 of every shard whenever a run starts or goes on."""
+    damaged_shards: Literal["stop", "leave_out"] = "stop"
+    """What is done about training shards that are damaged or missing: stop, or go on without their samples."""
 
     @model_validator(mode="after")
     def _grows(self) -> typing.Self:
@@ -507,7 +515,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
     values = config.model_dump()
     values["model"].pop("vocab_size")  # these two follow from the data
     values["model"].pop("bos_id")
-    for name in ("directory", "verify", "workers", "max_bad_fraction", "skip_steps"):
+    for name in ("directory", "verify", "workers", "jobs", "max_bad_fraction", "skip_steps", "damaged_shards"):
         values["data"].pop(name)
     return {
         **{name: values[name] for name in ("seed", "model", "data")},

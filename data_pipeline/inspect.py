@@ -11,7 +11,7 @@ import numpy as np
 
 from armd_scale import tokenizer as tokenizers
 from armd_scale.errors import UserError, cli
-from data_pipeline import shards
+from data_pipeline import documents, shards
 from data_pipeline.shards import PackedDataset
 
 _READ = 4096  # samples that are looked at at a time
@@ -46,9 +46,14 @@ def main() -> None:
         lengths[split] = document_lengths(data, tokenizer.eos_id)
         print(_bars(lengths[split]))
         chosen = np.linspace(0, len(data) - 1, num=min(args.samples, len(data)), dtype=int)
-        for number, sample in zip(chosen, data.read(chosen), strict=True):
+        if index.get("sources"):
+            most = list(index["sources"].items())[:10]
+            print("  tokens by source: " + ", ".join(f"{name or 'others'} {tokens:,}" for name, tokens in most))
+        for number, sample in zip(chosen.tolist(), data.read(chosen), strict=True):
             text = " | ".join(tokenizer.decode(part.tolist()) for part in _documents(sample, tokenizer.eos_id))
-            print(f"  sample {number}: {text[:300]!r}")
+            found = documents.inside(data.folder, number, data.length)
+            names = ", ".join(" ".join(filter(None, (one["source"], one["id"]))) for one in found[:5])
+            print(f"  sample {number} ({names}): {text[:300]!r}")
     if args.picture:
         _draw(lengths, args.picture)
         print(f"\n{args.picture}")

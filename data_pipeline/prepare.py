@@ -3,8 +3,12 @@
 ``prepare`` makes a folder with ``tokenizer/``, ``train/`` and ``heldout/``; it appears when all is written. A
 folder that was completed with the same settings is left as it is; one that was completed with others is refused.
 
-Two rounds of work that any number of processes share: units of text are tokenised (``units``), then shards are written,
-each from the tokens that it holds. What comes out depends neither on the processes nor on interruptions.
+Five steps, each of which can be done again after an interruption; the second and the fourth are work that any number of
+processes and jobs share by its numbers, without a lock:
+
+``begin``: tokenizer and units; ``tokenise``: the units (``units``); ``merge``: counts and duplicates; ``pack``: the
+shards, each from the tokens that it holds; ``finish``: indices and tables. What comes out depends on the text and the
+settings alone.
 """
 
 import concurrent.futures
@@ -14,6 +18,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,38 +27,156 @@ from armd_scale import tokenizer as tokenizers
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError
 from armd_scale.files import exclusive, write_atomically
-from data_pipeline import readers, shards, units
-from data_pipeline.stream import open_mixture
+from data_pipeline import documents, readers, shards, units
 
-_UNFILTERED = {"min_characters": 0, "max_characters": None, "deduplicate": False}
+_BEFORE = {
+    "min_characters": 0,
+    "max_characters": None,
+    "deduplicate": False,
+    "id_field": "id",
+    "source_field": "source",
+}
 """What data was prepared with before these settings existed."""
-_COUNTS = ("records", *units.SPLITS, *units.REMOVED)
 _SMALL = 4 << 20  # bytes or tokens that are done before other processes have started
 _TRAINING_TEXT = 32 << 20  # bytes of text that a tokenizer is trained on
+_MOST_SOURCES = 50  # that an index lists by name
 
 
 def prepare(config: RunConfig) -> dict[str, Any]:
-    """Prepare the data of a run, or check what was prepared; returns the index of the training split."""
+    """Prepare the data of a run in this job, or check what was prepared; returns the index of the training split."""
+    with _lock(config):
+        if begin(config):
+            tokenise(config)
+            merge(config)
+            pack(config)
+            return finish(config)
+    return shards.PackedDataset(config.data_directory / "train").index
+
+
+def step(config: RunConfig, name: str, share: int = 0, shares: int = 1) -> Any:
+    """Do one of the five steps by itself; ``tokenise`` and ``pack`` are shared by several jobs at the same time."""
+    if name in ("tokenise", "pack"):
+        return {"tokenise": tokenise, "pack": pack}[name](config, share, shares)
+    with _lock(config):
+        return {"begin": begin, "merge": merge, "finish": finish}[name](config)
+
+
+def begin(config: RunConfig) -> bool:
+    """Take up the preparation of a run's data; False when it is complete. ``UserError`` for other data in its place."""
+    final = config.data_directory.resolve()
+    done = _completed(final)
+    if done is not None:
+        _check(config, final, done)
+        return False
+    if final.exists() and any(final.iterdir()):
+        raise UserError(f"{final} holds something that is no prepared data: choose another data.directory or remove it")
+    sources = _sources(config)
+    if set(sources["text"]) & set(sources["heldout_text"]):
+        raise UserError("data.text and data.heldout_text share files: what is held out must not be trained on")
+    folder = _partial(config)
+    _keep_or_clear(folder, _settings(config, sources))
+    _check_prompt(config, _tokenizer(config, folder / "tokenizer", sources["text"]))
+    data = config.data
+    units.Job(
+        folder=str(folder),
+        fields=readers.Fields(data.text_field, data.id_field, data.source_field),
+        heldout_fraction=0.0 if data.heldout_text else data.heldout_fraction,
+        min_characters=data.min_characters,
+        max_characters=data.max_characters,
+        units=units.cut(sources),
+    ).save()
+    return True
+
+
+def tokenise(config: RunConfig, share: int = 0, shares: int = 1) -> None:
+    """Do a share of the units, in processes of this machine."""
+    folder = _partial(config)
+    job = units.Job.load(str(folder))
+    numbers = range(share, len(job.units), shares)
+    sizes = [sum(part.size for part in job.units[number][1]) for number in numbers]
+    _map(config, "tokenised", units.tokenise, [(str(folder), number) for number in numbers], sizes)
+
+
+def merge(config: RunConfig) -> None:
+    """Add up what the units have counted, and mark the duplicates. ``UserError`` when too many records are bad."""
+    folder = _partial(config)
+    job = units.Job.load(str(folder))
+    facts = [units.tokenise(str(folder), number) for number in range(len(job.units))]
+    counts = {name: sum(fact[name] for fact in facts) for name in ("records", *units.SPLITS, *units.REMOVED)}
+    _report_bad(config, folder, [job.place(number) for number in range(len(facts))], counts)
+    dedupe = config.data.deduplicate and facts
+    lost = units.drop_duplicates(str(folder)) if dedupe else dict.fromkeys(units.SPLITS, 0)
+    counts["duplicate"] = sum(lost.values())
+    for split, count in lost.items():
+        counts[split] -= count
+    write_atomically(folder / "work/counts.json", json.dumps(counts))
+
+
+def pack(config: RunConfig, share: int = 0, shares: int = 1) -> None:
+    """Write a share of the shards, in processes of this machine."""
+    folder = _partial(config)
+    for split in units.SPLITS:
+        places = _places(config, units.Stream(str(folder), split))[share::shares]
+        work = [(str(folder), split, place, config.model.length) for place in places]
+        sizes = [place.stop - place.start for place in places]
+        _map(config, f"{split} shards", units.write_shard, work, sizes)
+
+
+def finish(config: RunConfig) -> dict[str, Any]:
+    """Write the indices and give the folder its name; returns the index of the training split."""
+    folder, final = _partial(config), config.data_directory.resolve()
+    tokenizer = tokenizers.load(folder / "tokenizer")
+    train, heldout = (_close(config, folder, split, tokenizer) for split in units.SPLITS)
+    for name, part in (("text", train), ("held-out text", heldout)):
+        if part["samples"] < 1:
+            raise UserError(
+                f"the {name} has only {part['tokens']} tokens, less than one sample of {config.model.length}: "
+                "give more text" + (" or raise data.heldout_fraction" if name != "text" else "")
+            )
+    settings, counts = (
+        json.loads((folder / "work" / name).read_text(encoding="utf-8")) for name in ("settings.json", "counts.json")
+    )
+    shutil.rmtree(folder / "work")
+    write_atomically(folder / "complete.json", json.dumps({"settings": settings, "records": counts}, indent=1))
+    if final.exists():
+        final.rmdir()
+    os.replace(folder, final)
+    print(
+        f"data: {train['documents']} documents, {train['bytes'] / 1e6:.1f} MB, {train['tokens']:,} tokens to train; "
+        f"{heldout['documents']} documents, {heldout['tokens']:,} tokens held out{_left_out(counts)}; "
+        f"vocabulary {tokenizer.vocab_size}",
+        flush=True,
+    )
+    return train
+
+
+def _lock(config: RunConfig) -> Any:
     folder = config.data_directory.resolve()
-    with exclusive(folder.with_name(f".{folder.name}.lock"), f"the data in {folder}"):
-        done = _completed(folder)
-        index = _prepare(config, folder) if done is None else _check(config, folder, done)
-    for data in open_mixture(config)[1:]:
-        if config.data.verify:
-            shards.verify(data.folder)
-    return index
+    return exclusive(folder.with_name(f".{folder.name}.lock"), f"the data in {folder}")
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
+def _partial(config: RunConfig) -> Path:
+    """Beside the final place and under another name until all is there."""
+    folder = config.data_directory.resolve()
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _sources(config: RunConfig) -> dict[str, list[str]]:
+    """The files of the training and of the held-out text."""
+    return {"text": readers.files(config.data.text), "heldout_text": readers.files(config.data.heldout_text)}
+
+
+def _settings(config: RunConfig, sources: dict[str, list[str]]) -> dict[str, Any]:
     """All that the prepared data depends on; a source file by its name and size."""
     data = config.data
-    sources = {
-        name: [[file, readers.size(file) if file != readers.BUILTIN else sys.version] for file in found]
-        for name, found in (("text", readers.files(data.text)), ("heldout_text", readers.files(data.heldout_text)))
-    }
     return {
-        **sources,
+        **{
+            name: [[file, readers.size(file) if file != readers.BUILTIN else sys.version] for file in files]
+            for name, files in sources.items()
+        },
         "text_field": data.text_field,
+        "id_field": data.id_field,
+        "source_field": data.source_field,
         "heldout_fraction": data.heldout_fraction,
         "tokenizer": data.tokenizer,
         "vocab_size": None if data.tokenizer else data.vocab_size,
@@ -65,65 +188,21 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _check(config: RunConfig, folder: Path, done: dict[str, Any]) -> dict[str, Any]:
+def _check(config: RunConfig, folder: Path, done: dict[str, Any]) -> None:
+    before = {**_BEFORE, **done["settings"]}
     try:
-        settings = _settings(config)
+        settings = _settings(config, _sources(config))
     except UserError as error:  # the shards are what counts once they are there
         print(f"data: the text itself is gone, using the shards in {folder} ({error})", flush=True)
-        settings = done["settings"]
-    before = {**_UNFILTERED, **done["settings"]}
+        gone = {name: before[name] for name in ("text", "heldout_text")}
+        settings = _settings(config, {"text": [], "heldout_text": []}) | gone
     differing = [name for name in settings if before.get(name) != settings[name]]
     if differing:
         raise UserError(
             f"the data in {folder} was prepared with other settings ({', '.join(differing)}): "
             "choose another data.directory or remove the folder"
         )
-    if config.data.verify:
-        for split in ("train", "heldout"):
-            shards.verify(folder / split)
     _check_prompt(config, tokenizers.load(folder / "tokenizer"))
-    return shards.PackedDataset(folder / "train").index
-
-
-def _prepare(config: RunConfig, final: Path) -> dict[str, Any]:
-    if final.exists() and any(final.iterdir()):
-        raise UserError(f"{final} holds something that is no prepared data: choose another data.directory or remove it")
-    settings = _settings(config)
-    if set(map(str, settings["text"])) & set(map(str, settings["heldout_text"])):
-        raise UserError("data.text and data.heldout_text share files: what is held out must not be trained on")
-    started = time.time()
-    # Beside the final place and under another name until all is there; what an interrupted one has done is used.
-    folder = final.with_name(f".{final.name}.partial")
-    _begin(folder, settings)
-    tokenizer = _tokenizer(config, folder / "tokenizer")
-    _check_prompt(config, tokenizer)
-    counts = _tokenise(config, folder)
-    common = {
-        "tokenizer_sha256": tokenizers.digest(tokenizer),
-        "vocab_size": tokenizer.vocab_size,
-        "bos_id": tokenizer.bos_id,
-        "eos_id": tokenizer.eos_id,
-    }
-    indices = {split: _pack(config, folder, split, common) for split in units.SPLITS}
-    for name, part in (("text", indices["train"]), ("held-out text", indices["heldout"])):
-        if part["samples"] < 1:
-            raise UserError(
-                f"the {name} has only {part['tokens']} tokens, less than one sample of {config.model.length}: "
-                "give more text" + (" or raise data.heldout_fraction" if name != "text" else "")
-            )
-    shutil.rmtree(folder / "work")
-    write_atomically(folder / "complete.json", json.dumps({"settings": settings, "records": counts}, indent=1))
-    if final.exists():
-        final.rmdir()
-    os.replace(folder, final)
-    train, heldout = indices["train"], indices["heldout"]
-    print(
-        f"data: {train['documents']} documents, {train['bytes'] / 1e6:.1f} MB, {train['tokens']:,} tokens to train; "
-        f"{heldout['documents']} documents, {heldout['tokens']:,} tokens held out{_left_out(counts)}; "
-        f"vocabulary {tokenizer.vocab_size}; {time.time() - started:.0f} s",
-        flush=True,
-    )
-    return train
 
 
 def _left_out(counts: dict[str, int]) -> str:
@@ -131,7 +210,7 @@ def _left_out(counts: dict[str, int]) -> str:
     return f"; left out: {', '.join(removed)}" if removed else ""
 
 
-def _begin(folder: Path, settings: dict[str, Any]) -> None:
+def _keep_or_clear(folder: Path, settings: dict[str, Any]) -> None:
     """Keep a folder that was begun with the same settings, else start anew."""
     path = folder / "work/settings.json"
     try:
@@ -143,30 +222,6 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
         for name in ("work", *units.SPLITS):
             (folder / name).mkdir(parents=True)
         write_atomically(path, json.dumps(settings))
-
-
-def _tokenise(config: RunConfig, folder: Path) -> dict[str, int]:
-    """Do all units; how many records there were and where they went. ``UserError`` when too many are bad."""
-    data = config.data
-    job = units.Job(
-        folder=str(folder),
-        field=data.text_field,
-        heldout_fraction=0.0 if data.heldout_text else data.heldout_fraction,
-        min_characters=data.min_characters,
-        max_characters=data.max_characters,
-        units=units.cut({name: readers.files(getattr(data, name)) for name in ("text", "heldout_text")}),
-    )
-    job.save()
-    numbers = range(len(job.units))
-    sizes = [sum(part.size for part in parts) for _, parts in job.units]
-    facts = _map(config, "tokenised", units.tokenise, [(str(folder), number) for number in numbers], sizes)
-    counts = {name: sum(fact[name] for fact in facts) for name in facts[0]} if facts else dict.fromkeys(_COUNTS, 0)
-    _report_bad(config, folder, [job.place(number) for number in numbers], counts)
-    lost = units.drop_duplicates(str(folder)) if data.deduplicate and facts else dict.fromkeys(units.SPLITS, 0)
-    counts["duplicate"] = sum(lost.values())
-    for split, count in lost.items():
-        counts[split] -= count
-    return counts
 
 
 def _report_bad(config: RunConfig, folder: Path, places: list[Path], counts: dict[str, int]) -> None:
@@ -185,39 +240,58 @@ def _report_bad(config: RunConfig, folder: Path, places: list[Path], counts: dic
         )
 
 
-def _pack(config: RunConfig, folder: Path, split: str, common: dict[str, Any]) -> dict[str, Any]:
-    """Write all shards of a split and its index; returns the index."""
-    length = config.model.length
-    stream = units.Stream(str(folder), split)
-    places = shards.cut(len(stream), length, config.data.samples_per_shard)
-    work = [(str(folder), split, place, length) for place in places]
-    written = _map(config, f"{split} shards", units.write_shard, work, [place.stop - place.start for place in places])
+def _places(config: RunConfig, stream: units.Stream) -> list[shards.Place]:
+    return shards.cut(len(stream), config.model.length, config.data.samples_per_shard)
+
+
+def _close(config: RunConfig, folder: Path, split: str, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
+    """Write the table of documents and the index of a split; returns the index."""
+    stream, length = units.Stream(str(folder), split), config.model.length
+    places = _places(config, stream)
+    written = [units.write_shard(str(folder), split, place, length) for place in places]
     for leftover in (folder / split).glob(".*"):  # of processes that were killed
         leftover.unlink()
-    documents = stream.totals()
-    return shards.write_index(folder / split, written, length, {"tokens": len(stream), **common, **documents})
+    edges = [0, *(place.stop for place in places)]
+    sources = documents.write(folder / split, stream.tables(), edges)
+    written = [{**shard, "sources": _most(counts)} for shard, counts in zip(written, sources, strict=True)]
+    facts = {
+        "tokens": len(stream),
+        "tokenizer_sha256": tokenizers.digest(tokenizer),
+        "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        **stream.totals(),
+        "sources": _most(sum(sources, Counter())),
+    }
+    return shards.write_index(folder / split, written, length, facts)
+
+
+def _most(counts: Counter[str]) -> dict[str, int]:
+    """The sources with most tokens; all others together have an empty name."""
+    most = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_MOST_SOURCES])
+    rest = counts.total() - sum(most.values())
+    return most | ({"": rest} if rest else {})
 
 
 def _map(
     config: RunConfig, what: str, work: Callable[..., dict[str, Any]], items: list[tuple[Any, ...]], sizes: list[int]
-) -> list[dict[str, Any]]:
-    """``work(*item)`` for all items in processes of this machine; the results in their order."""
+) -> None:
+    """``work(*item)`` for all items in processes of this machine."""
     workers = min(config.data.workers or len(os.sched_getaffinity(0)), len(items))
     if workers <= 1 or sum(sizes) < _SMALL:
-        return [work(*item) for item in items]
+        for item in items:
+            work(*item)
+        return
     progress = _Progress(what, sum(sizes))
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_one_thread) as pool:
-        futures = [pool.submit(work, *item) for item in items]
-        done = dict(zip(futures, sizes, strict=True))
+        futures = {pool.submit(work, *item): size for item, size in zip(items, sizes, strict=True)}
         try:
             for future in concurrent.futures.as_completed(futures):
-                future.result()
-                progress.add(done[future])
+                progress.add(futures[future], future.result())
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    return [future.result() for future in futures]
 
 
 def _one_thread() -> None:
@@ -230,19 +304,32 @@ class _Progress:
 
     def __init__(self, what: str, total: int) -> None:
         self._what, self._total, self._done = what, max(1, total), 0
+        self._facts: Counter[str] = Counter()
         self._started = self._said = time.monotonic()
 
-    def add(self, size: int) -> None:
+    def add(self, size: int, facts: dict[str, Any]) -> None:
+        """``size``: of a piece of work, in the unit of the total; ``facts``: what it says of itself."""
         self._done += size
+        for name in ("records", "samples", "bytes", "size", "tokens"):
+            self._facts[name] += facts.get(name, 0)
         now = time.monotonic()
         if now - self._said >= 10:
             self._said = now
-            speed = self._done / (now - self._started)
-            left = (self._total - self._done) / speed
-            print(
-                f"data: {self._what} {self._done / self._total:.0%}, {speed / 1e6:.1f} M/s, {left / 60:.1f} min left",
-                flush=True,
+            print(f"data: {self.line(now - self._started)}", flush=True)
+
+    def line(self, seconds: float) -> str:
+        """What is done after some seconds."""
+        facts = self._facts
+        rates = [
+            f"{facts[name] / seconds / scale:,.{digits}f} {unit}/s"
+            for name, scale, digits, unit in (
+                ("records", 1, 0, "documents"), ("samples", 1, 0, "samples"), ("bytes", 1e6, 1, "MB"),
+                ("size", 1e6, 1, "MB"), ("tokens", 1e6, 2, "M tokens"),
             )
+            if facts[name]
+        ]  # fmt: skip
+        left = (self._total - self._done) / self._done * seconds
+        return f"{self._what} {self._done / self._total:.0%}, {', '.join(rates)}, {left / 60:.1f} min left"
 
 
 def _check_prompt(config: RunConfig, tokenizer: tokenizers.Tokenizer) -> None:
@@ -265,7 +352,7 @@ def _completed(folder: Path) -> dict[str, Any] | None:
     return done
 
 
-def _tokenizer(config: RunConfig, folder: Path) -> tokenizers.Tokenizer:
+def _tokenizer(config: RunConfig, folder: Path, text: list[str]) -> tokenizers.Tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     if config.data.tokenizer:
         tokenizer = tokenizers.load(config.data.tokenizer)
@@ -276,14 +363,14 @@ def _tokenizer(config: RunConfig, folder: Path) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.model"
     if path.is_file():  # of an interrupted preparation with the same settings
         return tokenizers.load(path)
-    return tokenizers.train(paragraphs(_training_text(config)), path, config.data.vocab_size, config.seed)
+    return tokenizers.train(paragraphs(_training_text(config, text)), path, config.data.vocab_size, config.seed)
 
 
-def _training_text(config: RunConfig) -> Iterator[str]:
+def _training_text(config: RunConfig, text: list[str]) -> Iterator[str]:
     """Documents that are not held out."""
     data = config.data
-    for part in readers.parts(readers.files(data.text)):
-        for record in readers.read(part, data.text_field):
+    for part in readers.parts(text):
+        for record in readers.read(part, readers.Fields(data.text_field)):
             held_out = not data.heldout_text and units.held_out(record.text, data.heldout_fraction)
             if not record.problem and record.text.strip() and not held_out:
                 yield record.text

@@ -17,7 +17,7 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import fsspec
 import zstandard
@@ -50,6 +50,21 @@ class Record(NamedTuple):
     place: str
     """File and record, for people."""
     problem: str | None = None
+    id: str | None = None
+    """What the record says of itself in its id field."""
+    source: str | None = None
+    """What it says in its source field."""
+
+
+class Fields(NamedTuple):
+    """Fields of a jsonl record, columns of a parquet file."""
+
+    text: str = "text"
+    id: str = "id"
+    source: str = "source"
+
+
+FIELDS = Fields()
 
 
 def documents(sources: list[str], field: str = "text") -> Iterator[str]:
@@ -59,7 +74,7 @@ def documents(sources: list[str], field: str = "text") -> Iterator[str]:
     ``field``. Raises ``UserError`` that names the file and the record for anything that cannot be read.
     """
     for part in parts(files(sources)):
-        for record in read(part, field):
+        for record in read(part, Fields(field)):
             if record.problem:
                 raise UserError(f"{record.place} {record.problem}")
             if record.text.strip():
@@ -95,15 +110,15 @@ def parts(names: Iterable[str]) -> Iterator[Part]:
             yield Part(name, 0, -1, size(name))
 
 
-def read(part: Part, field: str = "text") -> Iterator[Record]:
+def read(part: Part, fields: Fields = FIELDS) -> Iterator[Record]:
     """The records of a part, empty ones too. Raises ``UserError`` when the file itself cannot be read on."""
     if part.file == BUILTIN:
         yield from (Record(text, f"{BUILTIN} document {n}") for n, text in enumerate(python_documents(), start=1))
     elif part.file.endswith(".parquet"):
-        yield from _read_parquet(part, field)
+        yield from _read_parquet(part, fields)
     else:
         try:
-            yield from _read_stream(part, field)
+            yield from _read_stream(part, fields)
         except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
             raise UserError(f"{part.file} cannot be read: {error}") from error
 
@@ -150,32 +165,32 @@ def _open(file: str) -> IO[bytes]:
     return fsspec.open(file, "rb").open() if "://" in file else open(file, "rb", buffering=1 << 20)
 
 
-def _read_stream(part: Part, field: str) -> Iterator[Record]:
+def _read_stream(part: Part, fields: Fields) -> Iterator[Record]:
     with _open(part.file) as file:
         if part.stop >= 0:
-            yield from _lines(_range(file, part), part.file, field, first=None if part.start else 1)
+            yield from _lines(_range(file, part), part.file, fields, first=None if part.start else 1)
         elif part.file.endswith(".tar"):
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
                     if member.isfile() and member.name.endswith(_FORMATS) and not member.name.endswith(".parquet"):
                         content = archive.extractfile(member)
                         assert content is not None
-                        yield from _plain(content, member.name, f"{part.file}/{member.name}", field)
+                        yield from _plain(content, member.name, f"{part.file}/{member.name}", fields)
                 file.seek(archive.offset)
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise OSError("it ends before its end mark")  # Python takes what is cut off there for an end
         else:
-            yield from _plain(file, part.file, part.file, field)
+            yield from _plain(file, part.file, part.file, fields)
 
 
-def _plain(file: IO[bytes], name: str, place: str, field: str) -> Iterator[Record]:
+def _plain(file: IO[bytes], name: str, place: str, fields: Fields) -> Iterator[Record]:
     """The records of a txt or jsonl file, packed or not."""
     if name.endswith(".gz"):
         file = io.BufferedReader(gzip.GzipFile(fileobj=file))  # type: ignore[arg-type]
     elif name.endswith(".zst"):
         file = io.BufferedReader(_ZstdStream(file), 1 << 20)
     if ".jsonl" in Path(name).suffixes[-2:]:
-        yield from _lines(_all_lines(file), place, field, first=1)
+        yield from _lines(_all_lines(file), place, fields, first=1)
         return
     try:
         yield Record(file.read().decode("utf-8"), place)
@@ -226,26 +241,33 @@ def _line(file: IO[bytes]) -> bytes:
     return giant
 
 
-def _lines(lines: Iterator[tuple[int, bytes]], place: str, field: str, first: int | None) -> Iterator[Record]:
+def _lines(lines: Iterator[tuple[int, bytes]], place: str, fields: Fields, first: int | None) -> Iterator[Record]:
     """Records of jsonl lines; ``first``: the number of the first line, None where only its byte is known."""
     for count, (at, line) in enumerate(lines):
         if line.strip():
             here = f"{place} byte {at}" if first is None else f"{place} line {first + count}"
-            yield _record(line, here, field)
+            yield _record(line, here, fields)
 
 
-def _record(line: bytes, place: str, field: str) -> Record:
+def _record(line: bytes, place: str, fields: Fields) -> Record:
     if isinstance(line, _Giant):
         return Record("", place, f"is a line of {line.whole} bytes, more than {LONGEST_LINE}")
     try:
-        text = json.loads(line)[field]
+        record = json.loads(line)
+        text = record[fields.text]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        return Record("", place, f"is not a JSON object with a field '{field}': {error!r}")
+        return Record("", place, f"is not a JSON object with a field '{fields.text}': {error!r}")
     if not isinstance(text, str):
-        return Record("", place, f"field '{field}' is not text")
+        return Record("", place, f"field '{fields.text}' is not text")
     if not encodable(text):
-        return Record("", place, f"field '{field}' has half a surrogate pair, which is no text")
-    return Record(text, place)
+        return Record("", place, f"field '{fields.text}' has half a surrogate pair, which is no text")
+    return Record(text, place, id=_name(record.get(fields.id)), source=_name(record.get(fields.source)))
+
+
+def _name(value: Any) -> str | None:
+    """An id or a source: a text or a number."""
+    text = str(value) if isinstance(value, str | int) else None
+    return text if text is None or encodable(text) else None
 
 
 def _parquet_parts(name: str) -> Iterator[Part]:
@@ -265,34 +287,39 @@ def _parquet_parts(name: str) -> Iterator[Part]:
             start = stop
 
 
-def _read_parquet(part: Part, field: str) -> Iterator[Record]:
+def _read_parquet(part: Part, fields: Fields) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
     path = part.file
     try:
         with _open(path) as stream, pyarrow.parquet.ParquetFile(stream) as file:
-            if field not in file.schema_arrow.names:
-                raise UserError(f"{path} has no column '{field}'; its columns: {', '.join(file.schema_arrow.names)}")
-            kind = file.schema_arrow.field(field).type
+            names = file.schema_arrow.names
+            if fields.text not in names:
+                raise UserError(f"{path} has no column '{fields.text}'; its columns: {', '.join(names)}")
+            kind = file.schema_arrow.field(fields.text).type
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise UserError(f"{path}: column '{field}' is {kind}, not text")
+                raise UserError(f"{path}: column '{fields.text}' is {kind}, not text")
             row = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
             groups = range(part.start, part.stop)
-            for batch in file.iter_batches(columns=[field], batch_size=1024, row_groups=list(groups)):
-                for value in batch.column(0):
-                    yield _parquet_record(value, f"{path} row {row}")
+            columns = list(dict.fromkeys(name for name in fields if name in names))
+            for batch in file.iter_batches(columns=columns, batch_size=1024, row_groups=list(groups)):
+                empty = [None] * len(batch)
+                ids, sources = (batch.column(name) if name in columns else empty for name in (fields.id, fields.source))
+                for value, id_, source in zip(batch.column(fields.text), ids, sources, strict=True):
+                    yield _parquet_record(value, f"{path} row {row}", id_, source)
                     row += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def _parquet_record(value, place: str) -> Record:  # type: ignore[no-untyped-def]
+def _parquet_record(value: Any, place: str, id_: Any, source: Any) -> Record:
     try:
         text = value.as_py()
+        names = [_name(None if each is None else each.as_py()) for each in (id_, source)]
     except UnicodeDecodeError as error:
         return Record("", place, f"is not UTF-8 text: {error}")
-    return Record(text or "", place)  # null is no text
+    return Record(text or "", place, None, *names)  # null is no text
 
 
 class _ZstdStream(io.RawIOBase):

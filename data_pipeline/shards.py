@@ -134,6 +134,11 @@ class PackedDataset:
             out[row] = self._rows(int(shard))[number - self._starts[shard]]
         return out
 
+    def span(self, name: str) -> tuple[int, int]:
+        """Samples [first, last) of a shard."""
+        number = next(n for n, shard in enumerate(self.index["shards"]) if shard["name"] == name)
+        return int(self._starts[number]), int(self._starts[number + 1])
+
     def tail(self) -> np.ndarray:
         """The shorter last sample [tokens], empty when there is none."""
         tail = self.index["tail"]
@@ -149,29 +154,48 @@ class PackedDataset:
     def _view(self, shard: dict[str, Any], length: int) -> np.ndarray:
         """The tokens of a shard as an array [samples, length] over the mapped file."""
         path = self.folder / shard["name"]
-        if not path.is_file():
-            raise UserError(f"shard {path} is missing: restore it or prepare the data again")
-        if path.stat().st_size != shard["size"]:
-            raise UserError(
-                f"shard {path} is damaged: {path.stat().st_size} bytes, the index says {shard['size']}; "
-                "restore it or prepare the data again"
-            )
+        problem = _problem(path, shard, hashes=False)
+        if problem:
+            raise UserError(problem)
         head, size = _member(length, self._dtype)
         start, stop = _BLOCK + len(head), _BLOCK + len(head) + length * self._dtype.itemsize
         data = np.memmap(path, dtype=np.uint8, mode="r")[: shard["samples"] * size]
         return data.reshape(-1, size)[:, start:stop].view(self._dtype)
 
 
-def verify(folder: Path) -> None:
-    """Check the size and SHA-256 of every shard against the index; ``UserError`` names the first damaged one."""
+def damaged(folder: Path, hashes: bool = True) -> dict[str, str]:
+    """Shards that differ from the index in size or SHA-256, or are missing, each with a line that says so."""
     index = PackedDataset(folder).index
+    problems = {}
     for shard in [*index["shards"], *([index["tail"]] if index["tail"] else [])]:
-        path = folder / shard["name"]
-        if not path.is_file():
-            raise UserError(f"shard {path} is missing: restore it or prepare the data again")
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                raise UserError(f"shard {path} is damaged: its SHA-256 differs from the index; prepare the data again")
+        problem = _problem(folder / shard["name"], shard, hashes)
+        if problem:
+            problems[shard["name"]] = problem
+    return problems
+
+
+def verify(folder: Path, hashes: bool = True) -> None:
+    """``UserError`` that names the first damaged or missing shard."""
+    for problem in damaged(folder, hashes).values():
+        raise UserError(problem)
+
+
+def _problem(path: Path, shard: dict[str, Any], hashes: bool) -> str | None:
+    if not path.is_file():
+        return f"shard {path} is missing: restore it or prepare the data again"
+    size = path.stat().st_size
+    if size != shard["size"]:
+        wrong = f"{size} bytes, the index says {shard['size']}"
+    elif hashes and _sha256(path) != shard["sha256"]:
+        wrong = "its SHA-256 differs from the index"
+    else:
+        return None
+    return f"shard {path} is damaged: {wrong}; restore it or prepare the data again"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _member(length: int, dtype: np.dtype) -> tuple[bytes, int]:

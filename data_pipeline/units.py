@@ -4,7 +4,7 @@ A unit is a folder that appears under its name when it is done, so any process m
 that was interrupted is done again. What a unit holds depends on its files alone, never on who does it:
 
 - ``train.bin``, ``heldout.bin``: tokens of the documents, each followed by EOS;
-- ``train.npy``, ``heldout.npy``: a ``DOCUMENT`` for each;
+- ``train.npy``, ``heldout.npy``: a ``DOCUMENT`` for each; ``train.parquet``, ``heldout.parquet``: its id and source;
 - ``bad.jsonl``: records that could not be used, with their places; ``facts.json``: how many records went where.
 """
 
@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 
 from armd_scale import tokenizer as tokenizers
 from armd_scale.files import write_atomically
 from armd_scale.tokenizer import token_type
 from data_pipeline import readers, shards
-from data_pipeline.readers import PART_BYTES, Part
+from data_pipeline.readers import PART_BYTES, Part, Record
 from data_pipeline.shards import Place
 
 SPLITS = ("train", "heldout")
@@ -40,7 +42,7 @@ class Job(NamedTuple):
     """What all units of a preparation share; ``units``: source (``text`` or ``heldout_text``) and parts of each."""
 
     folder: str
-    field: str
+    fields: readers.Fields
     heldout_fraction: float
     min_characters: int
     max_characters: int | None
@@ -59,8 +61,8 @@ class Job(NamedTuple):
     def load(folder: str) -> "Job":
         """The job of a folder."""
         fields = json.loads((Path(folder) / "work/job.json").read_text(encoding="utf-8"))
-        fields["units"] = [(source, [Part(*part) for part in parts]) for source, parts in fields["units"]]
-        return Job(**fields)
+        units = [(source, [Part(*part) for part in parts]) for source, parts in fields["units"]]
+        return Job(**fields | {"fields": readers.Fields(*fields["fields"]), "units": units})
 
 
 def cut(sources: dict[str, list[str]]) -> list[tuple[str, list[Part]]]:
@@ -118,18 +120,21 @@ def _tokenise(job: Job, number: int, tokenizer: tokenizers.Tokenizer, folder: Pa
     counts: Counter[str] = Counter()
     source, parts = job.units[number]
     with (folder / "bad.jsonl").open("w", encoding="utf-8") as bad:
-        texts = _usable(job, parts, counts, bad)
+        records = _usable(job, parts, counts, bad)
         eos = np.array([tokenizer.eos_id], token_type(tokenizer.vocab_size))
         writers = {split: _Writer(folder, split, eos) for split in SPLITS}
-        for batch in _batches(texts):
-            for text, tokens in zip(batch, tokenizer.encode_batch(batch), strict=True):
-                raw = text.encode("utf-8")
+        for batch in _batches(records):
+            texts = [record.text for record, _ in batch]
+            for (record, file), tokens in zip(batch, tokenizer.encode_batch(texts), strict=True):
+                raw = record.text.encode("utf-8")
                 digest = _digest(raw)
                 heldout = source == "heldout_text" or _below(digest, job.heldout_fraction)
-                writers[SPLITS[heldout]].add(len(raw), digest, tokens)
+                writers[SPLITS[heldout]].add(len(raw), digest, tokens, record.id, record.source or file)
+                counts["tokens"] += len(tokens) + 1
+                counts["bytes"] += len(raw)
     for split, writer in writers.items():
         counts[split] = writer.close()
-    facts = {name: counts[name] for name in ("records", *SPLITS, *REMOVED)}
+    facts = {name: counts[name] for name in ("records", *SPLITS, *REMOVED, "tokens", "bytes")}
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
@@ -157,6 +162,18 @@ class Stream:
         kept = [self._kept(number, self.documents(number)) for number in range(len(self._job.units))]
         return {"documents": sum(map(len, kept)), "bytes": sum(int(docs["bytes"].sum()) for docs in kept)}
 
+    def tables(self) -> Iterator[pyarrow.Table]:
+        """The documents that are kept, unit by unit: id, source, first token in the stream, tokens, bytes."""
+        for number in range(len(self._job.units)):
+            documents = self._kept(number, self.documents(number))
+            tokens = documents["tokens"].astype(np.int64)
+            start = int(self._starts[number]) + np.cumsum(tokens) - tokens
+            columns = {"start": start, "tokens": tokens, "bytes": documents["bytes"].astype(np.int64)}
+            table = self.names(number)
+            for name, values in columns.items():
+                table = table.append_column(name, pyarrow.array(values))
+            yield table
+
     def _kept(self, number: int, documents: np.ndarray) -> np.ndarray:
         return documents if self._keep is None else documents[self._mask(number)]
 
@@ -176,6 +193,11 @@ class Stream:
                 start = upto
             number += 1
         return np.concatenate(pieces)
+
+    def names(self, number: int) -> pyarrow.Table:
+        """Id and source of the documents of a unit that are kept."""
+        table = pyarrow.parquet.read_table(self._job.place(number) / f"{self._split}.parquet")
+        return table if self._keep is None else table.filter(pyarrow.array(np.asarray(self._mask(number))))
 
     def _tokens(self, number: int) -> np.ndarray:
         path = self._job.place(number) / f"{self._split}.bin"
@@ -234,22 +256,29 @@ class _Writer:
         self._tokens = (folder / f"{split}.bin").open("wb")
         self._path = folder / f"{split}.npy"
         self._documents: list[tuple[int, int, np.ndarray]] = []
+        self._names: tuple[list[str | None], list[str]] = ([], [])
 
-    def add(self, size: int, digest: np.ndarray, tokens: np.ndarray) -> None:
+    def add(self, size: int, digest: np.ndarray, tokens: np.ndarray, id_: str | None, source: str) -> None:
         self._tokens.write(tokens.tobytes())
         self._tokens.write(self._eos)
         self._documents.append((len(tokens) + 1, size, digest))
+        self._names[0].append(id_)
+        self._names[1].append(source)
 
     def close(self) -> int:
         self._tokens.close()
         np.save(self._path, np.array(self._documents, dtype=DOCUMENT))
+        columns = [pyarrow.array(names, pyarrow.string()) for names in self._names]
+        table = pyarrow.table(dict(zip(("id", "source"), columns, strict=True)))
+        pyarrow.parquet.write_table(table, self._path.with_suffix(".parquet"))
         return len(self._documents)
 
 
-def _usable(job: Job, parts: list[Part], counts: Counter[str], bad: Any) -> Iterator[str]:
-    """Texts of the documents that stay; the others are counted."""
+def _usable(job: Job, parts: list[Part], counts: Counter[str], bad: Any) -> Iterator[tuple[Record, str]]:
+    """The documents that stay, with the name of their file; the others are counted."""
     for part in parts:
-        for record in readers.read(part, job.field):
+        file = part.file if part.file == readers.BUILTIN else part.file.rpartition("/")[2]
+        for record in readers.read(part, job.fields):
             counts["records"] += 1
             length = len(record.text)
             if record.problem:
@@ -262,15 +291,15 @@ def _usable(job: Job, parts: list[Part], counts: Counter[str], bad: Any) -> Iter
             elif job.max_characters is not None and length > job.max_characters:
                 counts["long"] += 1
             else:
-                yield record.text
+                yield record, file
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(records: Iterable[tuple[Record, str]]) -> Iterator[list[tuple[Record, str]]]:
+    batch: list[tuple[Record, str]] = []
     size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
+    for record, file in records:
+        batch.append((record, file))
+        size += len(record.text)
         if size > _BATCH:
             yield batch
             batch, size = [], 0

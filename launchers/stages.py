@@ -33,9 +33,12 @@ def run(stage: str, config: RunConfig, token: str) -> dict[str, Any]:
 
 
 def _prepare(config: RunConfig) -> dict[str, Any]:
+    from armd_scale.training import samples
     from data_pipeline.prepare import prepare
 
-    return {"samples": prepare(config)["samples"]}
+    index = prepare(config)
+    samples.check(config)
+    return {"samples": index["samples"]}
 
 
 def _train(config: RunConfig) -> None:

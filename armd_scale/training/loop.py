@@ -26,9 +26,9 @@ from armd_scale.orders import Layout
 from armd_scale.parallel import groups
 from armd_scale.parallel.engine import Engine
 from armd_scale.training import checkpoint, manifest, schedules
+from armd_scale.training.samples import Samples
 from armd_scale.training.telemetry import Telemetry
 from data_pipeline.shards import PackedDataset
-from data_pipeline.stream import Mixture, SampleStream, open_mixture
 
 _LN2 = float(np.log(2))
 
@@ -50,27 +50,24 @@ def train(config: RunConfig, rank: int, processes: int, local_rank: int, rendezv
         torch.set_float32_matmul_precision("high" if config.train.dtype == "bfloat16" else "highest")
     else:
         torch.set_num_threads(config.cluster.cpus_per_task)
-    data = open_mixture(config)
+    samples = Samples(config)
     heldout = PackedDataset(config.data_directory / "heldout")
-    config = with_vocabulary(config, data[0].index["vocab_size"], data[0].index["bos_id"])
+    index = samples.datasets[0].index
+    config = with_vocabulary(config, index["vocab_size"], index["bos_id"])
     groups.start(config.parallel, rank=rank, processes=processes, rendezvous=rendezvous, device=device)
     try:
-        _Trainer(config, data, heldout, device, rank).run()
+        _Trainer(config, samples, heldout, device, rank).run()
     finally:
         groups.stop()
 
 
 class _Trainer:
     def __init__(
-        self, config: RunConfig, data: list[PackedDataset], heldout: PackedDataset, device: torch.device, rank: int
+        self, config: RunConfig, samples: Samples, heldout: PackedDataset, device: torch.device, rank: int
     ) -> None:
         self.config = config
+        self.samples = samples
         self.heldout = heldout
-        batch = config.train.global_batch
-        skip = [(first * batch, last * batch) for first, last in config.data.skip_steps]
-        weights = [config.data.weight, *(other.weight for other in config.data.mixture)]
-        self.samples = Mixture(data, weights, config.seed, skip)
-        self._skip = skip
         self.engine = Engine(config, device)
         self.folder = config.directory / "checkpoints"
         self.step = 0
@@ -79,16 +76,14 @@ class _Trainer:
         self.checkpointer = checkpoint.Checkpointer(
             self.engine, self.folder, config.train.keep_checkpoints, config.train.keep_every
         )
-        found = checkpoint.newest(self.folder)
+        found, state = checkpoint.newest(self.folder), {}
         if found:
             manifest.check_identity(found, config)
             facts = checkpoint.load(self.engine, found)
-            self.step = facts["step"]
-            self._check_skips(facts["state"].get("skip_steps", []))
-            if rank == 0:
-                print(f"resumed from {found}", flush=True)
-        if rank == 0 and config.data.skip_steps:
-            print(f"the samples of these steps are left out: {config.data.skip_steps}", flush=True)
+            self.step, state = facts["step"], facts["state"]
+        lines = self.samples.start(self.step, state)
+        for line in [f"resumed from {found}"] * bool(found) + lines if rank == 0 else []:
+            print(line, flush=True)
         self.telemetry = Telemetry(config, active=rank == 0, first_step=self.step)
         self.flops = training_flops_per_token(config.model) * config.train.global_batch * config.model.length
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -171,24 +166,9 @@ class _Trainer:
         state = {
             "identity": identity(self.config),
             "samples": self.step * self.config.train.global_batch,
-            "skip_steps": self.config.data.skip_steps,
+            **self.samples.state(),
         }
         self.checkpointer.save(self.step, state)
-
-    def _check_skips(self, before: list[list[int]]) -> None:
-        """``UserError`` when the samples seen so far would be others with the present ``data.skip_steps``."""
-        batch = self.config.train.global_batch
-        old, now = (
-            SampleStream(1, 0, skip) for skip in ([(first * batch, last * batch) for first, last in before], self._skip)
-        )
-        seen = np.array([self.step * batch - 1])
-        reached = int(max(stream.places(seen)[0] for stream in (old, now)))
-        past = [[pair for pair in stream.skip if pair[0] <= reached] for stream in (old, now)]
-        if past[0] != past[1]:
-            raise UserError(
-                f"data.skip_steps = {self.config.data.skip_steps} changes what the run has seen before step "
-                f"{self.step} (it was {before}): only steps ahead can be skipped; to go back, remove newer checkpoints"
-            )
 
     def _arrange(self, tokens: np.ndarray, layouts: Sequence[Layout]) -> list[Rows]:
         bos = self.config.model.bos_id

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from armd_scale import tokenizer as tokenizers
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError
+from armd_scale.training import samples
 from data_pipeline import readers, shards
 from data_pipeline.prepare import prepare
 from data_pipeline.shards import PackedDataset
-from data_pipeline.stream import Mixture, SampleStream, open_mixture
+from data_pipeline.stream import Lost, Mixture, SampleStream, open_mixture
 
 TEXTS = [
     "First document.\n",
@@ -188,9 +189,31 @@ def test_ranges_can_be_left_out(samples, edges, count):
     skip = list(zip(edges[::2], edges[1::2], strict=False))
     whole = SampleStream(samples, 3).take(0, count + 400)
     kept = [sample for place, sample in enumerate(whole) if not any(a <= place < b for a, b in skip)]
-    stream = SampleStream(samples, 3, skip)
-    assert stream.take(0, count).tolist() == kept[:count]
-    assert stream.take(count // 2, count).tolist()[: count - count // 2] == kept[count // 2 : count]
+    mixture = Mixture([_Numbers(samples)], [2.0], 3, skip)
+    assert mixture.read(0, count)[:, 0].tolist() == kept[:count]
+    assert mixture.read(count // 2, count)[: count - count // 2, 0].tolist() == kept[count // 2 : count]
+
+
+@given(
+    st.integers(2, 300), st.integers(0, 9), st.lists(st.tuples(st.integers(0, 500), st.integers(0, 299)), max_size=5),
+    st.integers(1, 30),
+)  # fmt: skip
+def test_lost_samples_are_passed_over(samples, seed, losses, size):
+    """From the moment of a loss on, what comes is what would have come, without the lost ones: checked one by one."""
+    lost = [Lost(since, min(first, samples - 1), min(first + size, samples)) for since, first in losses]
+    gone = {
+        since: {n for each in lost if each.since <= since for n in range(each.first, each.last)} for since, _ in losses
+    }
+    if any(len(each) == samples for each in gone.values()):
+        return
+    whole = iter(SampleStream(samples, seed).take(0, 200 * samples + 2000).tolist())
+    expected = []
+    for number in range(700):
+        without = set().union(*(each for since, each in gone.items() if since <= number))
+        expected.append(next(sample for sample in whole if sample not in without))
+    stream = SampleStream(samples, seed, lost)
+    assert stream.take(0, 700).tolist() == expected
+    assert stream.take(350, 10).tolist() == expected[350:360]
 
 
 class _Numbers:
@@ -218,9 +241,9 @@ def test_mixtures_are_exact(sources, seed, start, data):
     """Any cut gives the same samples; inside a data set they follow its own order; shares hold in any window."""
     sizes, weights = zip(*sources, strict=True)
     mixture = Mixture([_Numbers(size) for size in sizes], weights, seed)
-    chosen, inside = mixture.assign(start, 200)
+    chosen, inside = mixture.assign(np.arange(start, start + 200))
     cut = data.draw(st.integers(0, 200))
-    halves = [mixture.assign(start, cut), mixture.assign(start + cut, 200 - cut)]
+    halves = [mixture.assign(np.arange(*part)) for part in ((start, start + cut), (start + cut, start + 200))]
     assert np.array_equal(np.concatenate([half[0] for half in halves]), chosen)
     assert np.array_equal(np.concatenate([half[1] for half in halves]), inside)
     tokens = mixture.read(start, 200)[:, 0]
@@ -230,11 +253,6 @@ def test_mixtures_are_exact(sources, seed, start, data):
         expected = SampleStream(size, seed).take(int(here[0]), len(here)) if len(here) else []
         assert tokens[chosen == source].tolist() == list(expected)
         assert abs(len(here) - 200 * weight / sum(weights)) <= source + 1.01
-
-
-def test_one_data_set_is_its_stream():
-    mixture = Mixture([_Numbers(37)], [2.0], 5, [(10, 20)])
-    assert mixture.read(0, 90)[:, 0].tolist() == SampleStream(37, 5, [(10, 20)]).take(0, 90).tolist()
 
 
 def test_the_stream_shuffles():
@@ -319,9 +337,20 @@ def test_damage_is_found_when_a_run_goes_on(tmp_path, prose):
     shard = config.data_directory / "train/shard-000000.tar"
     good = shard.read_bytes()
     shard.write_bytes(good[:1000] + bytes([good[1000] ^ 1]) + good[1001:])
-    with pytest.raises(UserError, match="shard-000000.tar is damaged"):
-        prepare(config)
-    prepare(_config(tmp_path, text=[prose], heldout_fraction=0.2, verify=False))
+    fields = {"text": [prose], "heldout_fraction": 0.2}
+    with pytest.raises(UserError, match="shard-000000.tar is damaged: .*, or set data.damaged_shards=leave_out"):
+        samples.check(config)
+    samples.check(_config(tmp_path, **fields, verify=False))
+    shard.write_bytes(good[:1000])
+    with pytest.raises(UserError, match="shard-000000.tar is damaged: 1000 bytes, the index says"):
+        samples.check(_config(tmp_path, **fields, verify=False))
+    with pytest.raises(UserError, match="every shard in .* is damaged or missing"):
+        samples.check(_config(tmp_path, **fields, damaged_shards="leave_out"))
+    shard.write_bytes(good)
+    samples.check(config)
+    next((config.data_directory / "heldout").glob("*.tar")).unlink()
+    with pytest.raises(UserError, match="heldout/.* is missing"):
+        samples.check(_config(tmp_path, **fields, damaged_shards="leave_out"))
 
 
 def test_text_that_has_changed_is_noticed(tmp_path, prose):
@@ -344,14 +373,14 @@ def test_mixtures_must_fit_together(tmp_path, prose):
     fields = own.model_dump()
     fields["data"]["mixture"] = [{"directory": str(tmp_path / "two"), "weight": 0.5}]
     mixed = RunConfig.model_validate(fields)
-    prepare(mixed)
+    samples.check(mixed)
     datasets = open_mixture(mixed)
-    sources, _ = Mixture(datasets, [1.0, 0.5], 0).assign(0, 300)
+    sources, _ = Mixture(datasets, [1.0, 0.5], 0).assign(np.arange(300))
     assert (sources == 1).sum() == pytest.approx(100, abs=2)
     for other, line in (("odd", "was made with another tokenizer"), ("absent", "is not a complete data set")):
         fields["data"]["mixture"] = [{"directory": str(tmp_path / other)}]
         with pytest.raises(UserError, match=line):
-            prepare(RunConfig.model_validate(fields))
+            samples.check(RunConfig.model_validate(fields))
 
 
 def test_a_folder_of_other_things_is_not_overwritten(tmp_path, prose):

@@ -1,5 +1,6 @@
 """Preparation as a whole: nothing depends on who does the work, nothing is lost silently, interruptions cost little."""
 
+import collections
 import gzip
 import io
 import json
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 from armd_scale import tokenizer as tokenizers
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError
-from data_pipeline import inspect, readers, shards, units
+from data_pipeline import documents, inspect, readers, shards, units
 from data_pipeline import prepare as preparing
 from data_pipeline.shards import PackedDataset
 
@@ -101,6 +102,63 @@ def test_the_result_does_not_depend_on_processes_or_pieces(text, tmp_path, monke
     assert sorted(got) == sorted(written)
     held = set(texts(tmp_path / "one", "heldout"))
     assert texts(tmp_path / "one", "train") == [one for one in written if one not in held]
+
+
+def test_jobs_share_the_steps(text, tmp_path, small_parts):
+    """Every share by itself, in any order, some of them twice: the same folder."""
+    preparing.prepare(config(tmp_path / "one", text, deduplicate=True))
+    shared = config(tmp_path / "shared", text, deduplicate=True)
+    assert preparing.step(shared, "begin")
+    for name in ("tokenise", "pack"):
+        for share in (2, 0, 1, 2):
+            preparing.step(shared, name, share, 3)
+        preparing.step(shared, {"tokenise": "merge", "pack": "finish"}[name])
+    assert content(tmp_path / "shared") == content(tmp_path / "one")
+    assert not preparing.step(shared, "begin")
+
+
+def test_ids_and_sources_are_kept(tmp_path, small_parts):
+    """Where every token comes from: the table of documents against the tokens, and the index of every shard."""
+    named = [{"text": f"document {n} of {'many ' * (n % 9)}words", "id": n, "source": "ab"[n % 2]} for n in range(120)]
+    (tmp_path / "named.jsonl").write_text("\n".join(map(json.dumps, named)))
+    (tmp_path / "plain.jsonl").write_text("\n".join(json.dumps({"text": f"plain {n} text"}) for n in range(60)))
+    table = pyarrow.table({"text": [f"a row {n}" for n in range(50)], "key": [f"k{n}" for n in range(50)]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    folder = tmp_path / "data"
+    preparing.prepare(config(folder, tmp_path / "*.[jp]*", heldout_fraction=0.3))
+    for split in ("train", "heldout"):
+        data = PackedDataset(folder / split)
+        rows = pyarrow.parquet.read_table(folder / split / "documents.parquet").to_pylist()
+        expected = texts(folder, split)
+        by_text = {one["text"]: one for one in named}
+        assert len(rows) == len(expected) == data.index["documents"]
+        start = 0
+        for row, one in zip(rows, expected, strict=True):
+            known = by_text.get(one, {})
+            files = {"plain": "plain.jsonl", "a row": "rows.parquet"}
+            assert row["id"] == (str(known["id"]) if known else None)
+            assert row["source"] == known.get("source", files.get(one[:5]))
+            assert (row["start"], row["bytes"]) == (start, len(one))
+            start += row["tokens"]
+        assert start == data.index["tokens"]
+        owners = [row["source"] for row in rows for _ in range(row["tokens"])]
+        at = 0
+        for shard in [*data.index["shards"], data.index["tail"]]:
+            count = shard.get("tokens", shard["samples"] * 16)
+            assert shard["sources"] == dict(collections.Counter(owners[at : at + count]))
+            at += count
+        assert data.index["sources"] == dict(collections.Counter(owners))
+        inside = documents.inside(folder / split, 1, 16)
+        assert [one["id"] for one in inside] == [
+            row["id"] for row in rows if row["start"] < 32 and row["start"] + row["tokens"] > 16
+        ]
+    done = module("data_pipeline.inspect", folder)
+    assert "tokens by source: " in done.stdout
+    preparing.prepare(
+        config(tmp_path / "keys", tmp_path / "rows.parquet", id_field="key", heldout_fraction=0.3, vocab_size=270)
+    )
+    rows = pyarrow.parquet.read_table(tmp_path / "keys/train/documents.parquet").to_pylist()
+    assert all(row["id"].startswith("k") for row in rows)
 
 
 @given(st.lists(st.binary(max_size=40).map(lambda b: b.replace(b"\n", b"")), max_size=30), st.integers(1, 50))

@@ -11,7 +11,7 @@ import torch
 from armd_scale import config as configs
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError
-from armd_scale.training import manifest, schedules
+from armd_scale.training import manifest, samples, schedules
 from armd_scale.training.telemetry import read_metrics
 from data_pipeline import prepare
 from data_pipeline.shards import PackedDataset
@@ -211,6 +211,34 @@ def test_a_range_of_the_data_is_skipped(data, tmp_path, capfd):
         torch.multiprocessing.ProcessRaisedException, match="changes what the run has seen before step 8"
     ):
         start(RunConfig.model_validate(fields))
+
+
+def test_a_run_goes_on_without_a_lost_shard(data, tmp_path, capfd):
+    """A shard is damaged between two starts: the order of the other samples stays, and goes on where it was."""
+    shutil.copytree(data / "data", tmp_path / "data")
+    base = run(tmp_path, data / "text.jsonl", tmp_path / "run", checkpoint_every=3)
+    start(base)
+    for step in (6, 8):
+        shutil.rmtree(tmp_path / f"run/checkpoints/step-{step:08d}")
+    shard = tmp_path / "data/train/shard-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(UserError, match="shard-000001.tar is damaged"):
+        samples.check(base)
+    fields = base.model_dump()
+    fields["data"]["damaged_shards"] = "leave_out"
+    config = RunConfig.model_validate(fields)
+    samples.check(config)
+    records = start(config)
+    assert records[-1]["step"] == 8
+    assert f"left out from sample 24 on: {shard}" in capfd.readouterr().out
+    facts = json.loads((tmp_path / "run/checkpoints/step-00000008/manifest.json").read_text())
+    assert facts["state"]["left_out"] == [[24, 0, "shard-000001.tar"]]
+    reader = samples.Samples(config)
+    reader.start(8, facts["state"])
+    whole = PackedDataset(data / "data/train")
+    order = SampleStream(len(whole), 0).take(0, 2 * len(whole))
+    kept = [*order[:24], *(one for one in order[24:] if not 16 <= one < 32)]
+    assert np.array_equal(reader.read(0, 64), whole.read(kept[:64]))
 
 
 def test_every_sample_once_and_the_same_on_any_number_of_ranks(data):

@@ -1,0 +1,113 @@
+"""The samples of a run, and what is left out of them: ranges of steps, and shards that are lost.
+
+Which sample a step sees follows from the step and from what is left out. A checkpoint keeps the latter, so that a run
+that goes on sees what it would have seen, and nothing that it has seen already.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from armd_scale.config import RunConfig
+from armd_scale.errors import UserError
+from armd_scale.files import write_atomically
+from data_pipeline import shards
+from data_pipeline.stream import Mixture, open_mixture, skipping
+
+_LEFT_OUT = "left_out.json"
+
+
+def check(config: RunConfig) -> None:
+    """Check the shards of a run, and write down which of them are left out of it; ``UserError`` names a damaged one.
+
+    Sizes are always checked, hashes with ``data.verify``; held-out shards are never left out.
+    """
+    shards.verify(config.data_directory / "heldout", hashes=config.data.verify)
+    lost = {}
+    for data in open_mixture(config):
+        damaged = shards.damaged(data.folder, hashes=config.data.verify)
+        damaged.pop("tail.tar", None)  # is not trained on
+        if damaged and config.data.damaged_shards == "stop":
+            raise UserError(f"{next(iter(damaged.values()))}, or set data.damaged_shards=leave_out")
+        for line in damaged.values():
+            print(f"data: left out: {line}", flush=True)
+        if damaged:
+            lost[str(data.folder)] = sorted(damaged)
+        if len(damaged) >= len(data.index["shards"]):
+            raise UserError(f"every shard in {data.folder} is damaged or missing: prepare it again")
+    path = config.directory / _LEFT_OUT
+    if lost:
+        config.directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(lost, indent=1) + "\n")
+    else:
+        path.unlink(missing_ok=True)
+
+
+class Samples:
+    """Reads the samples of a run by their numbers, step x ``train.global_batch`` + place in the batch."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self.datasets = open_mixture(config)
+        self._skip: list[list[int]] = config.data.skip_steps
+        self._left_out: list[list[Any]] = []
+        self._open()
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text for each token, EOS included, on average."""
+        return self._mixture.bytes_per_token
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens of the sample numbers start..start + count - 1, [count, N] int64."""
+        return self._mixture.read(start, count)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"skip_steps": self._skip, "left_out": self._left_out}
+
+    def start(self, step: int, state: dict[str, Any]) -> list[str]:
+        """Go on at a step, from the ``state`` of a checkpoint ({} at the beginning); lines that say what is left out.
+
+        ``UserError`` when the samples of the steps before would now be others.
+        """
+        self._check_skips(step, state.get("skip_steps", []))
+        first = int(skipping(np.array([step * self._config.train.global_batch]), self._ranges(self._skip))[0])
+        before = [list(each) for each in state.get("left_out", [])]
+        known = {(number, name) for _, number, name in before}
+        new = [[first, *each] for each in self._lost_now() if tuple(each) not in known]
+        self._left_out = before + new
+        self._open()
+        lines = [f"the samples of these steps are left out: {self._skip}"] if self._skip else []
+        for since, number, name in self._left_out:
+            lines.append(f"left out from sample {since} on: {self.datasets[number].folder / name}")
+        return lines
+
+    def _open(self) -> None:
+        data = self._config.data
+        weights = [data.weight, *(other.weight for other in data.mixture)]
+        left_out = [(since, number, name) for since, number, name in self._left_out]
+        self._mixture = Mixture(self.datasets, weights, self._config.seed, self._ranges(self._skip), left_out)
+
+    def _ranges(self, steps: list[list[int]]) -> list[tuple[int, int]]:
+        batch = self._config.train.global_batch
+        return [(first * batch, last * batch) for first, last in steps]
+
+    def _lost_now(self) -> list[tuple[int, str]]:
+        path = self._config.directory / _LEFT_OUT
+        lost = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return [(number, name) for number, data in enumerate(self.datasets) for name in lost.get(str(data.folder), [])]
+
+    def _check_skips(self, step: int, before: list[list[int]]) -> None:
+        if not step:
+            return
+        seen = np.array([step * self._config.train.global_batch - 1])
+        both = [self._ranges(before), self._ranges(self._skip)]
+        reached = max(int(skipping(seen, ranges)[0]) for ranges in both)
+        past = [[pair for pair in ranges if pair[0] <= reached] for ranges in both]
+        if past[0] != past[1]:
+            raise UserError(
+                f"data.skip_steps = {self._skip} changes what the run has seen before step {step} (it was {before}): "
+                "only steps ahead can be skipped; to go back, remove newer checkpoints"
+            )
