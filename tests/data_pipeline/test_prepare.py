@@ -155,7 +155,7 @@ def test_ids_and_sources_are_kept(tmp_path, small_parts):
     done = module("data_pipeline.inspect", folder)
     assert "tokens by source: " in done.stdout
     preparing.prepare(
-        config(tmp_path / "keys", tmp_path / "rows.parquet", id_field="key", heldout_fraction=0.3, vocab_size=270)
+        config(tmp_path / "keys", tmp_path / "rows.parquet", id_field="key", heldout_fraction=0.3, vocab_size=277)
     )
     rows = pyarrow.parquet.read_table(tmp_path / "keys/train/documents.parquet").to_pylist()
     assert all(row["id"].startswith("k") for row in rows)
