@@ -271,6 +271,18 @@ class TrainConfig(_Section):
     """Checkpoints kept, the newest ones."""
     keep_every: Positive | None = None
     """Keep the checkpoints whose step is a multiple of this as well; null: only the newest ones."""
+    spike_nats: Annotated[float, Field(gt=0.0)] | None = 3.0
+    """A step whose loss lies so far above the median of the last 64 is not applied; null: only what is not finite."""
+    max_skipped: Positive = 5
+    """Steps in a row that may fail so; then the run goes back to its newest checkpoint and leaves out their samples."""
+    max_rollbacks: Count = 2
+    """How often a job may go back; then it stops."""
+    hang_factor: Annotated[float, Field(gt=1.0)] = 10.0
+    """A step that takes so many times the median is a hang: every rank writes its stack and ends."""
+    hang_seconds: Annotated[float, Field(gt=0.0)] = 300.0
+    """Shortest time that is a hang."""
+    log_samples: bool = False
+    """Write the numbers of all samples that are trained on into ``samples/``, a file a rank."""
 
 
 class ParallelConfig(_Section):

@@ -177,12 +177,21 @@ class Mixture:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens of the sample numbers start..start + count - 1, [count, N] int64."""
-        sources, inside = self.assign(skipping(np.arange(start, start + count), self._skip))
+        sources, indices = self.locate(start, count)
         out = np.empty((count, self.datasets[0].length), dtype=np.int64)
         for source in np.unique(sources):
             here = sources == source
-            out[here] = self.datasets[source].read(self._streams[source].at(inside[here]))
+            out[here] = self.datasets[source].read(indices[here])
         return out
+
+    def locate(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Data set of the sample numbers start..start + count - 1, and their indices in it."""
+        sources, inside = self.assign(skipping(np.arange(start, start + count), self._skip))
+        indices = np.empty(count, dtype=np.int64)
+        for source in np.unique(sources):
+            here = sources == source
+            indices[here] = self._streams[source].at(inside[here])
+        return sources, indices
 
 
 def skipping(numbers: np.ndarray, skip: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -7,11 +7,15 @@ The engine's own ``forward`` and ``backward`` are never called: they would scale
 
 import contextlib
 import logging
+import math
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import deepspeed.ops
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -41,6 +45,17 @@ BUCKET = 40_000_000
 """Largest number of gradients that one reduction of ZeRO collects before it is sent."""
 
 
+class Step(NamedTuple):
+    """What came of a training step, the same on all ranks."""
+
+    loss: float
+    """Mean NLL per token over the batch, in nats."""
+    flags: int
+    """Sum of the flags that the ranks raised."""
+    applied: bool
+    """Whether the weights were updated."""
+
+
 class Engine:
     """The sharded model of a run on this rank, and the operations that all ranks do together."""
 
@@ -67,6 +82,7 @@ class Engine:
         # ZeRO-0 in float32 steps the bare optimiser; every other stage wraps it.
         self._base: optimizers.AveragedAdamW = self._zero.optimizer if self.zero else self._zero
         self._norm = 0.0
+        self._spans: deque[tuple[Any, Any]] = deque(maxlen=1000)  # begin and end of the passes of a step
         self._schedule = get_forward_backward_func()
 
     def _build_chunks(self) -> list[Stage]:
@@ -97,8 +113,33 @@ class Engine:
         return parallel_state.get_data_parallel_rank()
 
     @property
+    def reads_data(self) -> bool:
+        """Whether this rank is the one, of those that share a part of the batch, that answers for it."""
+        first_stage = parallel_state.get_pipeline_model_parallel_rank() == 0
+        return first_stage and parallel_state.get_tensor_model_parallel_rank() == 0
+
+    def work_seconds(self) -> np.ndarray:
+        """Mean time of the passes since the last call, of every rank; collective.
+
+        What a rank waits for ranks of its own tensor-parallel group and pipeline is in it.
+        """
+        told = torch.zeros(dist.get_world_size(), dtype=torch.float64, device=self.device)
+        spans = [a.elapsed_time(b) / 1e3 if self.device.type == "cuda" else b - a for a, b in self._spans]
+        told[dist.get_rank()] = sum(spans) / max(1, len(spans))
+        self._spans.clear()
+        dist.all_reduce(told)
+        return told.cpu().numpy()
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @property
     def grad_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping."""
+        """Global gradient norm of the last step, before clipping; not finite for a step that was not applied."""
         return float(self._engine.get_global_grad_norm()) if self.zero else self._norm
 
     @property
@@ -107,23 +148,55 @@ class Engine:
         average = (optimizers.EMA,) if self._base.ema_decay else ()
         return (MASTER, *optimizers.MOMENTS, *average)
 
-    def train_step(self, micro_batches: Sequence[Rows], learning_rate: float) -> Tensor:
-        """Forward, backward and update; returns this rank's mean NLL per token in nats (a detached scalar)."""
+    def train_step(
+        self,
+        micro_batches: Sequence[Rows],
+        learning_rate: float,
+        accept: Callable[[float], bool] = math.isfinite,
+        flag: int = 0,
+    ) -> Step:
+        """Forward, backward and update.
+
+        ``accept``: whether a step of this loss is applied, the same on all ranks; one with a gradient that is not
+        finite never is. ``flag``: what this rank has to tell the others.
+        """
         for group in self._base.param_groups:
             group["lr"] = learning_rate
         self.chunks.train()
         # ZeRO-2 and 3 reduce when the context ends: all micro-batches of the step in one pass.
         with self._engine.coalesce_grad_reduction() if self.zero > 1 else contextlib.nullcontext():
             # The schedule divides the loss in place, so what is logged is a copy.
+            started = self._now()
             results = self._run(
                 micro_batches, lambda nll: (nll.mean(), nll.detach().mean().clone()), forward_only=False
             )
+            self._spans.append((started, self._now()))
+            loss, flags = self._agree(results, flag)
+            accepted = accept(loss)
+            if not accepted:
+                # DeepSpeed discards a step whose gradient norm is not finite, on all ranks, whatever the stage.
+                _gradient(next(self.chunks.parameters())).fill_(torch.nan)
             self._sum_sequence_parallel_gradients()
             self._sum_tied_gradients()
         if self.zero == 0:
             self._reduce_and_clip()
+            applied = math.isfinite(self._norm)
+            if not applied:
+                for param in self.chunks.parameters():
+                    param.grad = None
+                return Step(loss, flags, False)
         self._engine.step()
-        return torch.stack(results).mean() if results else torch.zeros((), device=self.device)
+        return Step(loss, flags, self.zero == 0 or not self._zero.overflow)
+
+    def _agree(self, losses: list[Tensor], flag: int) -> tuple[float, int]:
+        """Mean of the losses of the micro-batches over all ranks, and the sum of the flags, in one message."""
+        told = torch.tensor([0.0, float(flag)], dtype=torch.float64, device=self.device)
+        if losses:
+            told[0] = torch.stack(losses).mean()
+        dist.all_reduce(told)
+        loss, flags = told.tolist()
+        copies = parallel_state.get_data_parallel_world_size() * parallel_state.get_tensor_model_parallel_world_size()
+        return loss / copies, int(flags)
 
     def evaluate(self, micro_batches: Sequence[Rows]) -> tuple[float, int]:
         """Sum of the NLL in nats and number of tokens over the micro-batches of all data-parallel ranks."""
@@ -140,19 +213,10 @@ class Engine:
             for rows, of_texts in zip(micro_batches, sums, strict=False):
                 totals[0] += of_texts[: len(rows.target_tokens)].sum()
                 totals[1] += rows.target_tokens.numel()
-        self._sum_over_copies(totals)
+        # Of the pipeline stages, only the last has a loss.
+        dist.all_reduce(totals, group=parallel_state.get_pipeline_model_parallel_group())
+        dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
         return float(totals[0]), int(totals[1])
-
-    def mean(self, value: Tensor) -> float:
-        """Mean over the data-parallel ranks of a scalar that ``train_step`` returned, or of a mean of such."""
-        total = value.detach().double().clone()
-        self._sum_over_copies(total)
-        return float(total) / parallel_state.get_data_parallel_world_size()
-
-    def _sum_over_copies(self, total: Tensor) -> None:
-        """Sum over pipeline stages, of which only the last has a loss, and data-parallel ranks."""
-        dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[Timed]]:
@@ -285,7 +349,7 @@ class Engine:
                 total += param.grad.double().pow(2).sum()
         dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
         self._norm = float(total.sqrt())
-        scale = min(1.0, self.config.optimizer.clip / (self._norm + 1e-6))
+        scale = min(1.0, self.config.optimizer.clip / (self._norm + 1e-6))  # a step without a finite norm is discarded
         for param in self.chunks.parameters():
             param.grad *= scale
 
@@ -336,7 +400,7 @@ def _deepspeed_config(config: RunConfig, parameters: int) -> dict[str, Any]:
     }
     if config.train.dtype == "bfloat16":
         # Without these, gradients would be accumulated and reduced in bfloat16.
-        settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        settings["bf16"] = {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         settings["communication_data_type"] = "fp32"
     return settings

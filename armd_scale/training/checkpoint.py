@@ -41,15 +41,16 @@ class Checkpointer:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Copy the state after ``step`` updates and let a thread write it; ``state``: facts to keep beside it.
-        Collective.
+    def save(self, step: int, updates: int, state: dict[str, Any]) -> None:
+        """Copy the state after ``step`` steps, of which ``updates`` were applied, and let a thread write it; ``state``:
+        facts to keep beside it. Collective.
 
         Waits for the checkpoint before, and for the copies: no more.
         """
         self.wait()
         tensors = self._copies()
-        self._pending = step, self._thread.submit(self._write, step, state, tensors)
+        facts = {"step": step, "updates": updates, "states": self.engine.state_names, "state": state}
+        self._pending = step, self._thread.submit(self._write, facts, tensors)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written. One that could not be is reported, and the training goes on."""
@@ -91,8 +92,8 @@ class Checkpointer:
                 tensors[_key(name, parameter)] = _distributed(copy, param, self._mesh)
         return tensors
 
-    def _write(self, step: int, state: dict[str, Any], tensors: dict[str, DTensor]) -> None:
-        final = self.folder / f"step-{step:08d}"
+    def _write(self, facts: dict[str, Any], tensors: dict[str, DTensor]) -> None:
+        final = self.folder / f"step-{facts['step']:08d}"
         partial = self.folder / f".{final.name}.partial"
 
         def begin() -> None:
@@ -100,7 +101,7 @@ class Checkpointer:
             partial.mkdir(parents=True)
 
         def end() -> None:
-            manifest.write(partial, {"step": step, "states": self.engine.state_names, "state": state})
+            manifest.write(partial, facts)
             manifest.publish(partial, final)
             manifest.retain(self.folder, self._keep, self._keep_every)
 
@@ -141,6 +142,7 @@ def newest(folder: Path) -> Path | None:
 def load(engine: Engine, checkpoint: Path) -> dict[str, Any]:
     """Set the engine to a verified checkpoint; returns its manifest. Collective."""
     facts = manifest.read(checkpoint)
+    facts.setdefault("updates", facts["step"])
     missing = set(engine.state_names) - set(facts["states"])
     if missing:
         raise UserError(
@@ -157,7 +159,7 @@ def load(engine: Engine, checkpoint: Path) -> dict[str, Any]:
         _read(target, checkpoint)
         return target[_key(name, parameter)].to_local()
 
-    engine.write_state(read, facts["step"])
+    engine.write_state(read, facts["updates"])
     return facts
 
 

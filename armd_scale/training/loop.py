@@ -7,12 +7,13 @@ the uninterrupted one would.
 
 import concurrent.futures
 import itertools
+import json
 import math
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -24,8 +25,9 @@ from armd_scale.model.flops import peak_flops, run_costs, run_edges, training_fl
 from armd_scale.model.rows import Rows, arrange
 from armd_scale.orders import Layout
 from armd_scale.parallel import groups
-from armd_scale.parallel.engine import Engine
+from armd_scale.parallel.engine import Engine, Step
 from armd_scale.training import checkpoint, manifest, schedules
+from armd_scale.training.health import REQUEUE, STOP, Heartbeat, Signals, Spikes, Watchdog, slow_ranks
 from armd_scale.training.samples import Samples
 from armd_scale.training.telemetry import Telemetry
 from data_pipeline.shards import PackedDataset
@@ -33,8 +35,11 @@ from data_pipeline.shards import PackedDataset
 _LN2 = float(np.log(2))
 
 
-def train(config: RunConfig, rank: int, processes: int, local_rank: int, rendezvous: str | Path) -> None:
-    """Train a run to its end as one of ``processes`` processes. Raises ``UserError`` on every rank alike."""
+def train(config: RunConfig, rank: int, processes: int, local_rank: int, rendezvous: str | Path) -> int:
+    """Train a run to its end as one of ``processes`` processes. Raises ``UserError`` on every rank alike.
+
+    Returns 0, or ``health.REQUEUE`` or ``health.STOP`` when a signal ended it after a checkpoint.
+    """
     if processes != config.cluster.processes:
         raise UserError(
             f"the run is laid out for {config.cluster.processes} processes (cluster.nodes x cluster.tasks_per_node) "
@@ -56,7 +61,7 @@ def train(config: RunConfig, rank: int, processes: int, local_rank: int, rendezv
     config = with_vocabulary(config, index["vocab_size"], index["bos_id"])
     groups.start(config.parallel, rank=rank, processes=processes, rendezvous=rendezvous, device=device)
     try:
-        _Trainer(config, samples, heldout, device, rank).run()
+        return _Trainer(config, samples, heldout, device, rank).run()
     finally:
         groups.stop()
 
@@ -68,68 +73,156 @@ class _Trainer:
         self.config = config
         self.samples = samples
         self.heldout = heldout
+        self.rank = rank
+        self.signals = Signals()
+        self.watchdog = Watchdog(config.directory / "stacks", rank, config.train)
+        self.heartbeat = Heartbeat(config.directory / "heartbeats", rank)
         self.engine = Engine(config, device)
         self.folder = config.directory / "checkpoints"
         self.step = 0
-        if rank == 0:
-            print(_layout(config), flush=True)
+        self.updates = 0  # steps that were applied
+        self.skipped: list[int] = []  # steps in a row that were not applied, up to now
+        self._say(_layout(config))
         self.checkpointer = checkpoint.Checkpointer(
             self.engine, self.folder, config.train.keep_checkpoints, config.train.keep_every
         )
-        found, state = checkpoint.newest(self.folder), {}
-        if found:
-            manifest.check_identity(found, config)
-            facts = checkpoint.load(self.engine, found)
-            self.step, state = facts["step"], facts["state"]
-        lines = self.samples.start(self.step, state)
-        for line in [f"resumed from {found}"] * bool(found) + lines if rank == 0 else []:
-            print(line, flush=True)
+        self._resume()
         self.telemetry = Telemetry(config, active=rank == 0, first_step=self.step)
+        self.sample_log: TextIO | None = None
+        if config.train.log_samples and self.engine.reads_data:
+            folder = config.directory / "samples"
+            folder.mkdir(exist_ok=True)
+            self.sample_log = (folder / f"rank-{rank:05d}.jsonl").open("a", encoding="utf-8")
         self.flops = training_flops_per_token(config.model) * config.train.global_batch * config.model.length
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.peak = peak * config.cluster.processes if peak else None
 
-    def run(self) -> None:
-        """All steps that are left, with their evaluations and checkpoints."""
+    def _say(self, line: str) -> None:
+        if self.rank == 0:
+            print(line, flush=True)
+
+    def _resume(self, own_skips: Sequence[list[int]] = ()) -> None:
+        """Go on from the newest good checkpoint, or from the beginning; ``own_skips``: what was left out since then."""
+        found, state = checkpoint.newest(self.folder), {}
+        if found:
+            manifest.check_identity(found, self.config)
+            facts = checkpoint.load(self.engine, found)
+            self.step, state = facts["step"], facts["state"]
+            self.updates = facts["updates"]
+            state = {**state, "own_skips": own_skips or state.get("own_skips", [])}
+            self._say(f"resumed from {found}")
+        self.losses: list[float] = state.get("losses", [])  # of applied steps since the last record
+        self.spikes = Spikes(self.config.train.spike_nats, state)
+        for line in self.samples.start(self.step, state):
+            self._say(line)
+
+    def run(self) -> int:
+        """All steps that are left, with their evaluations and checkpoints.
+
+        Returns 0, or the flag (``health.REQUEUE``, ``health.STOP``) of a signal after which the state was saved.
+        """
         try:
-            self._run()
+            for back in range(self.config.train.max_rollbacks + 1):
+                if back:
+                    self._go_back()
+                flag = self._run()
+                if flag is not None:
+                    break
+            else:
+                raise UserError(self._runaway(f"after going back {self.config.train.max_rollbacks} times"))
         except UserError:  # on all ranks alike: what is being written can still be finished
             self.checkpointer.close()
             raise
+        finally:
+            self.watchdog.arm(10)
+        self.checkpointer.close()
+        self.telemetry.close()
+        self.watchdog.close()
+        return flag
 
-    def _run(self) -> None:
+    def _run(self) -> int | None:
+        """Steps until the end (0), a signal (its flag), or too many in a row that could not be applied (None)."""
         total, train = self.config.total_steps, self.config.train
-        marked = time.perf_counter()
-        losses: list[torch.Tensor] = []
+        marked, steps = time.perf_counter(), 0
+        self.skipped = []
         with concurrent.futures.ThreadPoolExecutor(1) as loader:
             batch = loader.submit(self.batch, self.step)
             while self.step < total:
+                started = time.perf_counter()
                 micro_batches = batch.result()
                 batch = loader.submit(self.batch, min(self.step + 1, total - 1))
                 rate = schedules.learning_rate(self.step, self.config.optimizer, total)
-                losses.append(self.engine.train_step(micro_batches, rate))
-                done, self.step = self.step, self.step + 1
+                result = self.engine.train_step(micro_batches, rate, self.spikes.accept, self.signals.flag)
+                self._judge(result)
+                if self.sample_log:
+                    self._log_samples(result.applied)
+                done, self.step, steps = self.step, self.step + 1, steps + 1
+                self.watchdog.step(time.perf_counter() - started)
+                self.heartbeat.beat(self.step)
+                if len(self.skipped) >= train.max_skipped:
+                    return None
                 last_of_phase = self.step in (train.steps, total)
-                saving = self.step % train.checkpoint_every == 0 or last_of_phase
-                # Every checkpoint ends a record, so that a resumed run logs the same means.
-                if self.step % train.log_every == 0 or saving:
-                    loss = self.engine.mean(torch.stack(losses).mean())
-                    if not math.isfinite(loss):
-                        raise UserError(
-                            f"the loss is not finite after step {self.step}: lower optimizer.lr or lengthen the "
-                            f"warm-up, and go on from the newest checkpoint in {self.folder}"
-                        )
+                ending = bool(result.flags) and self.step < total
+                # What is saved amid steps that were not applied would be no place to go back to.
+                saving = (self.step % train.checkpoint_every == 0 and not self.skipped) or last_of_phase or ending
+                if (self.step % train.log_every == 0 or last_of_phase) and self.losses:
                     now = time.perf_counter()
-                    self.telemetry.write(self._record(done, loss, rate, (now - marked) / len(losses)))
-                    losses, marked = [], now
+                    self.telemetry.write(self._record(done, rate, (now - marked) / steps))
+                    self.losses, marked, steps = [], now, 0
                 paused = time.perf_counter()
-                if self.step % train.eval_every == 0 or last_of_phase:
+                evaluating = self.step % train.eval_every == 0 or last_of_phase
+                if evaluating or saving:
+                    self.watchdog.arm(10)
+                if evaluating:
                     self.telemetry.write({"step": self.step, **self.evaluate()})
                 if saving:
                     self.save()
+                if ending:
+                    return STOP if result.flags >= STOP else REQUEUE
+                self.watchdog.go_on()
                 marked += time.perf_counter() - paused  # the time of a step is that of training alone
-        self.checkpointer.close()
-        self.telemetry.close()
+        return 0
+
+    def _judge(self, result: Step) -> None:
+        """Keep count of a step that was applied, or say which samples one saw that was not."""
+        if result.applied:
+            self.updates += 1
+            self.losses.append(result.loss)
+            self.spikes.applied(result.loss)
+            self.skipped = []
+            return
+        self.skipped.append(self.step)
+        what = f"its loss is {result.loss:.4g}" if not self.spikes.accept(result.loss) else "a gradient is not finite"
+        batch = self.config.train.global_batch
+        ids = self.samples.ids(self.step * batch, batch)
+        self._say(f"step {self.step + 1} is not applied: {what}; its samples (data set, number): {ids}")
+
+    def _log_samples(self, applied: bool) -> None:
+        """Write down what this rank has trained on in the present step."""
+        assert self.sample_log is not None
+        share = self.config.train.global_batch // self.config.data_parallel
+        first = self.step * self.config.train.global_batch + self.engine.data_rank * share
+        line = {"step": self.step, "first": first, "applied": applied, "ids": self.samples.ids(first, share)}
+        self.sample_log.write(json.dumps({**line, "time": time.time()}) + "\n")
+        self.sample_log.flush()
+
+    def _go_back(self) -> None:
+        """Go back to the newest checkpoint, and leave out the samples of the steps that could not be applied."""
+        self.watchdog.arm(10)
+        self.checkpointer.wait()
+        first, stop = self.skipped[0], self.step
+        if checkpoint.newest(self.folder) is None:
+            raise UserError(self._runaway("and there is no checkpoint to go back to"))
+        self._resume(self.samples.own_skips)
+        skipped = self.samples.skip(max(first, self.step), stop)
+        self._say(f"went back to step {self.step}; the samples of these steps are left out: {skipped}")
+        self.telemetry.rewind(self.step)
+
+    def _runaway(self, why: str) -> str:
+        return (
+            f"the loss is not finite after step {self.skipped[0]}, or far too high, {why}: lower optimizer.lr or "
+            f"lengthen the warm-up, and go on from the newest checkpoint in {self.folder}"
+        )
 
     def batch(self, step: int) -> list[Rows]:
         """This rank's micro-batches of a step."""
@@ -166,9 +259,11 @@ class _Trainer:
         state = {
             "identity": identity(self.config),
             "samples": self.step * self.config.train.global_batch,
+            "losses": self.losses,
             **self.samples.state(),
+            **self.spikes.state,
         }
-        self.checkpointer.save(self.step, state)
+        self.checkpointer.save(self.step, self.updates, state)
 
     def _arrange(self, tokens: np.ndarray, layouts: Sequence[Layout]) -> list[Rows]:
         bos = self.config.model.bos_id
@@ -178,14 +273,16 @@ class _Trainer:
         stacked = [Layout(*(np.stack(field) for field in zip(*layouts[part], strict=True))) for part in parts]
         return [arrange(tokens[part], layout, bos) for part, layout in zip(parts, stacked, strict=True)]
 
-    def _record(self, done: int, loss: float, rate: float, seconds: float) -> dict[str, Any]:
-        config = self.config
+    def _record(self, done: int, rate: float, seconds: float) -> dict[str, Any]:
+        """The record of the steps since the last one; ``done``: the last of them; collective."""
+        config, loss = self.config, sum(self.losses) / len(self.losses)
+        slow = slow_ranks(self.engine.work_seconds())
         record: dict[str, Any] = {
             "step": self.step,
             "loss": loss,
             "bits_per_byte": loss / _LN2 / self.samples.bytes_per_token,
             "learning_rate": rate,
-            "grad_norm": self.engine.grad_norm,
+            "grad_norm": self.engine.grad_norm if math.isfinite(self.engine.grad_norm) else None,
             "phase": schedules.phase(done, config),
             "shuffled": schedules.shuffled_tokens(done, config),
             "streams": schedules.streams(done, config),
@@ -193,6 +290,9 @@ class _Trainer:
             "seconds_per_step": seconds,
             "tokens_per_second": config.train.global_batch * config.model.length / seconds,
         }
+        if slow:
+            record["slow_ranks"] = slow
+            self._say(f"step {self.step}: slow ranks, in times of the median: {slow}")
         if self.peak:
             record["mfu"] = self.flops / seconds / self.peak
         return record

@@ -51,6 +51,7 @@ class Samples:
         self._config = config
         self.datasets = open_mixture(config)
         self._skip: list[list[int]] = config.data.skip_steps
+        self.own_skips: list[list[int]] = []  # ranges that the run has left out by itself
         self._left_out: list[list[Any]] = []
         self._open()
 
@@ -63,15 +64,33 @@ class Samples:
         """Tokens of the sample numbers start..start + count - 1, [count, N] int64."""
         return self._mixture.read(start, count)
 
+    def ids(self, start: int, count: int) -> list[list[int]]:
+        """Number of the data set and number in it of the same samples."""
+        return np.stack(self._mixture.locate(start, count), axis=1).tolist()
+
+    def skip(self, first: int, last: int) -> list[int]:
+        """Leave out what the steps [first, last) would have seen; the range in steps of the whole sequence."""
+        batch = self._config.train.global_batch
+        edges = skipping(np.array([first, last - 1]) * batch, self._ranges(self._skip)) // batch
+        found = [int(edges[0]), int(edges[1]) + 1]
+        self.own_skips = [*self.own_skips, found]
+        self._skip = _joined([*self._skip, found])
+        self._open()
+        return found
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"skip_steps": self._skip, "left_out": self._left_out}
+        return {"skip_steps": self._skip, "own_skips": self.own_skips, "left_out": self._left_out}
 
     def start(self, step: int, state: dict[str, Any]) -> list[str]:
         """Go on at a step, from the ``state`` of a checkpoint ({} at the beginning); lines that say what is left out.
 
         ``UserError`` when the samples of the steps before would now be others.
         """
+        # What the run itself has left out stays so.
+        own = state.get("own_skips", [])
+        self.own_skips = own
+        self._skip = _joined([*self._config.data.skip_steps, *own])
         self._check_skips(step, state.get("skip_steps", []))
         first = int(skipping(np.array([step * self._config.train.global_batch]), self._ranges(self._skip))[0])
         before = [list(each) for each in state.get("left_out", [])]
@@ -111,3 +130,14 @@ class Samples:
                 f"data.skip_steps = {self._skip} changes what the run has seen before step {step} (it was {before}): "
                 "only steps ahead can be skipped; to go back, remove newer checkpoints"
             )
+
+
+def _joined(ranges: list[list[int]]) -> list[list[int]]:
+    """Growing ranges that do not touch, of the same steps."""
+    out: list[list[int]] = []
+    for first, last in sorted(ranges):
+        if out and out[-1][1] >= first:
+            out[-1][1] = max(last, out[-1][1])
+        else:
+            out.append([first, last])
+    return out

@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from armd_scale.config import RunConfig
 from armd_scale.files import write_atomically
@@ -60,15 +60,15 @@ class Telemetry:
     """Writes the records of a run on rank 0; on other ranks it does nothing."""
 
     def __init__(self, config: RunConfig, active: bool, first_step: int) -> None:
-        self._wandb = None
-        self._file = None
+        self._wandb: Any = None
+        self._file: IO[str] | None = None
+        self._path: Path | None = None
         if not active:
             return
         path = config.directory / METRICS
-        # A run that goes on from a checkpoint repeats the steps after it; keep one record of each.
-        kept = [record for record in read_metrics(config.directory) if record["step"] <= first_step]
-        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._failing = False
+        self.rewind(first_step)
         if config.report.wandb == "auto":
             self._wandb = _start_wandb(config)
 
@@ -76,10 +76,34 @@ class Telemetry:
         """Append one record; it must hold ``step``."""
         if self._file is None:
             return
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._complain(f"{self._path} cannot be written: {error}")
         if self._wandb is not None:
-            self._wandb.log({k: v for k, v in record.items() if not isinstance(v, str)}, step=record["step"])
+            numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+            try:
+                self._wandb.log(numbers, step=record["step"])
+            except Exception as error:
+                self._wandb = None
+                self._complain(f"wandb is lost: {error}")
+
+    def rewind(self, step: int) -> None:
+        """Drop the records after a step: a run that goes on from a checkpoint repeats them."""
+        if self._path is None:
+            return
+        if self._file is not None:
+            self._file.close()
+        kept = [record for record in read_metrics(self._path.parent) if record["step"] <= step]
+        write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def _complain(self, line: str) -> None:
+        """Say once that something is wrong with which training can go on."""
+        if not self._failing:
+            self._failing = True
+            print(f"training goes on: {line}", flush=True)
 
     def close(self) -> None:
         """Finish the files."""

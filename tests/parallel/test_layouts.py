@@ -51,7 +51,7 @@ def train(rank, processes, rendezvous, run):
             layout = Layout(*(np.stack(field) for field in zip(*each, strict=True)))
             micro_batches.append(arrange(tokens[step, list(slots)], layout, run.model.bos_id))
         rate = schedules.learning_rate(step, run.optimizer, STEPS)
-        losses.append(engine.mean(engine.train_step(micro_batches, rate)))
+        losses.append(engine.train_step(micro_batches, rate).loss)
         norms.append(engine.grad_norm)
     with engine.averaged_weights():
         averaged = _whole(engine)

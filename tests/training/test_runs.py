@@ -187,7 +187,7 @@ def _pass_on(rank, processes, rendezvous, config, source):
     engine = Engine(config, device)
     facts = checkpoint.load(engine, source)
     writer = checkpoint.Checkpointer(engine, config.directory / "checkpoints", keep=1, keep_every=None)
-    writer.save(facts["step"], facts["state"])
+    writer.save(facts["step"], facts["updates"], facts["state"])
     writer.close()
     groups.stop()
 
