@@ -325,6 +325,21 @@ class ReportConfig(_Section):
     """``auto``: Weights & Biases, online when WANDB_API_KEY is set, else offline in the run folder."""
 
 
+class StageConfig(_Section):
+    """Resources of a job of one stage; null: those of a training task."""
+
+    cpus: Positive | None = None
+    """CPU cores; null: ``cluster.cpus_per_task``."""
+    gpus: Count | None = None
+    """GPUs; null: none for tokenising, one for the others where the cluster has them."""
+    memory_gb: Positive | None = None
+    """Memory of the machine; null: Slurm's default."""
+    timeout_minutes: Positive | None = None
+    """Time limit; null: ``cluster.timeout_minutes``."""
+    partition: str | None = None
+    """Slurm partition; null: ``cluster.partition``."""
+
+
 class ClusterConfig(_Section):
     """Where the processes run."""
 
@@ -342,6 +357,28 @@ class ClusterConfig(_Section):
     """Slurm partition."""
     account: str | None = None
     """Slurm account."""
+    memory_gb: Positive | None = None
+    """Memory of a machine of the training job; null: Slurm's default."""
+    tokenise: StageConfig = StageConfig()
+    """Jobs that prepare the data, ``data.jobs`` of them."""
+    export: StageConfig = StageConfig()
+    """The job that writes the standalone model."""
+    evaluate: StageConfig = StageConfig()
+    """The job that scores it and writes the report."""
+    setup: list[str] = []
+    """Shell lines before the processes start: modules, conda."""
+    python: str | None = None
+    """Command that starts Python in a Slurm job, ``apptainer exec --nv image.sif python`` say; null: this Python."""
+    environment: dict[str, str] = {}
+    """Environment variables of the jobs; they override the defaults (``launchers/jobs.py``)."""
+    sbatch: dict[str, str | int | bool] = {}
+    """Further options of sbatch, by their long names."""
+    warn_seconds: Positive = 180
+    """How long before its time limit a job is told, so that it can write a checkpoint and be queued again."""
+    max_restarts: Count = 5
+    """How often in a row a job that died is started again before a new checkpoint is written."""
+    backoff_seconds: Annotated[float, Field(ge=0.0)] = 10.0
+    """Wait before the first new start; doubled each time, to 10 minutes at most."""
 
     @property
     def processes(self) -> int:

@@ -1,21 +1,18 @@
-"""Start or go on with a run: prepare the data, train, export, evaluate, report.
+"""Start or go on with a run: prepare the data, train, export, evaluate.
 
     python launchers/slurm.py --config configs/1b.yaml [section.field=value ...]
+    python launchers/slurm.py status|logs|cancel RUN_DIR
 
 Jobs are submitted with submitit: to Slurm where ``sbatch`` is found, else to processes of this machine. The same
-command goes on where a run stopped.
+command goes on where a run stopped, and does nothing twice.
 """
 
 import argparse
-import datetime
 import json
-import os
-import re
 import shutil
 import signal
 import sys
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +21,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from armd_scale.errors import UserError, cli
 from armd_scale.files import exclusive
 
-ROOT = Path(__file__).resolve().parents[1]
+_POLL_SECONDS = {"slurm": 2.0, "local": 0.5, "debug": 0.0}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Start or go on with a run")
+    if sys.argv[1:2] and sys.argv[1] in _COMMANDS:
+        _about_a_run()
+        return
+    stages = ("tokenise", "train", "export", "evaluate")
+    parser = argparse.ArgumentParser(
+        description="Start or go on with a run; status, logs and cancel RUN_DIR look after one that was started"
+    )
     parser.add_argument("--config", required=True, type=Path, help="YAML file, see configs/")
-    parser.add_argument("--cluster", choices=("slurm", "local"), help="default: slurm where sbatch is found")
+    parser.add_argument(
+        "--cluster",
+        choices=("slurm", "local", "debug"),
+        help="Slurm, processes of this machine, or this process alone; default: slurm where sbatch is found",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done: configuration, plan, scripts")
+    parser.add_argument("--detach", action="store_true", help="submit to Slurm and return")
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument("--only", choices=stages, help="this stage, also when its product is there")
+    some.add_argument("--from", choices=stages, dest="start", help="this stage and those behind it")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to the configuration")
     args = parser.parse_args()
 
@@ -38,38 +50,240 @@ def main() -> None:
 
     config = configs.load(args.config, args.overrides)
     cluster = args.cluster or ("slurm" if shutil.which("sbatch") else "local")
-    if cluster == "slurm" and not shutil.which("sbatch"):
-        raise UserError("--cluster slurm: there is no sbatch on this machine; use --cluster local")
-    if cluster == "local" and config.cluster.nodes > 1:
-        raise UserError(
-            f"cluster.nodes is {config.cluster.nodes} but there is no Slurm on this machine: run it where sbatch is, "
-            "or set cluster.nodes=1 and a layout that fits"
-        )
+    _check(config, cluster, args)
+    if args.dry_run:
+        _dry_run(config, args)
+        return
     try:
         config.directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the run folder {config.directory} cannot be written: {error}") from error
-    # A launcher that is told to end must end its jobs; two of them must not share a run.
+    # A launcher that is told to end must end the processes it has started; two of them must not share a run.
     # SIGINT too: started in the background of a script it is ignored, here and in the jobs, which are cancelled by it.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, _interrupt)
     with exclusive(config.directory / ".lock", f"the run folder {config.directory}"):
-        _prepare_folder(config)
-        launcher = _Launcher(config, cluster)
-        launcher.run("prepare")
-        if not _trained(config):
-            launcher.run("train")
-        launcher.run("finish")
-        launcher.close()
+        _Launcher(config, cluster, args.only, args.start).run(args.detach)
 
 
 def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
+def _check(config: Any, cluster: str, args: argparse.Namespace) -> None:
+    """``UserError`` for what the chosen cluster cannot do."""
+    if cluster == "slurm" and not shutil.which("sbatch") and not args.dry_run:
+        raise UserError("--cluster slurm: there is no sbatch on this machine; use --cluster local")
+    if cluster != "slurm" and not args.dry_run and config.cluster.nodes > 1:
+        raise UserError(
+            f"cluster.nodes is {config.cluster.nodes} but there is no Slurm on this machine: run it where sbatch is, "
+            "or set cluster.nodes=1 and a layout that fits"
+        )
+    if cluster == "debug" and config.cluster.processes > 1:
+        raise UserError(
+            "--cluster debug runs everything in one process: set cluster.tasks_per_node=1 and a layout for it"
+        )
+    if args.detach and cluster != "slurm":
+        raise UserError("--detach needs Slurm: processes of this machine end with the command that started them")
+
+
+def _dry_run(config: Any, args: argparse.Namespace) -> None:
+    """Print the resolved configuration, the plan of its layout, and the script of every job."""
+    import yaml
+
+    from armd_scale.planning import hardware, report
+    from armd_scale.planning.plan import Planner, assume_vocabulary
+    from launchers import jobs
+
+    print(yaml.safe_dump(config.model_dump(), sort_keys=False).rstrip())
+    planner = Planner(hardware.find("h100" if config.cluster.gpus_per_node else "cpu"))
+    plan = planner.plan(assume_vocabulary(config))
+    print("\n" + report.table(plan, {config.parallel.recompute: plan}, config.model.vocab_size is None))
+    code = config.directory.resolve() / "code" / "SNAPSHOT"
+    for step in jobs.steps(config, args.only, args.start):
+        print(f"\n--- {step.name}\n{jobs.sbatch_text(config, step, code)}")
+
+
+class _Launcher:
+    """Submits the steps of a run and shows how they go on."""
+
+    def __init__(self, config: Any, cluster: str, only: str | None, start: str | None) -> None:
+        from rich.console import Console
+
+        from launchers import jobs
+
+        self.config, self.cluster = config, cluster
+        self.console = Console(highlight=False, markup=False)
+        running = jobs.alive(config.directory)
+        if running and running[0].cluster != "slurm":
+            raise UserError(
+                f"jobs of an earlier launcher still run in {config.directory}: wait for them, or end them with "
+                f"`launchers/slurm.py cancel {config.directory}`"
+            )
+        self.running = running
+        if not running:
+            _prepare_folder(config)
+        self.steps = [] if running else jobs.steps(config, only, start)
+        where = {"slurm": "Slurm", "local": "this machine", "debug": "this process"}[cluster]
+        self._say(
+            f"{config.name}: {config.cluster.processes} processes on {where}: {config.parallel.describe()} x data "
+            f"{config.data_parallel}, ZeRO-{config.parallel.zero}; {config.total_steps} steps of "
+            f"{config.train.global_batch} x {config.model.length} tokens; run folder {config.directory}"
+        )
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True)
+
+    def run(self, detach: bool) -> None:
+        """Do all steps; raises ``UserError`` with the reason when one fails."""
+        from launchers import jobs
+
+        submitter = jobs.Jobs(self.config, self.cluster, jobs.snapshot(self.config.directory))
+        if self.cluster != "slurm":
+            for step in self.steps:
+                self._run_here(submitter, step)
+        else:
+            chain = list(self.running)
+            if chain:
+                self._say("its jobs are in the queue already: following them")
+            for step in self.steps:
+                chain.append(submitter.submit(step, chain[-1] if chain else None)[0])
+                self._say(
+                    f"{step.name}: job {chain[-1].ids[0].partition('_')[0]}" + f" x {step.shares}" * (step.shares > 1)
+                )
+            if detach:
+                self._say(f"`launchers/slurm.py status {self.config.directory}` says how they stand")
+                return
+            try:
+                for each in chain:
+                    self._follow(each)
+            except KeyboardInterrupt:
+                self._say(
+                    f"the jobs go on; `launchers/slurm.py status {self.config.directory}` says how they stand, the "
+                    "same command follows them again, `cancel` ends them"
+                )
+                raise
+        self._close()
+
+    def _run_here(self, submitter: Any, step: Any) -> None:
+        """Run a step in processes of this machine, and again when it dies of something that may pass."""
+        from launchers import restart
+
+        while True:
+            submitted, running = submitter.submit(step)
+            try:
+                self._follow(submitted, running)
+                return
+            except KeyboardInterrupt:
+                for job in running:
+                    job.cancel()
+                self._say(f"stopped; the same command goes on from the newest checkpoint in {self.config.directory}")
+                raise
+            except _Died as death:
+                wait, reason = restart.decide(self.config, step.name, death.job, None)
+                if wait is None:
+                    raise UserError(_failure(self.config, step.name, death.job, reason)) from death
+                restart.clear(self.config, step.name, death.job)
+                self._say(f"{step.name} died and starts again in {wait:.0f} s: {reason}")
+                time.sleep(wait)
+
+    def _follow(self, submitted: Any, running: list[Any] | None = None) -> None:
+        """Show a step until it ends: one live line on a terminal, plain lines elsewhere.
+
+        ``running``: submitit's jobs of this machine. Raises ``_Died``, or ``UserError`` for a job of Slurm that failed.
+        """
+        from rich.live import Live
+        from rich.text import Text
+
+        from armd_scale.training.telemetry import MetricsReader
+        from launchers import jobs, restart, status
+
+        config, training = self.config, submitted.stage == "train"
+        started, last_line = time.monotonic(), 0.0
+        metrics = MetricsReader(config.directory)
+        metrics.read()
+        live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
+        if live:
+            live.start()
+        try:
+            while True:
+                ended = all(j.done() for j in running) if running else not jobs.states([submitted])
+                new = metrics.read() if training else []
+                for record in new:
+                    if "heldout_left_to_right" in record:
+                        self._say(_heldout(record))
+                waiting = f"{submitted.step} ... {time.monotonic() - started:.0f} s"
+                line = status.progress(metrics.records, config) if training else waiting
+                if live:
+                    live.update(Text(line), refresh=True)
+                elif new and time.monotonic() - last_line > 10:
+                    self._say(line)
+                    last_line = time.monotonic()
+                if ended:
+                    break
+                time.sleep(_POLL_SECONDS[self.cluster])
+        finally:
+            if live:
+                live.stop()
+        for job in submitted.ids:
+            folder = config.directory / "jobs" / submitted.step / job
+            if not self._succeeded(folder, job):
+                if running:
+                    raise _Died(job)
+                reason = [each["reason"] for each in restart.read(config.directory) if each["job"] == job][-1:]
+                error = restart.error_of(folder)
+                known = error["line"] if error else reason[0] if reason else "it ended without a result"
+                raise UserError(_failure(config, submitted.step, job, known, bool(error and error["bad_input"])))
+            for line in (folder / f"{job}_0_log.out").read_text(encoding="utf-8", errors="replace").splitlines():
+                if line.startswith(("data:", "export:")):
+                    self._say(line)
+        self._say(f"{submitted.step}: {time.monotonic() - started:.0f} s")
+
+    def _succeeded(self, folder: Path, job: str) -> bool:
+        """Whether every process of a job has written a result; shared disks may show it late."""
+        import pickle
+
+        deadline = time.monotonic() + (20.0 if self.cluster == "slurm" else 0.0)
+        while not (folder / f"{job}_0_result.pkl").is_file() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        results = sorted(folder.glob("*_result.pkl"))
+        return bool(results) and all(pickle.loads(path.read_bytes())[0] == "success" for path in results)
+
+    def _close(self) -> None:
+        """Print the last screen."""
+        from armd_scale.evaluation.report import lines
+
+        path = self.config.directory / "summary.json"
+        if not path.is_file():
+            return
+        self.console.rule()
+        for line in lines(json.loads(path.read_text(encoding="utf-8")), self.config.directory):
+            self._say(line)
+
+
+class _Died(Exception):
+    """A local job ended without a result."""
+
+    def __init__(self, job: str) -> None:
+        super().__init__(job)
+        self.job = job
+
+
+def _failure(config: Any, step: str, job: str, reason: str, bad_input: bool | None = None) -> str:
+    from launchers import restart
+
+    folder = config.directory / "jobs" / step / job
+    if bad_input is None:
+        error = restart.error_of(folder)
+        bad_input = bool(error and error["bad_input"])
+    if bad_input:
+        return reason
+    return f"stage '{step}' failed: {reason} (logs in {folder}); the same command goes on from the newest checkpoint"
+
+
 def _prepare_folder(config: Any) -> None:
-    """Make the run folder, refuse one that belongs to another run, and write down what is about to run."""
+    """Refuse a run folder that belongs to another run, and write down what is about to run."""
     from armd_scale import config as configs
     from armd_scale.files import write_atomically
     from armd_scale.training import manifest
@@ -86,171 +300,44 @@ def _prepare_folder(config: Any) -> None:
         raise UserError(f"the run folder {folder} cannot be written: {error}") from error
 
 
-def _trained(config: Any) -> bool:
-    """Whether the last checkpoint of the run is there already."""
-    from armd_scale.training import manifest
-
-    newest = manifest.newest_good(config.directory / "checkpoints")
-    return newest is not None and manifest.step_of(newest) >= config.total_steps
-
-
-class _Launcher:
-    """Submits the stages of a run one after another and shows how they go on."""
-
-    def __init__(self, config: Any, cluster: str) -> None:
-        from rich.console import Console
-
-        self.config, self.cluster = config, cluster
-        self.console = Console(highlight=False, markup=False)
-        self.summary: dict[str, Any] | None = None
-        where = "Slurm" if cluster == "slurm" else "this machine"
-        self.console.print(
-            f"{config.name}: {config.cluster.processes} processes on {where}: {config.parallel.describe()} x data "
-            f"{config.data_parallel}, ZeRO-{config.parallel.zero}; {config.total_steps} steps of "
-            f"{config.train.global_batch} x {config.model.length} tokens; run folder {config.directory}",
-            soft_wrap=True,
-        )
-
-    def run(self, stage: str) -> None:
-        """Run one stage to its end; raises ``UserError`` with the reason when it fails."""
-        from launchers import stages
-
-        job = self._executor(stage).submit(stages.run, stage, self.config, uuid.uuid4().hex)
-        try:
-            _follow(job, stage, self.config, self.console)
-        except KeyboardInterrupt:
-            job.cancel()
-            self.console.print(
-                f"stopped; the same command goes on from the newest checkpoint in {self.config.directory}"
-            )
-            raise
-        results = _results(job, stage)
-        if stage == "finish":
-            self.summary = results[0]
-
-    def close(self) -> None:
-        """Print the last screen."""
-        from armd_scale.evaluation.report import lines
-
-        assert self.summary is not None
-        self.console.rule()
-        for line in lines(self.summary, self.config.directory):
-            self.console.print(line, soft_wrap=True)
-
-    def _executor(self, stage: str) -> Any:
-        import submitit
-
-        cluster = self.config.cluster
-        tasks = cluster.tasks_per_node if stage == "train" else 1
-        variables = {
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-            "OMP_NUM_THREADS": str(cluster.cpus_per_task),
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        folder = (self.config.directory / "jobs" / stage).resolve()
-        executor = submitit.AutoExecutor(folder=folder / "%j", cluster=self.cluster)
-        settings: dict[str, Any] = {
-            "name": f"{self.config.name}-{stage}",
-            "nodes": cluster.nodes if stage == "train" else 1,
-            "tasks_per_node": tasks,
-            "cpus_per_task": cluster.cpus_per_task,
-            "timeout_min": cluster.timeout_minutes,
-        }
-        if self.cluster == "slurm":
-            settings |= {
-                "slurm_partition": cluster.partition,
-                "slurm_account": cluster.account,
-                "slurm_setup": [f"export {name}={value}" for name, value in variables.items()],
-            }
-            if cluster.gpus_per_node:
-                settings["slurm_gpus_per_node"] = cluster.gpus_per_node if stage == "train" else 1
-        else:
-            os.environ.update(variables)
-            if cluster.gpus_per_node:
-                settings["gpus_per_node"] = cluster.gpus_per_node
-        executor.update_parameters(**{name: value for name, value in settings.items() if value is not None})
-        return executor
-
-
-def _follow(job: Any, stage: str, config: Any, console: Any) -> None:
-    """Show a job until it ends: one live line on a terminal, plain lines elsewhere."""
-    from rich.live import Live
-    from rich.text import Text
-
-    from armd_scale.training.telemetry import read_metrics
-
-    started, last_line = time.monotonic(), 0.0
-    shown = len(read_metrics(config.directory))
-    live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
-    if live:
-        live.start()
-    try:
-        while not job.done():
-            time.sleep(0.5)
-            records = read_metrics(config.directory) if stage == "train" else []
-            line = _status(records, config) if stage == "train" else f"{stage} ... {time.monotonic() - started:.0f} s"
-            for record in records[shown:]:
-                if "heldout_left_to_right" in record:
-                    console.print(_heldout(record), soft_wrap=True)
-            if live:
-                live.update(Text(line), refresh=True)
-            elif len(records) > shown and time.monotonic() - last_line > 10:
-                console.print(line, soft_wrap=True)
-                last_line = time.monotonic()
-            shown = len(records)
-    finally:
-        if live:
-            live.stop()
-    for record in read_metrics(config.directory)[shown:] if stage == "train" else []:
-        if "heldout_left_to_right" in record:
-            console.print(_heldout(record), soft_wrap=True)
-    output = (job.stdout() or "") if stage != "train" else ""
-    for line in output.splitlines():
-        if line.startswith(("data:", "export:")):
-            console.print(line, soft_wrap=True)
-    console.print(f"{stage}: {time.monotonic() - started:.0f} s", soft_wrap=True)
-
-
-def _status(records: list[dict[str, Any]], config: Any) -> str:
-    steps = [record for record in records if "loss" in record]
-    if not steps:
-        return "train: starting"
-    record, total = steps[-1], config.total_steps
-    seconds = (total - record["step"]) * sorted(r["seconds_per_step"] for r in steps)[len(steps) // 2]
-    mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
-    detail = f" S={record['streams']}" if record["phase"] == "strided" else f" k={record['shuffled']}"
-    return (
-        f"step {record['step']}/{total}  {record['step'] / total:4.0%}  {record['phase']}{detail}  "
-        f"loss {record['loss']:.4f}  {record['bits_per_byte']:.3f} bits/byte  "
-        f"{record['tokens_per_second']:,.0f} tokens/s{mfu}  ETA {datetime.timedelta(seconds=round(seconds))}"
-    )
-
-
 def _heldout(record: dict[str, Any]) -> str:
     kinds = (("left to right", "left_to_right"), ("shuffled", "permutation"), ("strided", "strided"))
     figures = ", ".join(f"{label} {record[f'heldout_{kind}_bits_per_byte']:.3f}" for label, kind in kinds)
     return f"step {record['step']}: held-out bits/byte: {figures}"
 
 
-def _results(job: Any, stage: str) -> list[dict[str, Any]]:
-    """What the tasks of a job returned; ``UserError`` with the first one's reason when it failed."""
-    from submitit.core.utils import FailedJobError, UncompletedJobError
+def _about_a_run() -> None:
+    """status, logs and cancel."""
+    parser = argparse.ArgumentParser(description="Look after a run that was started")
+    parser.add_argument("command", choices=_COMMANDS)
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--follow", action="store_true", help="go on printing what rank 0 (or --rank) prints")
+    parser.add_argument("--rank", type=int, default=0, help="process whose output is meant (default 0)")
+    parser.add_argument("--stage", default="train", help="stage whose output is meant (default train)")
+    parser.add_argument(
+        "--stream", choices=("out", "err"), default="out", help="its output or its errors (default out)"
+    )
+    args = parser.parse_args()
 
-    try:
-        results = job.results()
-    except (FailedJobError, UncompletedJobError) as error:
-        # submitit gives the traceback of the process, then where its logs are.
-        raised = [line for line in str(error).splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
-        reason = raised[-1] if raised else "a process died without a word"
-        raise UserError(
-            f"stage '{stage}' failed: {reason.strip()} (logs in {job.paths.folder}); "
-            "the same command goes on from the newest checkpoint"
-        ) from error
-    for result in results:
-        if "error" in result:
-            raise UserError(result["error"])
-    return results
+    from launchers import jobs, status
 
+    if args.command == "cancel":
+        status.open_run(args.run_dir)
+        ended = jobs.cancel(args.run_dir)
+        print(f"ended: {', '.join(each.step for each in ended)}" if ended else "no job of this run waits or runs")
+        return
+    if args.command == "status":
+        print("\n".join(status.lines(args.run_dir)))
+        if not args.follow:
+            return
+    path = status.log_of(args.run_dir, args.stage, args.rank, args.stream)
+    if args.follow:
+        status.follow(path, lambda: bool(jobs.alive(args.run_dir)))
+    else:
+        print(path.read_text(encoding="utf-8", errors="replace"), end="")
+
+
+_COMMANDS = ("status", "logs", "cancel")
 
 if __name__ == "__main__":
     cli(main)

@@ -1,38 +1,72 @@
-"""The stages of a run as jobs: prepare the data, train, finish (export, evaluate, generate, report).
+"""The steps of a run as jobs: prepare the data, train, export, evaluate.
 
-A job is a function of the resolved configuration that runs in processes which submitit starts. A ``UserError``
-comes back as a value, so that the front door can print it as one line.
+A job is a function of the resolved configuration that runs in processes which submitit starts. What goes wrong in it is
+one line in its folder (``error.json``), for the front door and for the decision whether it starts again.
 """
 
+import contextlib
+import json
 import os
+import subprocess
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+import submitit
+
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError, is_bad_input
+from launchers.restart import ERROR
+
+_HOLD_SECONDS = 300.0  # for which a job that asked to be queued again waits for Slurm to end it
 
 
-def run(stage: str, config: RunConfig, token: str) -> dict[str, Any]:
-    """Run one stage in this process; {"error": line} when its input cannot be used.
+def run(step: str, config: RunConfig, token: str, share: int = 0, shares: int = 1) -> dict[str, Any]:
+    """Run one step in this process, as one of ``shares`` jobs; raises what went wrong, after writing it down.
 
     ``token``: a word that no other submission has, for files that processes meet at.
     """
-    os.environ["ARMD_SUBMISSION"] = token
+    # Every start of a job meets at another place.
+    os.environ["ARMD_SUBMISSION"] = f"{token}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
     if not config.cluster.gpus_per_node:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
-        return _JOBS[stage](config) or {}
+        if step.startswith("tokenise-"):
+            return _tokenise_share(config, step.removeprefix("tokenise-"), share, shares)
+        return _JOBS[step](config) or {}
     except Exception as error:
-        # A training process that fails alone has to end, so that submitit ends the others.
-        if stage == "train" and not isinstance(error, UserError):
-            raise
         traceback.print_exc()
-        name = "" if is_bad_input(error) else f"stage '{stage}' failed: {type(error).__name__}: "
-        return {"error": name + str(error)}
+        _write_down(step, error)
+        raise
 
 
-def _prepare(config: RunConfig) -> dict[str, Any]:
+def _write_down(step: str, error: Exception) -> None:
+    bad = is_bad_input(error)
+    line = str(error) if bad else f"{type(error).__name__}: {error}"
+    told = {
+        "line": " ".join(line.split())[:2000],
+        "bad_input": isinstance(error, UserError) or getattr(error, "bad_input", False),
+        "rank": os.environ.get("SLURM_PROCID", os.environ.get("SUBMITIT_LOCAL_GLOBALID")),
+        "reached": getattr(error, "step", None),
+        "step": step,
+    }
+    folder = submitit.JobEnvironment().paths.folder
+    with contextlib.suppress(OSError), (folder / ERROR).open("x", encoding="utf-8") as file:  # the first one counts
+        json.dump(told, file)
+
+
+def _tokenise_share(config: RunConfig, part: str, share: int, shares: int) -> dict[str, Any]:
+    from armd_scale.training import samples
+    from data_pipeline import prepare
+
+    prepare.step(config, part, share, shares)
+    if part == "finish":
+        samples.check(config)
+    return {}
+
+
+def _tokenise(config: RunConfig) -> dict[str, Any]:
     from armd_scale.training import samples
     from data_pipeline.prepare import prepare
 
@@ -42,12 +76,19 @@ def _prepare(config: RunConfig) -> dict[str, Any]:
 
 
 def _train(config: RunConfig) -> None:
-    import submitit
-
+    from armd_scale.training import health
     from armd_scale.training.loop import train
 
     job = submitit.JobEnvironment()
-    train(config, job.global_rank, job.num_tasks, job.local_rank, _rendezvous(config, job))
+    flag = train(config, job.global_rank, job.num_tasks, job.local_rank, _rendezvous(config, job))
+    if not flag:
+        return
+    if flag == health.REQUEUE and "SLURM_JOB_ID" in os.environ:
+        if job.global_rank == 0:
+            print("the state is saved, the job is queued again", flush=True)
+            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+        time.sleep(_HOLD_SECONDS)  # an end of its own would count as success or failure
+    raise UserError("told to end: the state is saved, and the same command goes on")
 
 
 def _rendezvous(config: RunConfig, job: Any) -> str:
@@ -59,23 +100,33 @@ def _rendezvous(config: RunConfig, job: Any) -> str:
     return str(config.directory / "jobs" / f"rendezvous-{os.environ['ARMD_SUBMISSION']}")
 
 
-def _finish(config: RunConfig) -> dict[str, Any]:
-    import torch
+def _export(config: RunConfig) -> dict[str, Any]:
+    from armd_scale.training import export
 
+    _set_threads(config)
+    config = export.load_run(config.directory)
+    facts = export.export(config, export.newest_checkpoint(config), config.directory / "export")
+    print(f"export: largest difference to the training model's logits {facts['difference']:.1e}", flush=True)
+    return facts
+
+
+def _evaluate(config: RunConfig) -> dict[str, Any]:
     from armd_scale.evaluation import report
     from armd_scale.training import export
 
+    _set_threads(config)
+    return report.write(export.load_run(config.directory), config.directory / "export")
+
+
+def _set_threads(config: RunConfig) -> None:
+    import torch
+
     torch.set_num_threads(min(torch.get_num_threads(), config.cluster.cpus_per_task * config.cluster.tasks_per_node))
-    config = export.load_run(config.directory)
-    source = export.newest_checkpoint(config)
-    out = config.directory / "export"
-    facts = export.export(config, source, out)
-    print(f"export: largest difference to the training model's logits {facts['difference']:.1e}", flush=True)
-    return report.write(config, out, facts["difference"])
 
 
 _JOBS: dict[str, Callable[[RunConfig], dict[str, Any] | None]] = {
-    "prepare": _prepare,
+    "tokenise": _tokenise,
     "train": _train,
-    "finish": _finish,
+    "export": _export,
+    "evaluate": _evaluate,
 }

@@ -35,11 +35,10 @@ def main() -> None:
         overrides.append(f"cluster.nodes={args.nodes}")
     config = configs.load(args.config, overrides)
     assumed = config.model.vocab_size is None
-    if assumed:
-        size = config.data.vocab_size if config.data.tokenizer is None else args.vocab
-        config = configs.with_vocabulary(config, size, config.model.bos_id or 0)
     from armd_scale.planning import hardware, report
-    from armd_scale.planning.plan import Planner, alternatives, with_recompute
+    from armd_scale.planning.plan import Planner, alternatives, assume_vocabulary, with_recompute
+
+    config = assume_vocabulary(config, args.vocab)
 
     gpu = hardware.find(args.gpu or ("h100" if config.cluster.gpus_per_node else "cpu"))
     planner = Planner(gpu)

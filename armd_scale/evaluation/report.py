@@ -27,11 +27,8 @@ from data_pipeline.shards import PackedDataset
 _UNIGRAM_SAMPLES = 100_000  # training samples whose tokens are counted
 
 
-def write(config: RunConfig, export: Path, export_difference: float) -> dict[str, Any]:
-    """Evaluate the exported model of a run, generate with it, and write the report; returns the summary.
-
-    ``export_difference``: how far its logits are from the training model's, a figure for the report.
-    """
+def write(config: RunConfig, export: Path) -> dict[str, Any]:
+    """Evaluate the exported model of a run, generate with it, and write the report; returns the summary."""
     run_dir = config.directory
     train, heldout = (PackedDataset(config.data_directory / split) for split in ("train", "heldout"))
     model, tokenizer = inference.load(export), tokenizers.load(export)
@@ -48,6 +45,7 @@ def write(config: RunConfig, export: Path, export_difference: float) -> dict[str
     ]
     scores = [likelihood.score(model, chunks, name, size) for name in names if name != "shuffled:0"]
     samples = _samples(config, model, tokenizer)
+    made = json.loads((export / "config.json").read_text(encoding="utf-8"))
     metrics = read_metrics(run_dir)
     steps = [record for record in metrics if "loss" in record]
     summary: dict[str, Any] = {
@@ -64,13 +62,15 @@ def write(config: RunConfig, export: Path, export_difference: float) -> dict[str
         "xz_bits_per_byte": xz_bits_per_byte(_text(tokens, tokenizer)),
         "unigram_bits_per_byte": unigram_bits_per_byte(train, tokens, size),
         "samples": [{k: sample[k] for k in ("streams", "steps", "seconds", "tokens_per_second")} for sample in samples],
-        "export_difference": export_difference,
+        "sample_text": samples[-1]["text"],
+        "checkpoint": made["checkpoint"],
+        "export_difference": made["logits_difference"],
         "environment": environment(),
     }
     write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
     write_atomically(run_dir / "samples.md", _samples_page(config, samples))
     plot(config, metrics, summary, run_dir / "loss.png")
-    return {**summary, "sample_text": samples[-1]["text"]}
+    return summary
 
 
 def xz_bits_per_byte(text: bytes) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from armd_scale.config import RunConfig
+from armd_scale.config import RunConfig, with_vocabulary
 from armd_scale.model.flops import run_edges, training_flops_per_token
 from armd_scale.planning.hardware import COMMUNICATION, GPU, MEMORY, RESERVED
 from armd_scale.planning.measure import Chunk, Meter, Pass
@@ -119,6 +119,14 @@ class Planner:
             return sent / (self.gpu.link * COMMUNICATION)
         cards = max(1, min(size, node // stride))
         return sent / (min(self.gpu.link, self.gpu.network * cards) * COMMUNICATION)
+
+
+def assume_vocabulary(config: RunConfig, size: int = 50257) -> RunConfig:
+    """The configuration with a vocabulary: its own, that of the tokenizer it trains, or one of ``size`` entries."""
+    if config.model.vocab_size is not None:
+        return config
+    found = config.data.vocab_size if config.data.tokenizer is None else size
+    return with_vocabulary(config, found, config.model.bos_id or 0)
 
 
 def with_recompute(config: RunConfig, recompute: str) -> RunConfig:

@@ -126,6 +126,8 @@ def export(
             f"the exported model's logits differ from the training model's by {difference:.1e}: "
             f"nothing was replaced; what was written is in {partial}"
         )
+    fields["logits_difference"] = difference
+    (partial / "config.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
     _flush(partial)
     if out.exists():
         os.replace(out, old)

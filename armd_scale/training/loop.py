@@ -133,6 +133,9 @@ class _Trainer:
         except UserError:  # on all ranks alike: what is being written can still be finished
             self.checkpointer.close()
             raise
+        except Exception as error:
+            error.step = self.step  # type: ignore[attr-defined]  # for the decision whether to start again
+            raise
         finally:
             self.watchdog.arm(10)
         self.checkpointer.close()

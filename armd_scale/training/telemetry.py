@@ -56,6 +56,31 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+class MetricsReader:
+    """Reads what is added to the records of a run, without reading the whole again."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / METRICS
+        self._at = 0
+        self.records: list[dict[str, Any]] = []
+
+    def read(self) -> list[dict[str, Any]]:
+        """The records that are new."""
+        try:
+            size = self._path.stat().st_size
+            if size < self._at:  # cut back by a run that goes on from a checkpoint
+                self._at, self.records = 0, []
+            with self._path.open("rb") as file:
+                file.seek(self._at)
+                whole = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return []
+        self._at += len(whole[0]) + len(whole[1])
+        new = [json.loads(line) for line in whole[0].splitlines()]
+        self.records += new
+        return new
+
+
 class Telemetry:
     """Writes the records of a run on rank 0; on other ranks it does nothing."""
 

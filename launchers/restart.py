@@ -1,0 +1,142 @@
+"""Whether a job that has died is started again: python -m launchers.restart RUN_DIR STEP JOB CODE, exit code 0 for yes.
+
+Bad input is never tried again. Anything else is, after a wait that doubles, as long as new checkpoints are written
+between (``cluster.max_restarts``), unless it dies at the same step three times. Every decision is a line of
+``restarts.jsonl``.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from armd_scale import config as configs
+from armd_scale.config import RunConfig
+from armd_scale.training import manifest
+
+LOG = "restarts.jsonl"
+ERROR = "error.json"
+"""What the first process that failed says, in the folder of its job."""
+_SAME_STEP = 3
+_LONGEST_WAIT = 600.0
+
+
+def decide(config: RunConfig, step: str, job: str, code: int | None) -> tuple[float | None, str]:
+    """Seconds to wait before a job starts again, None when it does not, and the reason why it died.
+
+    ``step``, ``job``: its name and its number; ``code``: its exit code, where it is known.
+    """
+    folder = config.directory / "jobs" / step / job
+    reason, final = _reason(config, folder, code)
+    reached = _reached(config, folder) if step == "train" else 0
+    newest = manifest.readable(config.directory / "checkpoints")
+    checkpoint = manifest.step_of(newest) if newest else None
+    record: dict[str, Any] = {
+        "time": time.time(), "step": step, "job": job, "reason": reason, "reached": reached, "checkpoint": checkpoint,
+    }  # fmt: skip
+    before = [each for each in read(config.directory) if each["step"] == step]
+    row = _row(before, checkpoint)
+    deaths = [each["reached"] for each in row] + [reached]
+    if final:
+        record["decision"] = "stops: " + reason
+    elif step == "train" and len(deaths) >= _SAME_STEP and len(set(deaths[-_SAME_STEP:])) == 1:
+        record["decision"] = reason = f"died {_SAME_STEP} times at step {reached}: {reason}"
+        final = True
+    elif len(row) >= config.cluster.max_restarts:
+        record["decision"] = reason = f"died {len(row) + 1} times without a new checkpoint: {reason}"
+        final = True
+    wait = min(_LONGEST_WAIT, config.cluster.backoff_seconds * 2 ** len(row))
+    if not final:
+        record["decision"] = f"starts again after {wait:.0f} s"
+    with (config.directory / LOG).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    return (None if final else wait), reason
+
+
+def clear(config: RunConfig, step: str, job: str) -> None:
+    """Remove what a job that died has left, so that its next start is not taken for dead."""
+    folder = config.directory / "jobs" / step / job
+    for path in [folder / ERROR, *folder.glob("*_result.pkl")]:
+        path.unlink(missing_ok=True)
+    for path in (config.directory / "stacks").glob("rank-*.txt"):
+        if path.stat().st_size:
+            path.replace(path.with_name(f"{time.strftime('%Y%m%d-%H%M%S')}-{path.name}"))
+
+
+def read(run_dir: Path) -> list[dict[str, Any]]:
+    """All decisions of a run."""
+    path = run_dir / LOG
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def error_of(folder: Path) -> dict[str, Any] | None:
+    """What the first process of a job that failed has written."""
+    try:
+        return json.loads((folder / ERROR).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _row(before: list[dict[str, Any]], checkpoint: int | None) -> list[dict[str, Any]]:
+    """The deaths since the newest checkpoint was written or a job was stopped for good."""
+    row: list[dict[str, Any]] = []
+    for each in reversed(before):
+        if each["checkpoint"] != checkpoint or not each["decision"].startswith("starts again"):
+            break
+        row.insert(0, each)
+    return row
+
+
+def _reason(config: RunConfig, folder: Path, code: int | None) -> tuple[str, bool]:
+    """Why a job died, and whether it would die again."""
+    stacks = [path for path in (config.directory / "stacks").glob("rank-*.txt") if path.stat().st_size]
+    if stacks:
+        hung = ", ".join(sorted(path.stem for path in stacks))
+        behind = _behind(config)
+        return f"a hang: no step finished; stacks of {hung} in {stacks[0].parent}{behind}", False
+    error = error_of(folder)
+    if error is None:
+        return "a process died without a word" + (f" (exit code {code})" if code else ""), False
+    return f"{error['line']}", bool(error["bad_input"])
+
+
+def _behind(config: RunConfig) -> str:
+    """Ranks whose last sign of life is much older than the others'."""
+    beats = [json.loads(path.read_text()) for path in (config.directory / "heartbeats").glob("rank-*.json")]
+    if not beats:
+        return ""
+    silent = {int(path.stem.removeprefix("rank-")) for path in (config.directory / "stacks").glob("rank-*.txt")}
+    quiet = [f"rank {beat['rank']} on {beat['host']}" for beat in beats if beat["rank"] not in silent]
+    return f"; {', '.join(quiet)} wrote none" if quiet else ""
+
+
+def _reached(config: RunConfig, folder: Path) -> int:
+    """The last step that any rank has finished: as the one says that failed, or else as their signs of life do."""
+    from armd_scale.training.telemetry import read_metrics
+
+    error = error_of(folder)
+    if error and error["reached"] is not None:
+        return int(error["reached"])
+    beats = (config.directory / "heartbeats").glob("rank-*.json")
+    steps = [json.loads(path.read_text())["step"] for path in beats]
+    return max([*steps, *(record["step"] for record in read_metrics(config.directory)[-1:]), 0])
+
+
+def main() -> int:
+    run_dir, step, job, code = sys.argv[1:]
+    config = configs.load(Path(run_dir) / "config.yaml").model_copy(update={"run_dir": run_dir})
+    wait, reason = decide(config, step, job, int(code))
+    if wait is None:
+        print(f"the job is not started again: {reason}", flush=True)
+        return 1
+    print(f"the job starts again in {wait:.0f} s: {reason}", flush=True)
+    time.sleep(wait)
+    clear(config, step, job)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
