@@ -6,10 +6,12 @@ between (``cluster.max_restarts``), unless it dies at the same step three times.
 """
 
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from armd_scale import config as configs
 from armd_scale.config import RunConfig
@@ -20,27 +22,36 @@ ERROR = "error.json"
 """What the first process that failed says, in the folder of its job."""
 _SAME_STEP = 3
 _LONGEST_WAIT = 600.0
+_HOLD_SECONDS = 300.0
 
 
-def decide(config: RunConfig, step: str, job: str, code: int | None) -> tuple[float | None, str]:
-    """Seconds to wait before a job starts again, None when it does not, and the reason why it died.
+class Decision(NamedTuple):
+    """What is done about a job that has died."""
 
-    ``step``, ``job``: its name and its number; ``code``: its exit code, where it is known.
-    """
+    wait: float | None
+    """Seconds before it starts again; None: it does not."""
+    reason: str
+    """Why it died."""
+    elsewhere: bool
+    """Whether it did not even come to its work, which other machines may mend."""
+
+
+def decide(config: RunConfig, step: str, job: str, code: int | None) -> Decision:
+    """What to do about the job numbered ``job`` of a step; ``code``: its exit code, where it is known."""
     folder = config.directory / "jobs" / step / job
     reason, final = _reason(config, folder, code)
-    reached = _reached(config, folder) if step == "train" else 0
+    before = [each for each in read(config.directory) if each["step"] == step]
+    reached = _reached(config, folder, before[-1]["time"] if before else 0.0) if step == "train" else 0
     newest = manifest.readable(config.directory / "checkpoints")
     checkpoint = manifest.step_of(newest) if newest else None
     record: dict[str, Any] = {
         "time": time.time(), "step": step, "job": job, "reason": reason, "reached": reached, "checkpoint": checkpoint,
     }  # fmt: skip
-    before = [each for each in read(config.directory) if each["step"] == step]
     row = _row(before, checkpoint)
     deaths = [each["reached"] for each in row] + [reached]
     if final:
         record["decision"] = "stops: " + reason
-    elif step == "train" and len(deaths) >= _SAME_STEP and len(set(deaths[-_SAME_STEP:])) == 1:
+    elif step == "train" and deaths[-_SAME_STEP:] == [reached] * _SAME_STEP and reached is not None:
         record["decision"] = reason = f"died {_SAME_STEP} times at step {reached}: {reason}"
         final = True
     elif len(row) >= config.cluster.max_restarts:
@@ -51,7 +62,7 @@ def decide(config: RunConfig, step: str, job: str, code: int | None) -> tuple[fl
         record["decision"] = f"starts again after {wait:.0f} s"
     with (config.directory / LOG).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
-    return (None if final else wait), reason
+    return Decision(None if final else wait, reason, reached is None)
 
 
 def clear(config: RunConfig, step: str, job: str) -> None:
@@ -113,28 +124,34 @@ def _behind(config: RunConfig) -> str:
     return f"; {', '.join(quiet)} wrote none" if quiet else ""
 
 
-def _reached(config: RunConfig, folder: Path) -> int:
-    """The last step that any rank has finished: as the one says that failed, or else as their signs of life do."""
+def _reached(config: RunConfig, folder: Path, since: float) -> int | None:
+    """The last step that any rank has finished: as the one says that failed, or else as their signs of life do.
+
+    None when there is no sign of life ``since`` the last death: the processes did not come to train.
+    """
     from armd_scale.training.telemetry import read_metrics
 
     error = error_of(folder)
     if error and error["reached"] is not None:
         return int(error["reached"])
-    beats = (config.directory / "heartbeats").glob("rank-*.json")
-    steps = [json.loads(path.read_text())["step"] for path in beats]
-    return max([*steps, *(record["step"] for record in read_metrics(config.directory)[-1:]), 0])
+    beats = [json.loads(path.read_text()) for path in (config.directory / "heartbeats").glob("rank-*.json")]
+    steps = [beat["step"] for beat in beats if beat["time"] > since]
+    return max([*steps, *(record["step"] for record in read_metrics(config.directory)[-1:])]) if steps else None
 
 
 def main() -> int:
     run_dir, step, job, code = sys.argv[1:]
     config = configs.load(Path(run_dir) / "config.yaml").model_copy(update={"run_dir": run_dir})
-    wait, reason = decide(config, step, job, int(code))
+    wait, reason, elsewhere = decide(config, step, job, int(code))
     if wait is None:
         print(f"the job is not started again: {reason}", flush=True)
         return 1
     print(f"the job starts again in {wait:.0f} s: {reason}", flush=True)
     time.sleep(wait)
     clear(config, step, job)
+    if elsewhere:
+        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+        time.sleep(_HOLD_SECONDS)  # until Slurm ends it
     return 0
 
 

@@ -181,7 +181,7 @@ class _Launcher:
                 self._say(f"stopped; the same command goes on from the newest checkpoint in {self.config.directory}")
                 raise
             except _Died as death:
-                wait, reason = restart.decide(self.config, step.name, death.job, None)
+                wait, reason, _ = restart.decide(self.config, step.name, death.job, None)
                 if wait is None:
                     raise UserError(_failure(self.config, step.name, death.job, reason)) from death
                 restart.clear(self.config, step.name, death.job)

@@ -61,24 +61,26 @@ class MetricsReader:
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / METRICS
-        self._at = 0
+        self._file, self._at = 0, 0
         self.records: list[dict[str, Any]] = []
 
     def read(self) -> list[dict[str, Any]]:
         """The records that are new."""
+        before: list[dict[str, Any]] = []
         try:
-            size = self._path.stat().st_size
-            if size < self._at:  # cut back by a run that goes on from a checkpoint
-                self._at, self.records = 0, []
             with self._path.open("rb") as file:
+                number = os.fstat(file.fileno()).st_ino
+                if number != self._file:  # cut back by a run that goes on from a checkpoint
+                    before, self.records = self.records, []
+                    self._file, self._at = number, 0
                 file.seek(self._at)
-                whole = file.read().rpartition(b"\n")
+                whole, end, _ = file.read().rpartition(b"\n")
         except FileNotFoundError:
             return []
-        self._at += len(whole[0]) + len(whole[1])
-        new = [json.loads(line) for line in whole[0].splitlines()]
+        self._at += len(whole) + len(end)
+        new = [json.loads(line) for line in whole.splitlines()]
         self.records += new
-        return new
+        return [record for record in new if record not in before] if before else new
 
 
 class Telemetry:

@@ -146,21 +146,18 @@ def test_everything_befalls_one_run(slurm, calm, tmp_path):
     wait_for("the loss of a node", lambda: "Restarts=2" in slurm.run("scontrol", "show", "job", job))
     slurm.start_node(2)
     goes_on()
-    other = slurm.run(
-        "sbatch", "--parsable", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"
-    )
+    slurm.run("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
     wait_for("preemption", lambda: "Restarts=3" in slurm.run("scontrol", "show", "job", job))
-    assert other.strip()
     goes_on()
-    assert losses(run) == {step: loss for step, loss in losses(quiet).items() if step <= max(losses(run))}
+    found, expected = losses(run), losses(quiet)
+    assert found == {step: expected[step] for step in range(1, max(found) + 1)}
     assert "ended: " in about(slurm, "cancel", run)
-    process.communicate(timeout=60)
-    assert process.returncode == 2
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
     before = losses(run)
     assert max(before) < STEPS, "the run was over before everything had befallen it"
     code, out, errors = launch(slurm, config, f"run_dir={run}", "cluster.nodes=1")
     assert code == 0, out + errors
-    expected = losses(quiet)
     found = losses(run)
     assert sorted(found) == sorted(expected)
     assert all(abs(found[step] - expected[step]) < 1e-3 for step in expected)
@@ -181,14 +178,12 @@ def test_a_failed_stage_ends_the_chain(slurm, calm, tmp_path):
     """Bad input in a job: one line, exit code 2, nothing tried again, and the stages behind it do not start."""
     config, _, _ = calm
     run = tmp_path / "run"
-    code, _, errors = launch(
-        slurm, config, f"run_dir={run}", "data.directory=null", "data.text=[/nowhere/*.txt]", "data.jobs=1"
-    )
+    data = ("data.directory=null", "data.text=[/nowhere/*.txt]", "data.jobs=1")
+    code, _, errors = launch(slurm, config, f"run_dir={run}", *data)
     assert code == 2
-    assert [line for line in errors.splitlines() if line.startswith("error: ")] == [
-        "error: there is no text at /nowhere/*.txt: give files, a folder or a glob of .txt, .jsonl, .txt.gz, .jsonl.gz, "
-        ".txt.zst, .jsonl.zst, .parquet, .tar"
-    ]
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: there is no text at /nowhere/*.txt: give files")
     assert [each["decision"][:6] for each in restart.read(run)] == ["stops:"]
     deadline = time.monotonic() + 30
     while slurm.run("squeue", "-h").strip() and time.monotonic() < deadline:
