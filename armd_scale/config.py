@@ -370,7 +370,7 @@ class ClusterConfig(_Section):
     python: str | None = None
     """Command that starts Python in a Slurm job, ``apptainer exec --nv image.sif python`` say; null: this Python."""
     environment: dict[str, str] = {}
-    """Environment variables of the jobs; they override the defaults (``launchers/jobs.py``)."""
+    """Environment variables of the jobs; they override the defaults (``launchers/jobs.py``); PYTHONPATH is added to."""
     sbatch: dict[str, str | int | bool] = {}
     """Further options of sbatch, by their long names."""
     warn_seconds: Positive = 180

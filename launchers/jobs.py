@@ -108,8 +108,9 @@ def snapshot(run_dir: Path) -> Path:
 
 def environment(config: RunConfig, code: Path) -> dict[str, str]:
     """Environment variables of every process of a run."""
-    threads = {"OMP_NUM_THREADS": str(config.cluster.cpus_per_task), "PYTHONPATH": str(code)}
-    return {**_ENVIRONMENT, **threads, **config.cluster.environment}
+    own = config.cluster.environment
+    path = os.pathsep.join(filter(None, [str(code), own.get("PYTHONPATH")]))
+    return {**_ENVIRONMENT, "OMP_NUM_THREADS": str(config.cluster.cpus_per_task), **own, "PYTHONPATH": path}
 
 
 def parameters(config: RunConfig, step: Step, code: Path) -> dict[str, Any]:
