@@ -11,8 +11,8 @@ tiny: $(READY)  ## set up, then train, export and sample a small model on real t
 test: $(READY)  ## set up, then run the tests
 	$(VENV)/bin/python -m pytest
 
-parity: $(READY)  ## every parallel layout with every model against one process, and every planned memory against a real run
-	$(VENV)/bin/python -m pytest tests/parallel tests/planning --parity
+parity: $(READY)  ## the long ones: every parallel layout with every model, every planned memory, every fault on a real Slurm
+	$(VENV)/bin/python -m pytest tests/parallel tests/planning tests/launchers/test_slurm.py --parity
 
 lint: $(READY)  ## ruff and mypy, as CI runs them
 	$(VENV)/bin/ruff check .

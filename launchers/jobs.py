@@ -6,6 +6,7 @@
 Every job runs the copy of the code that the run folder keeps (``snapshot``), also when it is queued again.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -278,6 +279,15 @@ def cancel(run_dir: Path) -> list[Submitted]:
             if _is_ours(process):
                 os.kill(process, signal.SIGINT)
     return ending
+
+
+def end_processes(submitted: Submitted) -> None:
+    """kill -9 the processes of a local job: submitit's controller waits for all of them, also for one that is stopped."""
+    for process in submitted.processes:
+        with contextlib.suppress(OSError):
+            children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+            for child in map(int, children if _is_ours(process) else []):
+                os.kill(child, signal.SIGKILL)
 
 
 def _is_ours(process: int) -> bool:

@@ -65,6 +65,11 @@ def decide(config: RunConfig, step: str, job: str, code: int | None) -> Decision
     return Decision(None if final else wait, reason, reached is None)
 
 
+def failing(config: RunConfig, step: str, job: str) -> bool:
+    """Whether a process of a job has failed while others may still be there."""
+    return error_of(config.directory / "jobs" / step / job) is not None or bool(_stacks(config))
+
+
 def clear(config: RunConfig, step: str, job: str) -> None:
     """Remove what a job that died has left, so that its next start is not taken for dead."""
     folder = config.directory / "jobs" / step / job
@@ -103,7 +108,7 @@ def _row(before: list[dict[str, Any]], checkpoint: int | None) -> list[dict[str,
 
 def _reason(config: RunConfig, folder: Path, code: int | None) -> tuple[str, bool]:
     """Why a job died, and whether it would die again."""
-    stacks = [path for path in (config.directory / "stacks").glob("rank-*.txt") if path.stat().st_size]
+    stacks = _stacks(config)
     if stacks:
         hung = ", ".join(sorted(path.stem for path in stacks))
         behind = _behind(config)
@@ -114,13 +119,17 @@ def _reason(config: RunConfig, folder: Path, code: int | None) -> tuple[str, boo
     return f"{error['line']}", bool(error["bad_input"])
 
 
+def _stacks(config: RunConfig) -> list[Path]:
+    return [path for path in (config.directory / "stacks").glob("rank-*.txt") if path.stat().st_size]
+
+
 def _behind(config: RunConfig) -> str:
     """Ranks whose last sign of life is much older than the others'."""
     beats = [json.loads(path.read_text()) for path in (config.directory / "heartbeats").glob("rank-*.json")]
     if not beats:
         return ""
-    silent = {int(path.stem.removeprefix("rank-")) for path in (config.directory / "stacks").glob("rank-*.txt")}
-    quiet = [f"rank {beat['rank']} on {beat['host']}" for beat in beats if beat["rank"] not in silent]
+    written = {int(path.stem.removeprefix("rank-")) for path in _stacks(config)}
+    quiet = [f"rank {beat['rank']} on {beat['host']}" for beat in beats if beat["rank"] not in written]
     return f"; {', '.join(quiet)} wrote none" if quiet else ""
 
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from armd_scale.errors import UserError, cli
 from armd_scale.files import exclusive
 
+_GRACE_SECONDS = 5.0  # in which the processes of a local job end after the first of them has failed
 _POLL_SECONDS = {"slurm": 2.0, "local": 0.5, "debug": 0.0}
 
 
@@ -200,7 +201,7 @@ class _Launcher:
         from launchers import jobs, restart, status
 
         config, training = self.config, submitted.stage == "train"
-        started, last_line = time.monotonic(), 0.0
+        started, last_line, failing = time.monotonic(), 0.0, 0.0
         metrics = MetricsReader(config.directory)
         metrics.read()
         live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
@@ -222,6 +223,10 @@ class _Launcher:
                     last_line = time.monotonic()
                 if ended:
                     break
+                if running and restart.failing(config, submitted.step, submitted.ids[0]):
+                    failing = failing or time.monotonic()
+                    if time.monotonic() - failing > _GRACE_SECONDS:
+                        jobs.end_processes(submitted)
                 time.sleep(_POLL_SECONDS[self.cluster])
         finally:
             if live:

@@ -229,6 +229,9 @@ class _Campaign:
         lines = [line for line in self._output().splitlines() if line.startswith("resumed from ")]
         return manifest.step_of(Path(lines[-1])) if lines else 0
 
+    def _unwritten(self) -> int:
+        return sum(self._output().count(f"{word} be written") for word in ("cannot", "could not"))
+
     # --- faults: each returns what came of it once it was noticed
 
     def _mark(self) -> tuple[int, int]:
@@ -325,7 +328,7 @@ class _Campaign:
 
     def _fill_disk(self) -> str:
         self._mark()
-        said = self._output().count("could not be written")
+        said = self._unwritten()
         filler = self.run_dir.parent / "filler"
         with filler.open("wb", buffering=0) as file:
             try:
@@ -333,9 +336,10 @@ class _Campaign:
                     file.write(bytes(1 << 16))
             except OSError:
                 pass
-        self._wait("its detection", lambda: self._output().count("could not be written") > said)
-        self.noticed = time.monotonic()
+        time.sleep(self.draw.uniform(3, 8))  # nothing can be read from a full disk: not even progress
         filler.unlink()
+        self._wait("its detection", lambda: self._unwritten() > said)
+        self.noticed = time.monotonic()
         return "said so, trained on, wrote again when there was room"
 
     # --- the end

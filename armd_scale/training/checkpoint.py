@@ -27,6 +27,7 @@ from armd_scale.parallel.engine import MASTER, Engine
 from armd_scale.parallel.optimizer import EMA
 from armd_scale.parallel.sharding import local_shape, partition_dim
 from armd_scale.training import manifest
+from armd_scale.training.telemetry import say
 
 
 class Checkpointer:
@@ -63,7 +64,7 @@ class Checkpointer:
         except (OSError, dcp.api.CheckpointException) as error:
             if dist.get_rank() == 0:
                 reason = " ".join(str(error).split())[:500]
-                print(f"the checkpoint of step {step} could not be written, training goes on: {reason}", flush=True)
+                say(f"the checkpoint of step {step} could not be written, training goes on: {reason}")
 
     def close(self) -> None:
         """Wait, and end the thread."""

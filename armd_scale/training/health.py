@@ -25,6 +25,7 @@ REQUEUE, STOP = 1, 1 << 20
 _WINDOW = 64  # applied steps whose median loss is the measure of a spike
 _LEAST = 16  # steps before which nothing is a spike
 _SLOW = 1.5  # times the median of all ranks
+_SLOW_SECONDS = 0.1  # and so much more than it: less is noise
 _BEAT_SECONDS = 5.0
 
 
@@ -127,5 +128,6 @@ class Spikes:
 
 def slow_ranks(seconds: np.ndarray) -> dict[int, float]:
     """Ranks whose own work takes much longer than the median's, each with how many times as long."""
-    ratios = seconds / max(float(np.median(seconds)), 1e-9)
-    return {int(rank): float(ratios[rank]) for rank in np.flatnonzero(ratios > _SLOW)}
+    median = max(float(np.median(seconds)), 1e-9)
+    slow = (seconds > _SLOW * median) & (seconds - median > _SLOW_SECONDS)
+    return {int(rank): float(seconds[rank] / median) for rank in np.flatnonzero(slow)}

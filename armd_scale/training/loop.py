@@ -7,13 +7,12 @@ the uninterrupted one would.
 
 import concurrent.futures
 import itertools
-import json
 import math
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from armd_scale.parallel.engine import Engine, Step
 from armd_scale.training import checkpoint, manifest, schedules
 from armd_scale.training.health import REQUEUE, STOP, Heartbeat, Signals, Spikes, Watchdog, slow_ranks
 from armd_scale.training.samples import Samples
-from armd_scale.training.telemetry import Telemetry
+from armd_scale.training.telemetry import Lines, Telemetry, say
 from data_pipeline.shards import PackedDataset
 
 _LN2 = float(np.log(2))
@@ -88,18 +87,18 @@ class _Trainer:
         )
         self._resume()
         self.telemetry = Telemetry(config, active=rank == 0, first_step=self.step)
-        self.sample_log: TextIO | None = None
+        self.sample_log: Lines | None = None
         if config.train.log_samples and self.engine.reads_data:
             folder = config.directory / "samples"
             folder.mkdir(exist_ok=True)
-            self.sample_log = (folder / f"rank-{rank:05d}.jsonl").open("a", encoding="utf-8")
+            self.sample_log = Lines(folder / f"rank-{rank:05d}.jsonl")
         self.flops = training_flops_per_token(config.model) * config.train.global_batch * config.model.length
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.peak = peak * config.cluster.processes if peak else None
 
     def _say(self, line: str) -> None:
         if self.rank == 0:
-            print(line, flush=True)
+            say(line)
 
     def _resume(self, own_skips: Sequence[list[int]] = ()) -> None:
         """Go on from the newest good checkpoint, or from the beginning; ``own_skips``: what was left out since then."""
@@ -206,8 +205,7 @@ class _Trainer:
         share = self.config.train.global_batch // self.config.data_parallel
         first = self.step * self.config.train.global_batch + self.engine.data_rank * share
         line = {"step": self.step, "first": first, "applied": applied, "ids": self.samples.ids(first, share)}
-        self.sample_log.write(json.dumps({**line, "time": time.time()}) + "\n")
-        self.sample_log.flush()
+        self.sample_log.write({**line, "time": time.time()})
 
     def _go_back(self) -> None:
         """Go back to the newest checkpoint, and leave out the samples of the steps that could not be applied."""

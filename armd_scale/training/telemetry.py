@@ -1,13 +1,16 @@
 """What a run says about itself: ``metrics.jsonl``, Weights & Biases, and the facts of its environment."""
 
+import contextlib
+import errno
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from armd_scale.config import RunConfig
 from armd_scale.files import write_atomically
@@ -83,18 +86,61 @@ class MetricsReader:
         return [record for record in new if record not in before] if before else new
 
 
+class Lines:
+    """A file of JSON lines that survives a full disk: what cannot be written is written when there is room again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._good = self._file.seek(0, os.SEEK_END)
+        self._waiting: deque[bytes] = deque(maxlen=_MOST_WAITING)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record, now or later."""
+        self._waiting.append(json.dumps(record).encode() + b"\n")
+        try:
+            while self._waiting:
+                if self._file.write(self._waiting[0]) < len(self._waiting[0]):
+                    raise OSError(errno.ENOSPC, "a part of a line was written")
+                self._good += len(self._waiting.popleft())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._good)  # no half line stays
+            say(f"training goes on, but {self._path} cannot be written: {error}", once=True)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+_MOST_WAITING = 100_000
+_unsaid: list[str] = []
+_said: set[str] = set()
+
+
+def say(line: str, once: bool = False) -> None:
+    """Print a line; when that fails because the disk is full, do it with the next one. ``once``: not twice in a job."""
+    if once and line in _said:
+        return
+    _said.update([line] if once else [])
+    _unsaid.append(line)
+    with contextlib.suppress(OSError):
+        while _unsaid:
+            print(_unsaid[0], flush=True)
+            _unsaid.pop(0)
+
+
 class Telemetry:
     """Writes the records of a run on rank 0; on other ranks it does nothing."""
 
     def __init__(self, config: RunConfig, active: bool, first_step: int) -> None:
         self._wandb: Any = None
-        self._file: IO[str] | None = None
+        self._file: Lines | None = None
         self._path: Path | None = None
         if not active:
             return
         path = config.directory / METRICS
         self._path = path
-        self._failing = False
         self.rewind(first_step)
         if config.report.wandb == "auto":
             self._wandb = _start_wandb(config)
@@ -103,18 +149,14 @@ class Telemetry:
         """Append one record; it must hold ``step``."""
         if self._file is None:
             return
-        try:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-        except OSError as error:
-            self._complain(f"{self._path} cannot be written: {error}")
+        self._file.write(record)
         if self._wandb is not None:
             numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
             try:
                 self._wandb.log(numbers, step=record["step"])
             except Exception as error:
                 self._wandb = None
-                self._complain(f"wandb is lost: {error}")
+                say(f"training goes on, but wandb is lost: {error}")
 
     def rewind(self, step: int) -> None:
         """Drop the records after a step: a run that goes on from a checkpoint repeats them."""
@@ -124,13 +166,7 @@ class Telemetry:
             self._file.close()
         kept = [record for record in read_metrics(self._path.parent) if record["step"] <= step]
         write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = self._path.open("a", encoding="utf-8")
-
-    def _complain(self, line: str) -> None:
-        """Say once that something is wrong with which training can go on."""
-        if not self._failing:
-            self._failing = True
-            print(f"training goes on: {line}", flush=True)
+        self._file = Lines(self._path)
 
     def close(self) -> None:
         """Finish the files."""
@@ -154,5 +190,5 @@ def _start_wandb(config: RunConfig) -> Any:
             settings=wandb.Settings(silent=True, console="off"),
         )
     except Exception as error:
-        print(f"wandb is not available, the run goes on without it: {error}", flush=True)
+        say(f"wandb is not available, the run goes on without it: {error}")
         return None

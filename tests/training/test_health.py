@@ -1,8 +1,10 @@
 """What keeps a run alive: steps that are not applied, going back, signals, hangs; on real processes."""
 
+import errno
 import json
 import math
 import os
+import random
 import re
 import signal
 import time
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from armd_scale.config import RunConfig
-from armd_scale.training import health, manifest
+from armd_scale.training import health, manifest, telemetry
 from armd_scale.training.telemetry import read_metrics
 from data_pipeline.shards import PackedDataset
 from data_pipeline.stream import SampleStream
@@ -35,9 +37,37 @@ def test_spikes_are_judged_by_the_median():
     assert health.Spikes(2.0, {}).accept(1e9), "nothing is a spike at the beginning"
 
 
+def test_lines_survive_a_full_disk(tmp_path, monkeypatch, capsys):
+    """Writes fail, or stop in the middle of a line: no half line stays, and later everything is there, in order."""
+    lines = telemetry.Lines(tmp_path / "x.jsonl")
+    lines.write({"n": 0})
+    raw, draw, room = lines._file, random.Random(0), [False]
+
+    class Full:
+        def write(self, content):
+            if room[0]:
+                return raw.write(content)
+            part = draw.randrange(len(content))
+            if draw.random() < 0.5:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return raw.write(content[:part])
+
+        def __getattr__(self, name):
+            return getattr(raw, name)
+
+    monkeypatch.setattr(lines, "_file", Full())
+    for number in range(1, 50):
+        room[0] = number in (20, 49)
+        lines.write({"n": number})
+        kept = (tmp_path / "x.jsonl").read_text().splitlines()
+        assert [json.loads(line)["n"] for line in kept] == list(range(number + 1 if room[0] else len(kept)))
+    assert "x.jsonl cannot be written" in capsys.readouterr().out
+
+
 def test_slow_ranks_are_named():
     assert health.slow_ranks(np.array([1.0, 1.1, 0.9, 1.7])) == {3: pytest.approx(1.7 / 1.05)}
     assert health.slow_ranks(np.array([1.0, 1.0])) == {}
+    assert health.slow_ranks(np.array([0.01, 0.01, 0.05])) == {}, "a few milliseconds are noise"
 
 
 def long(folder, text, run_dir, processes=2, tensor=1, **train):
