@@ -282,7 +282,7 @@ def cancel(run_dir: Path) -> list[Submitted]:
 
 
 def end_processes(submitted: Submitted) -> None:
-    """kill -9 the processes of a local job: submitit's controller waits for all of them, also for one that is stopped."""
+    """kill -9 the processes of a local job: submitit's controller waits for all, also for one that is stopped."""
     for process in submitted.processes:
         with contextlib.suppress(OSError):
             children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
