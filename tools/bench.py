@@ -5,6 +5,7 @@ python tools/bench.py data --text 'books/*.jsonl.zst' [--tokenizer gpt2] [--json
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -52,6 +53,9 @@ def _data(text: list[str], vocab: int, tokenizer: str | None) -> dict[str, Any]:
     from data_pipeline import readers
     from data_pipeline.prepare import paragraphs
 
+    for peer in ("datasets", "transformers"):
+        if importlib.util.find_spec(peer) is None:
+            raise UserError(f"{peer} is not installed: pip install -c constraints.txt -e '.[bench]'")
     facts: dict[str, Any] = {"versions": _versions(), "cpu": platform.processor() or platform.machine()}
     print("one core each; " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
     with tempfile.TemporaryDirectory() as folder:

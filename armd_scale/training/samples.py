@@ -50,6 +50,7 @@ class Samples:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self.datasets = open_mixture(config)
+        self._tokenizer: str = self.datasets[0].index["tokenizer_sha256"]
         self._skip: list[list[int]] = config.data.skip_steps
         self.own_skips: list[list[int]] = []  # ranges that the run has left out by itself
         self._left_out: list[list[Any]] = []
@@ -80,13 +81,23 @@ class Samples:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"skip_steps": self._skip, "own_skips": self.own_skips, "left_out": self._left_out}
+        return {
+            "tokenizer_sha256": self._tokenizer,
+            "skip_steps": self._skip,
+            "own_skips": self.own_skips,
+            "left_out": self._left_out,
+        }
 
     def start(self, step: int, state: dict[str, Any]) -> list[str]:
         """Go on at a step, from the ``state`` of a checkpoint ({} at the beginning); lines that say what is left out.
 
         ``UserError`` when the samples of the steps before would now be others.
         """
+        if state.get("tokenizer_sha256", self._tokenizer) != self._tokenizer:
+            raise UserError(
+                f"the data in {self.datasets[0].folder} was made with another tokenizer than what the run has seen: "
+                "restore it, or start anew in another run_dir"
+            )
         # What the run itself has left out stays so.
         own = state.get("own_skips", [])
         self.own_skips = own

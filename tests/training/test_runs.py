@@ -213,6 +213,20 @@ def test_a_range_of_the_data_is_skipped(data, tmp_path, capfd):
         start(RunConfig.model_validate(fields))
 
 
+def test_another_tokenizer_is_refused(data, tmp_path):
+    """The data of a run is made anew in its place, with another tokenizer: no step is made with it."""
+    shutil.copytree(data / "data", tmp_path / "data")
+    config = run(tmp_path, data / "text.jsonl", tmp_path / "run")
+    start(config)
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    index = tmp_path / "data/train/index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "tokenizer_sha256": "other"}))
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000008")
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="was made with another tokenizer than what"):
+        start(config)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
 def test_a_run_goes_on_without_a_lost_shard(data, tmp_path, capfd):
     """A shard is damaged between two starts: the order of the other samples stays, and goes on where it was."""
     shutil.copytree(data / "data", tmp_path / "data")
