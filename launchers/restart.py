@@ -65,6 +65,20 @@ def decide(config: RunConfig, step: str, job: str, code: int | None) -> Decision
     return Decision(None if final else wait, reason, reached is None)
 
 
+def note_requeue(config: RunConfig, job: str, count: int, reason: str) -> None:
+    """Write down that Slurm has queued a job for the ``count``-th time again, unless that is known."""
+    if any(each["job"] == job and each.get("requeues") == count for each in read(config.directory)):
+        return
+    newest = manifest.readable(config.directory / "checkpoints")
+    checkpoint = manifest.step_of(newest) if newest else None
+    record = {
+        "time": time.time(), "step": "train", "job": job, "reason": reason, "reached": checkpoint,
+        "checkpoint": checkpoint, "requeues": count, "decision": "queued again",
+    }  # fmt: skip
+    with (config.directory / LOG).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
 def failing(config: RunConfig, step: str, job: str) -> bool:
     """Whether a process of a job has failed while others may still be there."""
     return error_of(config.directory / "jobs" / step / job) is not None or bool(_stacks(config))

@@ -17,7 +17,7 @@ import submitit
 
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError, is_bad_input
-from launchers.restart import ERROR
+from launchers import restart
 
 _HOLD_SECONDS = 300.0  # for which a job that asked to be queued again waits for Slurm to end it
 
@@ -52,7 +52,10 @@ def _write_down(step: str, error: Exception) -> None:
         "step": step,
     }
     folder = submitit.JobEnvironment().paths.folder
-    with contextlib.suppress(OSError), (folder / ERROR).open("x", encoding="utf-8") as file:  # the first one counts
+    with (
+        contextlib.suppress(OSError),
+        (folder / restart.ERROR).open("x", encoding="utf-8") as file,
+    ):  # the first one counts
         json.dump(told, file)
 
 
@@ -80,12 +83,16 @@ def _train(config: RunConfig) -> None:
     from armd_scale.training.loop import train
 
     job = submitit.JobEnvironment()
+    requeues = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    if requeues and job.global_rank == 0:
+        restart.note_requeue(config, job.job_id, requeues, "preempted, or lost a node")
     flag = train(config, job.global_rank, job.num_tasks, job.local_rank, _rendezvous(config, job))
     if not flag:
         return
     if flag == health.REQUEUE and "SLURM_JOB_ID" in os.environ:
         if job.global_rank == 0:
             print("the state is saved, the job is queued again", flush=True)
+            restart.note_requeue(config, job.job_id, requeues + 1, "warned before its time limit, or before preemption")
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
         time.sleep(_HOLD_SECONDS)  # an end of its own would count as success or failure
     raise UserError("told to end: the state is saved, and the same command goes on")

@@ -19,7 +19,7 @@ from armd_scale import inference
 from armd_scale import tokenizer as tokenizers
 from armd_scale.config import RunConfig
 from armd_scale.training.telemetry import read_metrics
-from launchers import restart
+from launchers import jobs, restart
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -314,6 +314,67 @@ def test_a_killed_rank_and_a_killed_launcher(finished, tmp_path):
     after = {r["step"]: r["loss"] for r in read_metrics(run) if "loss" in r}
     assert sorted(after) == list(range(1, 153))
     assert {step: after[step] for step in before} == before
+
+
+SCRIPT = """#!/bin/bash
+
+# Parameters
+#SBATCH --account=mine
+#SBATCH --cpus-per-task=8
+#SBATCH --error=RUN/jobs/train/%j/%j_0_log.err
+#SBATCH --gpus-per-node=8
+#SBATCH --job-name=big-train
+#SBATCH --mem=900GB
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --open-mode=append
+#SBATCH --output=RUN/jobs/train/%j/%j_0_log.out
+#SBATCH --partition=gpu
+#SBATCH --qos=high
+#SBATCH --requeue
+#SBATCH --signal=USR2@240
+#SBATCH --time=600
+#SBATCH --wckey=submitit
+
+# setup
+module load cuda
+export PYTHONSAFEPATH=1
+export PYTHONUNBUFFERED=1
+export TOKENIZERS_PARALLELISM=false
+export NCCL_DEBUG=INFO
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+export OMP_NUM_THREADS=8
+export PYTHONPATH=CODE:/extra
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output RUN/jobs/train/%j/%j_%t_log.out --error RUN/jobs/train/%j/%j_%t_log.err \
+--kill-on-bad-exit=1 apptainer exec --nv image.sif python -u -m submitit.core._submit RUN/jobs/train/%j
+
+
+# teardown
+code=$?
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+[ $code -eq 0 ] || { apptainer exec --nv image.sif python -m launchers.restart RUN train ${job:-$SLURM_JOB_ID} $code \
+&& exec bash "$0"; }
+exit $code
+"""
+
+
+def test_the_script_for_slurm(tmp_path):
+    """The whole text, with every kind of setting; on a machine without Slurm."""
+    cluster = {
+        "nodes": 4, "tasks_per_node": 8, "gpus_per_node": 8, "cpus_per_task": 8, "memory_gb": 900, "partition": "gpu",
+        "account": "mine", "timeout_minutes": 600, "warn_seconds": 240, "setup": ["module load cuda"],
+        "python": "apptainer exec --nv image.sif python", "sbatch": {"qos": "high"},
+        "environment": {"NCCL_DEBUG": "INFO", "PYTHONPATH": "/extra"},
+    }  # fmt: skip
+    config = RunConfig.model_validate({"name": "big", "run_dir": str(tmp_path), "cluster": cluster})
+    text = jobs.sbatch_text(config, jobs.Step("train", "train"), Path("CODE"))
+    assert text.replace(str(tmp_path), "RUN").strip() == SCRIPT.replace("\\\n", "").strip()
+    array = jobs.sbatch_text(config, jobs.Step("tokenise-tokenise", "tokenise", 5), Path("CODE"))
+    assert "#SBATCH --array=0-4%5" in array
+    assert "gpus" not in array
 
 
 def test_what_dies_again_and_again_is_given_up(tmp_path):

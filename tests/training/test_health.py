@@ -64,6 +64,21 @@ def test_lines_survive_a_full_disk(tmp_path, monkeypatch, capsys):
     assert "x.jsonl cannot be written" in capsys.readouterr().out
 
 
+def test_training_goes_on_without_wandb(tmp_path, capsys):
+    class Lost:
+        def log(self, *_, **__):
+            raise ConnectionError("the network is gone")
+
+    config = RunConfig.model_validate({"run_dir": str(tmp_path), "report": {"wandb": "disabled"}})
+    writer = telemetry.Telemetry(config, active=True, first_step=0)
+    writer._wandb = Lost()
+    for step in (1, 2):
+        writer.write({"step": step})
+    writer.close()
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+    assert capsys.readouterr().out.count("wandb is lost: the network is gone") == 1
+
+
 def test_slow_ranks_are_named():
     assert health.slow_ranks(np.array([1.0, 1.1, 0.9, 1.7])) == {3: pytest.approx(1.7 / 1.05)}
     assert health.slow_ranks(np.array([1.0, 1.0])) == {}
