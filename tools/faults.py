@@ -8,6 +8,7 @@ applied, and every sample must have been seen where it belongs. Exit code 1 if n
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -289,7 +290,17 @@ class _Campaign:
             os.kill(rank, signal.SIGKILL)
         self._wait("the end of the jobs", lambda: not jobs.alive(self.run_dir), launch=False)
 
+    def _good(self) -> int:
+        """Number of checkpoints that a run could go on from."""
+        count = 0
+        for checkpoint in manifest.complete(self.run_dir / "checkpoints"):
+            with contextlib.suppress(UserError, OSError):  # damaged, or just being removed
+                manifest.verify(checkpoint)
+                count += 1
+        return count
+
     def _damage_checkpoint(self, truncate: bool) -> str:
+        self._wait("a second checkpoint", lambda: self._good() > 1)
         starts, _ = self._mark()
         self._stop_everything()
         newest = manifest.latest(self.run_dir / "checkpoints")
