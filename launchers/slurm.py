@@ -9,6 +9,7 @@ command goes on where a run stopped, and does nothing twice.
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import sys
@@ -22,7 +23,7 @@ from armd_scale.errors import UserError, cli
 from armd_scale.files import exclusive
 
 _GRACE_SECONDS = 5.0  # in which the processes of a local job end after the first of them has failed
-_POLL_SECONDS = {"slurm": 2.0, "local": 0.5, "debug": 0.0}
+_POLL_SECONDS = {"slurm": 2.0, "local": 0.5}
 
 
 def main() -> None:
@@ -126,9 +127,11 @@ class _Launcher:
         if not running:
             _prepare_folder(config)
         self.steps = [] if running else jobs.steps(config, only, start)
-        where = {"slurm": "Slurm", "local": "this machine", "debug": "this process"}[cluster]
+        where = {"slurm": "processes on Slurm", "local": "processes on this machine", "debug": "process, this one"}[
+            cluster
+        ]
         self._say(
-            f"{config.name}: {config.cluster.processes} processes on {where}: {config.parallel.describe()} x data "
+            f"{config.name}: {config.cluster.processes} {where}: {config.parallel.describe()} x data "
             f"{config.data_parallel}, ZeRO-{config.parallel.zero}; {config.total_steps} steps of "
             f"{config.train.global_batch} x {config.model.length} tokens; run folder {config.directory}"
         )
@@ -143,7 +146,7 @@ class _Launcher:
         submitter = jobs.Jobs(self.config, self.cluster, jobs.snapshot(self.config.directory))
         if self.cluster != "slurm":
             for step in self.steps:
-                self._run_here(submitter, step)
+                (self._debug if self.cluster == "debug" else self._run_here)(submitter, step)
         else:
             chain = list(self.running)
             if chain:
@@ -166,6 +169,16 @@ class _Launcher:
                 )
                 raise
         self._close()
+
+    def _debug(self, submitter: Any, step: Any) -> None:
+        """Run a step in this process; what goes wrong in it is raised here, in the debugger on a terminal."""
+        for job in submitter.submit(step)[1]:
+            os.environ["SUBMITIT_DEBUG_JOB_ID"] = job.job_id
+            if sys.stdin.isatty():
+                job.results()
+            elif error := job.exception():
+                raise error
+        self._say(f"{step.name}: done")
 
     def _run_here(self, submitter: Any, step: Any) -> None:
         """Run a step in processes of this machine, and again when it dies of something that may pass."""

@@ -51,6 +51,8 @@ def _write_down(step: str, error: Exception) -> None:
         "reached": getattr(error, "step", None),
         "step": step,
     }
+    if "SUBMITIT_FOLDER" not in os.environ:  # in the launcher's own process, which sees the error itself
+        return
     folder = submitit.JobEnvironment().paths.folder
     with (
         contextlib.suppress(OSError),
@@ -104,7 +106,9 @@ def _rendezvous(config: RunConfig, job: Any) -> str:
         # The address of the node that runs srun, which is the first; its name may mean nothing to the others.
         host = os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or job.hostnames[0]
         return f"tcp://{host}:{20000 + int(os.environ['SLURM_JOB_ID']) % 20000}"
-    return str(config.directory / "jobs" / f"rendezvous-{os.environ['ARMD_SUBMISSION']}")
+    folder = config.directory / "jobs"
+    folder.mkdir(exist_ok=True)
+    return str(folder / f"rendezvous-{os.environ['ARMD_SUBMISSION']}")
 
 
 def _export(config: RunConfig) -> dict[str, Any]:

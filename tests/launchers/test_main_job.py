@@ -162,6 +162,20 @@ def test_the_resolved_configuration_reruns_the_run(finished, tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_everything_in_one_process(finished, tmp_path):
+    """--cluster debug: no other process; and what is wrong is one line here as well."""
+    config, run, _ = finished
+    places = f"run_dir={tmp_path}/r", f"data.directory={run}/data"
+    words = "launchers/slurm.py", "--config", config, "--cluster", "debug"
+    refused(command(*words), "--cluster debug runs everything in one process")
+    one = "cluster.tasks_per_node=1", "parallel.tensor=1"
+    result = command(*words, *one, *places)
+    assert result.returncode == 0, result.stderr
+    losses = [[r["loss"] for r in read_metrics(folder) if "loss" in r] for folder in (run, tmp_path / "r")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert (tmp_path / "r/summary.json").is_file()
+
+
 def test_convert_generate_evaluate(finished, tmp_path, text):
     _, run, _ = finished
     out = tmp_path / "model"
