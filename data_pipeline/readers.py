@@ -172,7 +172,9 @@ def _read_stream(part: Part, fields: Fields) -> Iterator[Record]:
         elif part.file.endswith(".tar"):
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
-                    if member.isfile() and member.name.endswith(_FORMATS) and not member.name.endswith(".parquet"):
+                    if member.isfile() and member.name.endswith((".parquet", ".tar")):
+                        yield Record("", f"{part.file}/{member.name}", "is not read inside a tar: unpack it")
+                    elif member.isfile() and member.name.endswith(_FORMATS):
                         content = archive.extractfile(member)
                         assert content is not None
                         yield from _plain(content, member.name, f"{part.file}/{member.name}", fields)

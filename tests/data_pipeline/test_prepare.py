@@ -298,6 +298,11 @@ def test_tar_files_urls_and_row_groups(tmp_path):
             archive.addfile(member, io.BytesIO(content))
     assert list(readers.documents([str(tmp_path / "a.tar")])) == ["a text", "b", "c", "d"]
     assert list(readers.documents([f"file://{tmp_path}/*.tar"])) == ["a text", "b", "c", "d"]
+    with tarfile.open(tmp_path / "b.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("x.parquet"))
+    with pytest.raises(UserError, match="b.tar/x.parquet is not read inside a tar"):
+        list(readers.documents([str(tmp_path / "b.tar")]))
+    (tmp_path / "b.tar").unlink()
     (tmp_path / "cut.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:1500])
     with pytest.raises(UserError, match="cut.tar cannot be read"):
         list(readers.documents([str(tmp_path / "cut.tar")]))
