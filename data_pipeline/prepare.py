@@ -116,7 +116,7 @@ def pack(config: RunConfig, share: int = 0, shares: int = 1) -> None:
     """Write a share of the shards, in processes of this machine."""
     folder = _partial(config)
     for split in units.SPLITS:
-        places = _places(config, units.Stream(str(folder), split))[share::shares]
+        places = _places(config, units.open_stream(str(folder), split))[share::shares]
         work = [(str(folder), split, place, config.model.length) for place in places]
         sizes = [place.stop - place.start for place in places]
         _map(config, f"{split} shards", units.write_shard, work, sizes)
@@ -246,7 +246,7 @@ def _places(config: RunConfig, stream: units.Stream) -> list[shards.Place]:
 
 def _close(config: RunConfig, folder: Path, split: str, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
     """Write the table of documents and the index of a split; returns the index."""
-    stream, length = units.Stream(str(folder), split), config.model.length
+    stream, length = units.open_stream(str(folder), split), config.model.length
     places = _places(config, stream)
     written = [units.write_shard(str(folder), split, place, length) for place in places]
     for leftover in (folder / split).glob(".*"):  # of processes that were killed

@@ -211,10 +211,15 @@ def write_shard(folder: str, split: str, place: Place, length: int) -> dict[str,
     """Write one shard of a split unless it is written; returns its facts for the index."""
     known = Path(folder) / "work" / f"{split}-{place.name}.json"
     if not known.is_file():
-        stream = _load_stream(folder, split, (Path(folder) / "work/job.json").stat().st_mtime_ns)
+        stream = open_stream(folder, split)
         facts = shards.write_shard(Path(folder) / split, place, stream.read(place.start, place.stop), length)
         write_atomically(known, json.dumps(facts))
     return json.loads(known.read_text(encoding="utf-8"))
+
+
+def open_stream(folder: str, split: str) -> Stream:
+    """The stream of a split, once the units are merged; read once by a process."""
+    return _load_stream(folder, split, (Path(folder) / "work/job.json").stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=2)

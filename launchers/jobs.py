@@ -122,7 +122,7 @@ def parameters(config: RunConfig, step: Step, code: Path) -> dict[str, Any]:
     gpus = cluster.gpus_per_node if training else own.gpus
     if gpus is None:
         gpus = min(1, cluster.gpus_per_node) if step.stage != "tokenise" else 0
-    python = cluster.python or shlex.quote(sys.executable)
+    python = _python(config)
     folder = shlex.quote(str(config.directory.resolve()))
     job = "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
     restart = f"{python} -m launchers.restart {folder} {step.name} ${{job:-$SLURM_JOB_ID}} $code"
@@ -154,10 +154,14 @@ def sbatch_text(config: RunConfig, step: Step, code: Path) -> str:
     from submitit.slurm.slurm import _make_sbatch_string
 
     folder = _folder(config, step)
-    python = config.cluster.python or shlex.quote(sys.executable)
-    command = f"{python} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    command = f"{_python(config)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     shares: dict[str, Any] = {"map_count": step.shares} if step.shares > 1 else {}
     return _make_sbatch_string(command=command, folder=folder, **parameters(config, step, code), **shares)
+
+
+def _python(config: RunConfig) -> str:
+    """The command that starts Python in a Slurm job."""
+    return config.cluster.python or shlex.quote(sys.executable)
 
 
 def _folder(config: RunConfig, step: Step) -> Path:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from armd_scale import config as configs
 from armd_scale.config import RunConfig
 from armd_scale.training import manifest
+from armd_scale.training.health import heartbeats
 
 LOG = "restarts.jsonl"
 ERROR = "error.json"
@@ -42,8 +43,7 @@ def decide(config: RunConfig, step: str, job: str, code: int | None) -> Decision
     reason, final = _reason(config, folder, code)
     before = [each for each in read(config.directory) if each["step"] == step]
     reached = _reached(config, folder, before[-1]["time"] if before else 0.0) if step == "train" else 0
-    newest = manifest.readable(config.directory / "checkpoints")
-    checkpoint = manifest.step_of(newest) if newest else None
+    checkpoint = _newest_step(config)
     record: dict[str, Any] = {
         "time": time.time(), "step": step, "job": job, "reason": reason, "reached": reached, "checkpoint": checkpoint,
     }  # fmt: skip
@@ -60,8 +60,7 @@ def decide(config: RunConfig, step: str, job: str, code: int | None) -> Decision
     wait = min(_LONGEST_WAIT, config.cluster.backoff_seconds * 2 ** len(row))
     if not final:
         record["decision"] = f"starts again after {wait:.0f} s"
-    with (config.directory / LOG).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    _write_down(config, record)
     return Decision(None if final else wait, reason, reached is None)
 
 
@@ -69,19 +68,28 @@ def note_requeue(config: RunConfig, job: str, count: int, reason: str) -> None:
     """Write down that Slurm has queued a job for the ``count``-th time again, unless that is known."""
     if any(each["job"] == job and each.get("requeues") == count for each in read(config.directory)):
         return
-    newest = manifest.readable(config.directory / "checkpoints")
-    checkpoint = manifest.step_of(newest) if newest else None
+    checkpoint = _newest_step(config)
     record = {
         "time": time.time(), "step": "train", "job": job, "reason": reason, "reached": checkpoint,
         "checkpoint": checkpoint, "requeues": count, "decision": "queued again",
     }  # fmt: skip
-    with (config.directory / LOG).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    _write_down(config, record)
 
 
 def failing(config: RunConfig, step: str, job: str) -> bool:
     """Whether a process of a job has failed while others may still be there."""
     return error_of(config.directory / "jobs" / step / job) is not None or bool(_stacks(config))
+
+
+def requeue() -> None:
+    """Have Slurm queue this job again, and hold still until it is ended."""
+    subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+    hold()
+
+
+def hold() -> None:
+    """Wait for Slurm to end a process of a job that is queued again: an end of its own would count for the job."""
+    time.sleep(_HOLD_SECONDS)
 
 
 def clear(config: RunConfig, step: str, job: str) -> None:
@@ -108,6 +116,16 @@ def error_of(folder: Path) -> dict[str, Any] | None:
         return json.loads((folder / ERROR).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def _newest_step(config: RunConfig) -> int | None:
+    newest = manifest.readable(config.directory / "checkpoints")
+    return manifest.step_of(newest) if newest else None
+
+
+def _write_down(config: RunConfig, record: dict[str, Any]) -> None:
+    with (config.directory / LOG).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def _row(before: list[dict[str, Any]], checkpoint: int | None) -> list[dict[str, Any]]:
@@ -139,9 +157,7 @@ def _stacks(config: RunConfig) -> list[Path]:
 
 def _behind(config: RunConfig) -> str:
     """Ranks whose last sign of life is much older than the others'."""
-    beats = [json.loads(path.read_text()) for path in (config.directory / "heartbeats").glob("rank-*.json")]
-    if not beats:
-        return ""
+    beats = heartbeats(config.directory)
     written = {int(path.stem.removeprefix("rank-")) for path in _stacks(config)}
     quiet = [f"rank {beat['rank']} on {beat['host']}" for beat in beats if beat["rank"] not in written]
     return f"; {', '.join(quiet)} wrote none" if quiet else ""
@@ -157,8 +173,7 @@ def _reached(config: RunConfig, folder: Path, since: float) -> int | None:
     error = error_of(folder)
     if error and error["reached"] is not None:
         return int(error["reached"])
-    beats = [json.loads(path.read_text()) for path in (config.directory / "heartbeats").glob("rank-*.json")]
-    steps = [beat["step"] for beat in beats if beat["time"] > since]
+    steps = [beat["step"] for beat in heartbeats(config.directory) if beat["time"] > since]
     return max([*steps, *(record["step"] for record in read_metrics(config.directory)[-1:])]) if steps else None
 
 
@@ -173,8 +188,7 @@ def main() -> int:
     time.sleep(wait)
     clear(config, step, job)
     if elsewhere:
-        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
-        time.sleep(_HOLD_SECONDS)  # until Slurm ends it
+        requeue()
     return 0
 
 

@@ -252,7 +252,7 @@ class _Launcher:
                 reason = [each["reason"] for each in restart.read(config.directory) if each["job"] == job][-1:]
                 error = restart.error_of(folder)
                 known = error["line"] if error else reason[0] if reason else "it ended without a result"
-                raise UserError(_failure(config, submitted.step, job, known, bool(error and error["bad_input"])))
+                raise UserError(_failure(config, submitted.step, job, known))
             for line in (folder / f"{job}_0_log.out").read_text(encoding="utf-8", errors="replace").splitlines():
                 if line.startswith(("data:", "export:")):
                     self._say(line)
@@ -288,14 +288,12 @@ class _Died(Exception):
         self.job = job
 
 
-def _failure(config: Any, step: str, job: str, reason: str, bad_input: bool | None = None) -> str:
+def _failure(config: Any, step: str, job: str, reason: str) -> str:
     from launchers import restart
 
     folder = config.directory / "jobs" / step / job
-    if bad_input is None:
-        error = restart.error_of(folder)
-        bad_input = bool(error and error["bad_input"])
-    if bad_input:
+    error = restart.error_of(folder)
+    if error and error["bad_input"]:
         return reason
     return f"stage '{step}' failed: {reason} (logs in {folder}); the same command goes on from the newest checkpoint"
 

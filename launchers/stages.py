@@ -7,8 +7,6 @@ one line in its folder (``error.json``), for the front door and for the decision
 import contextlib
 import json
 import os
-import subprocess
-import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +16,6 @@ import submitit
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError, is_bad_input
 from launchers import restart
-
-_HOLD_SECONDS = 300.0  # for which a job that asked to be queued again waits for Slurm to end it
 
 
 def run(step: str, config: RunConfig, token: str, share: int = 0, shares: int = 1) -> dict[str, Any]:
@@ -54,10 +50,8 @@ def _write_down(step: str, error: Exception) -> None:
     if "SUBMITIT_FOLDER" not in os.environ:  # in the launcher's own process, which sees the error itself
         return
     folder = submitit.JobEnvironment().paths.folder
-    with (
-        contextlib.suppress(OSError),
-        (folder / restart.ERROR).open("x", encoding="utf-8") as file,
-    ):  # the first one counts
+    # The first one counts.
+    with contextlib.suppress(OSError), (folder / restart.ERROR).open("x", encoding="utf-8") as file:
         json.dump(told, file)
 
 
@@ -95,8 +89,8 @@ def _train(config: RunConfig) -> None:
         if job.global_rank == 0:
             print("the state is saved, the job is queued again", flush=True)
             restart.note_requeue(config, job.job_id, requeues + 1, "warned before its time limit, or before preemption")
-            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
-        time.sleep(_HOLD_SECONDS)  # an end of its own would count as success or failure
+            restart.requeue()
+        restart.hold()
     raise UserError("told to end: the state is saved, and the same command goes on")
 
 

@@ -1,7 +1,6 @@
 """How a run stands: its jobs, how far it has come, and what its processes have printed."""
 
 import datetime
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from armd_scale import config as configs
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError
 from armd_scale.training import manifest
+from armd_scale.training.health import heartbeats
 from armd_scale.training.telemetry import read_metrics
 from launchers import jobs, restart
 
@@ -37,7 +37,7 @@ def lines(run_dir: Path) -> list[str]:
     if newest:
         age = time.time() - (newest / "manifest.json").stat().st_mtime
         out.append(f"  last checkpoint {newest.name}, {_span(age)} ago")
-    beats = [json.loads(path.read_text()) for path in (run_dir / "heartbeats").glob("rank-*.json")]
+    beats = heartbeats(run_dir)
     if beats and any(each.stage == "train" and any(job in now for job in each.ids) for each in known):
         last = min(beats, key=lambda beat: beat["time"])
         out.append(

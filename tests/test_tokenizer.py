@@ -61,33 +61,27 @@ def test_gpt2_tokenizer():
     assert gpt2.encode("Hello world") == [15496, 995]
 
 
-@pytest.fixture(scope="module")
-def byte_level(tmp_path_factory):
+TRAINED_ON = ["it's", "we'll", "  a", "b\n\n", "12", "3,000", "x--y", "\u00e9t\u00e9", "\u201cso\u201d", "\t(d)"]
+
+
+def train_byte_level(texts, **settings):
     """A byte-level BPE that splits text as GPT-2 does."""
-    folder = tmp_path_factory.mktemp("bpe")
     bpe = library.Tokenizer(library.models.BPE())
     bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = library.decoders.ByteLevel()
     alphabet = library.pre_tokenizers.ByteLevel.alphabet()
     trainer = library.trainers.BpeTrainer(
-        vocab_size=700, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False, **settings
     )
-    draw = random.Random(0)
-    words = [
-        "it's",
-        "we'll",
-        "  a",
-        "b\n\n",
-        "c.\n",
-        "12",
-        "3,000",
-        "x--y",
-        "\u00e9t\u00e9",
-        "\u201cso\u201d",
-        "\t(d)",
-        "'tis",
-    ]
-    bpe.train_from_iterator([" ".join(draw.choices(words, k=50)) for _ in range(200)], trainer)
+    bpe.train_from_iterator(texts, trainer)
+    return bpe
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bpe")
+    draw, words = random.Random(0), [*TRAINED_ON, "c.\n", "'tis"]
+    bpe = train_byte_level([" ".join(draw.choices(words, k=50)) for _ in range(200)], vocab_size=700)
     bpe.save(str(folder / "tokenizer.json"))
     return tokenizers.load(folder), bpe
 
@@ -112,21 +106,7 @@ def test_byte_level_segments_are_exact(byte_level, texts, window):
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_sentencepiece_segments_are_exact(kind, tmp_path):
-    draw = random.Random(0)
-    words = [
-        "it's",
-        "we'll",
-        "  a",
-        "b\n\n",
-        "c.",
-        "12",
-        "3,000",
-        "x--y",
-        "\u00e9t\u00e9",
-        "\u201cso\u201d",
-        "\t(d)",
-        "the",
-    ]
+    draw, words = random.Random(0), [*TRAINED_ON, "c.", "the"]
     lines = [" ".join(draw.choices(words, k=20)) + "\n" for _ in range(300)]
     tokenizer = tokenizers.train(lines, tmp_path / "tokenizer.model", 295, kind=kind)
     plain = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
@@ -204,15 +184,7 @@ def test_segments_on_real_text():
 
 def test_a_hugging_face_file_that_cuts_and_fills(tmp_path):
     """Settings that a tokenizer.json carries from its last user do not reach the data."""
-    bpe = library.Tokenizer(library.models.BPE())
-    bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = library.decoders.ByteLevel()
-    trainer = library.trainers.BpeTrainer(
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(["some text to train on"] * 9, trainer)
+    bpe = train_byte_level(["some text to train on"] * 9)
     bpe.enable_truncation(4)
     bpe.enable_padding(length=8)
     bpe.save(str(tmp_path / "tokenizer.json"))

@@ -28,6 +28,7 @@ import yaml
 from armd_scale.errors import UserError, cli
 from armd_scale.files import write_atomically
 from armd_scale.training import manifest
+from armd_scale.training.health import heartbeats
 from armd_scale.training.telemetry import read_metrics
 from launchers import jobs, restart
 
@@ -209,8 +210,7 @@ class _Campaign:
         return records[-1]["step"] if records else 0
 
     def _ranks(self) -> list[int]:
-        beats = [json.loads(path.read_text()) for path in sorted((self.run_dir / "heartbeats").glob("rank-*.json"))]
-        return [beat["pid"] for beat in beats if Path(f"/proc/{beat['pid']}").exists()]
+        return [beat["pid"] for beat in heartbeats(self.run_dir) if Path(f"/proc/{beat['pid']}").exists()]
 
     def _output(self) -> str:
         """What rank 0 has printed in all jobs."""

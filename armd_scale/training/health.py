@@ -22,6 +22,7 @@ from armd_scale.config import TrainConfig
 
 REQUEUE, STOP = 1, 1 << 20
 """Flags of a rank that was warned of the end of its time, and of one that was told to end; they can be summed."""
+HEARTBEATS = "heartbeats"
 _WINDOW = 64  # applied steps whose median loss is the measure of a spike
 _LEAST = 16  # steps before which nothing is a spike
 _SLOW = 1.5  # times the median of all ranks
@@ -82,7 +83,8 @@ class Watchdog:
 class Heartbeat:
     """A small file a rank, written again every few seconds: where the rank is and how far it has come."""
 
-    def __init__(self, folder: Path, rank: int) -> None:
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        folder = run_dir / HEARTBEATS
         self._path = folder / f"rank-{rank:05d}.json"
         self._facts = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
         self._written = -math.inf
@@ -98,6 +100,11 @@ class Heartbeat:
         with contextlib.suppress(OSError):  # a full disk is reported where it matters
             partial.write_text(json.dumps({**self._facts, "step": step, "time": time.time()}), encoding="utf-8")
             os.replace(partial, self._path)
+
+
+def heartbeats(run_dir: Path) -> list[dict[str, Any]]:
+    """The last signs of life of all ranks, by rank."""
+    return [json.loads(path.read_text()) for path in sorted((run_dir / HEARTBEATS).glob("rank-*.json"))]
 
 
 class Spikes:

@@ -75,7 +75,7 @@ class _Trainer:
         self.rank = rank
         self.signals = Signals()
         self.watchdog = Watchdog(config.directory / "stacks", rank, config.train)
-        self.heartbeat = Heartbeat(config.directory / "heartbeats", rank)
+        self.heartbeat = Heartbeat(config.directory, rank)
         self.engine = Engine(config, device)
         self.folder = config.directory / "checkpoints"
         self.step = 0
@@ -85,7 +85,7 @@ class _Trainer:
         self.checkpointer = checkpoint.Checkpointer(
             self.engine, self.folder, config.train.keep_checkpoints, config.train.keep_every
         )
-        self._resume()
+        self._resume(checkpoint.newest(self.folder))
         self.telemetry = Telemetry(config, active=rank == 0, first_step=self.step)
         self.sample_log: Lines | None = None
         if config.train.log_samples and self.engine.reads_data:
@@ -100,9 +100,9 @@ class _Trainer:
         if self.rank == 0:
             say(line)
 
-    def _resume(self, own_skips: Sequence[list[int]] = ()) -> None:
-        """Go on from the newest good checkpoint, or from the beginning; ``own_skips``: what was left out since then."""
-        found, state = checkpoint.newest(self.folder), {}
+    def _resume(self, found: Path | None, own_skips: Sequence[list[int]] = ()) -> None:
+        """Go on from a checkpoint, or from the beginning; ``own_skips``: what was left out since then."""
+        state: dict[str, Any] = {}
         if found:
             manifest.check_identity(found, self.config)
             facts = checkpoint.load(self.engine, found)
@@ -212,9 +212,10 @@ class _Trainer:
         self.watchdog.arm(10)
         self.checkpointer.wait()
         first, stop = self.skipped[0], self.step
-        if checkpoint.newest(self.folder) is None:
+        found = checkpoint.newest(self.folder)
+        if found is None:
             raise UserError(self._runaway("and there is no checkpoint to go back to"))
-        self._resume(self.samples.own_skips)
+        self._resume(found, self.samples.own_skips)
         skipped = self.samples.skip(max(first, self.step), stop)
         self._say(f"went back to step {self.step}; the samples of these steps are left out: {skipped}")
         self.telemetry.rewind(self.step)
