@@ -49,6 +49,10 @@ class Tokenizer(Protocol):
         """Text of token ids; BOS and EOS give nothing."""
         ...
 
+    def token(self, index: int) -> str:
+        """How the vocabulary writes a token."""
+        ...
+
 
 class SentencePieceTokenizer:
     """A sentencepiece model."""
@@ -108,6 +112,9 @@ class SentencePieceTokenizer:
     def decode(self, tokens: Iterable[int]) -> str:
         return self._processor.decode([t for t in tokens if t not in (self.bos_id, self.eos_id)])
 
+    def token(self, index: int) -> str:
+        return self._processor.id_to_piece(index)
+
 
 class HuggingFaceTokenizer:
     """A ``tokenizer.json``; BOS and EOS are its end-of-text token unless it names its own."""
@@ -164,6 +171,9 @@ class HuggingFaceTokenizer:
     def decode(self, tokens: Iterable[int]) -> str:
         special = {self.bos_id, self.eos_id}
         return self._tokenizer.decode([t for t in tokens if t not in special], skip_special_tokens=False)
+
+    def token(self, index: int) -> str:
+        return self._tokenizer.id_to_token(index) or ""
 
 
 def load(path: str | Path, vocab_size: int | None = None) -> Tokenizer:

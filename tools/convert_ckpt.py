@@ -1,6 +1,9 @@
 """Turn the newest checkpoint of a run into a standalone model folder, and check that it is the same function.
 
-python tools/convert_ckpt.py RUN_DIR OUT_DIR [--checkpoint DIR] [--weights averaged|last] [--file-gb 2]
+    python tools/convert_ckpt.py RUN_DIR OUT_DIR [--checkpoint DIR] [--weights averaged|last] [--file-gb 2]
+    python tools/convert_ckpt.py MODEL_DIR RUN_DIR --to-training --config FILE [section.field=value ...]
+
+The second form begins a run with a model's weights; launchers/slurm.py with the same configuration trains on.
 """
 
 import argparse
@@ -13,9 +16,12 @@ from armd_scale.errors import cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Training checkpoint -> standalone model folder")
-    parser.add_argument("run_dir", type=Path, help="run folder, as made by launchers/slurm.py")
-    parser.add_argument("out_dir", type=Path, help="model folder to write")
+    parser = argparse.ArgumentParser(description="Training checkpoint -> standalone model folder, and back")
+    parser.add_argument("source", type=Path, help="run folder, as made by launchers/slurm.py; or a model folder")
+    parser.add_argument("out_dir", type=Path, help="model folder to write; or the run folder to begin")
+    parser.add_argument("--to-training", action="store_true", help="begin a run with the weights of a model folder")
+    parser.add_argument("--config", type=Path, help="configuration of the run to begin")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to --config")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder (default: the newest of the run)")
     parser.add_argument(
         "--weights",
@@ -27,9 +33,17 @@ def main() -> None:
     args = parser.parse_args()
     if not 0 < args.file_gb < 1e6:
         parser.error(f"--file-gb must be more than 0 and below a million, not {args.file_gb}")
+    if args.to_training != bool(args.config) or (args.overrides and not args.config):
+        parser.error("--to-training and --config FILE go together")
+    from armd_scale import config as configs
     from armd_scale.training import export, manifest
 
-    config = export.load_run(args.run_dir)
+    if args.to_training:
+        config = configs.load(args.config, [f"run_dir={args.out_dir}", *args.overrides])
+        begun = export.to_training(args.source, config)
+        print(f"{begun}: train on with launchers/slurm.py --config {args.config} run_dir={args.out_dir} and the same")
+        return
+    config = export.load_run(args.source)
     if args.checkpoint:
         source = args.checkpoint
         manifest.verify(source)

@@ -1,10 +1,14 @@
 """Generate text with a standalone model; on a terminal it appears in the order in which it is generated.
 
-python tools/generate.py MODEL_DIR --prompt "..." --streams 4
+    python tools/generate.py MODEL_DIR --prompt "..." --streams 4
+    python tools/generate.py MODEL_DIR --infill "The quick ___:2 jumps over the ___ dog"
+
+``--infill`` fills gaps: ``___`` stands for one token, ``___:N`` for N tokens.
 """
 
 import argparse
 import itertools
+import re
 import sys
 import time
 from pathlib import Path
@@ -13,18 +17,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from armd_scale.errors import UserError, cli
 
-GAP = "\u2591"
+HOLE = "\u2591"
+GAP = re.compile(r"_{3,}(?::(\d{1,6}))?")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Generate text with a standalone model")
     parser.add_argument("model", type=Path, help="model folder, as made by tools/convert_ckpt.py")
-    parser.add_argument("--prompt", default="", help="text to go on from")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", default="", help="text to go on from")
+    source.add_argument("--infill", metavar="TEXT", help="text with gaps: ___ is one token, ___:N are N tokens")
     parser.add_argument("--length", type=int, help="tokens of the text, prompt included (default: the model's length)")
+    parser.add_argument("--order", choices=("left-to-right", "random"), default="left-to-right", help="of the gaps")
     parser.add_argument("--streams", type=int, default=1, help="tokens generated a step (default 1)")
+    parser.add_argument("--draft", type=int, default=0, help="exact parallel decoding: tokens drafted at a time")
+    parser.add_argument("--entropy", type=float, help="adaptive: nats of uncertainty that a step may have")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token")
+    parser.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens (default: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="only the likeliest tokens of this probability")
+    parser.add_argument("--min-p", type=float, default=0.0, help="only tokens this probable beside the likeliest")
+    parser.add_argument("--stop", action="store_true", help="end at the first end-of-text token")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as stored")
     args = parser.parse_args()
 
     import torch
@@ -36,31 +51,64 @@ def main() -> None:
     from armd_scale import tokenizer as tokenizers
     from data_pipeline.readers import encodable
 
-    model = inference.load(args.model, device=args.device)
+    model = inference.load(args.model, args.device, getattr(torch, args.dtype) if args.dtype else None)
     tokenizer = tokenizers.load(args.model, model.config.vocab_size)
-    if not encodable(args.prompt):
+    if not encodable(args.infill or args.prompt):
         raise UserError("the prompt is not UTF-8 text: check the encoding of the terminal")
-    prompt = tokenizer.encode(args.prompt)
-    length = model.config.length if args.length is None else args.length
-    steps = model.decode(torch.tensor([prompt], dtype=torch.long), length, args.streams, args.temperature, args.seed)
-    tokens: list[int | None] = [*prompt, *[None] * (length - len(prompt))]
+    decoding = inference.Decoding(
+        args.streams, args.draft, args.entropy, args.temperature, args.top_k, args.top_p, args.min_p, args.stop
+    )
+    longest = model.config.length
+    if args.infill is None:
+        text, length = tokenizer.encode(args.prompt), args.length if args.length is not None else longest
+        if len(text) > length or length > longest:
+            raise UserError(
+                f"the prompt has {len(text)} tokens and the text {length}, but this model takes up to {longest}: "
+                "shorten the prompt or change --length"
+            )
+        text += [inference.FREE] * (length - len(text))
+    else:
+        text = gapped(args.infill, tokenizer.encode, inference.FREE)
+    free = [position for position, token in enumerate(text, start=1) if token == inference.FREE]
+    order = None
+    if args.order == "random":
+        shuffled = torch.randperm(len(free), generator=torch.Generator().manual_seed(args.seed))
+        order = [free[place] for place in shuffled.tolist()]
+    [task] = model.plan([text], decoding, args.seed, order)
+    frontier = inference.Frontier(task, model.config.eos_id)
     console = Console()
     count, started = 0, time.perf_counter()
     with Live(console=console, auto_refresh=False) if console.is_terminal else _Silent() as screen:
-        for step in steps:
-            for position, token in zip(step.positions, step.tokens[0].tolist(), strict=True):
-                tokens[position - 1] = token
+        for step in model.decode([task]):
+            frontier.push(step.positions[0].tolist(), step.tokens[0].tolist())
             count += 1
-            screen.update(Text(render(tokens, tokenizer.decode)), refresh=True)
+            screen.update(Text(render(shown(frontier, inference.FREE), tokenizer.decode)), refresh=True)
     seconds = time.perf_counter() - started
     if not console.is_terminal:
-        print(render(tokens, tokenizer.decode))
-    made = length - len(prompt)
+        print(render(shown(frontier, inference.FREE), tokenizer.decode))
     print(
-        f"\n{made} tokens in {count} steps, {seconds:.2f} s, {made / max(seconds, 1e-9):.0f} tokens/s "
-        f"(streams {args.streams}, seed {args.seed}, temperature {args.temperature:g})",
+        f"\n{len(free)} tokens in {count} steps, {seconds:.2f} s, {len(free) / max(seconds, 1e-9):.0f} tokens/s "
+        f"({decoding.strategy}, streams {args.streams}, seed {args.seed}, temperature {args.temperature:g})",
         file=sys.stderr,
     )
+
+
+def gapped(text: str, encode, free: int) -> list[int]:  # type: ignore[no-untyped-def]
+    """Tokens of a text with gaps, ``free`` for each token of a gap. ``UserError`` when it has none."""
+    tokens: list[int] = []
+    at = 0
+    for gap in GAP.finditer(text):
+        tokens += [*encode(text[at : gap.start()]), *[free] * int(gap[1] or 1)]
+        at = gap.end()
+    if free not in tokens:
+        raise UserError("--infill has no gap: write ___ for one token, ___:5 for five")
+    return tokens + list(encode(text[at:]))
+
+
+def shown(frontier, free: int) -> list[int | None]:  # type: ignore[no-untyped-def]
+    """Tokens to show, None where there is none yet; nothing behind the end of the text."""
+    tokens = [None if token == free else token for token in frontier.tokens]
+    return tokens[: frontier.passed] if frontier.ended else tokens
 
 
 class _Silent:
@@ -81,7 +129,7 @@ def render(tokens: list[int | None], decode) -> str:  # type: ignore[no-untyped-
     parts = []
     for known, run in itertools.groupby(tokens, key=lambda token: token is not None):
         run_tokens = list(run)
-        parts.append(decode(run_tokens) if known else GAP * len(run_tokens))
+        parts.append(decode(run_tokens) if known else HOLE * len(run_tokens))
     return "".join(parts)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from armd_scale import inference
 from armd_scale import tokenizer as tokenizers
@@ -92,25 +91,22 @@ def _text(tokens: np.ndarray, tokenizer: Tokenizer) -> bytes:
 
 
 def _samples(config: RunConfig, model: inference.ARMD, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    prompt = torch.tensor([tokenizer.encode(config.report.prompt)], dtype=torch.long)
-    model.generate(prompt, streams=1)  # warm-up
+    prompt = tokenizer.encode(config.report.prompt)
+    free = model.config.length - len(prompt)
+    model.generate([prompt])  # warm-up
     samples = []
     for streams in config.report.generate_streams:
         started = time.perf_counter()
-        text = prompt.new_zeros(1, model.config.length)
-        text[:, : prompt.shape[1]] = prompt
-        steps = 0
-        for step in model.decode(prompt, streams=streams, seed=config.seed):
-            text[:, [position - 1 for position in step.positions]] = step.tokens
-            steps += 1
+        [task] = model.plan([prompt + [inference.FREE] * free], inference.Decoding(streams=streams), config.seed)
+        [text] = model.complete([task])
         seconds = time.perf_counter() - started
         samples.append(
             {
                 "streams": streams,
-                "steps": steps,
+                "steps": len(task.blocks),
                 "seconds": seconds,
-                "tokens_per_second": (text.shape[1] - prompt.shape[1]) / seconds,
-                "text": tokenizer.decode(text[0].tolist()),
+                "tokens_per_second": free / seconds,
+                "text": tokenizer.decode(text.tolist()),
             }
         )
     return samples

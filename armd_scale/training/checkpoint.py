@@ -2,6 +2,7 @@
 
 - ``save``: all ranks write their parts with torch.distributed.checkpoint into a temporary folder, which gets its
   manifest and then its name;
+- ``begin``: the same from weights alone, to train on from a model;
 - ``load``: reads one under any layout;
 - ``Weights``: whole float32 weights without any process group, one tensor at a time, for export.
 """
@@ -9,7 +10,7 @@
 import concurrent.futures
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from armd_scale.errors import UserError
 from armd_scale.parallel.engine import MASTER, Engine
-from armd_scale.parallel.optimizer import EMA
+from armd_scale.parallel.optimizer import EMA, MOMENTS
 from armd_scale.parallel.sharding import local_shape, partition_dim
 from armd_scale.training import manifest
 from armd_scale.training.telemetry import say
@@ -121,6 +122,29 @@ class Checkpointer:
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         if outcome[0] is not None:
             raise outcome[0]
+
+
+def begin(folder: Path, weights: Mapping[str, Tensor], state: dict[str, Any], averaged: bool) -> Path:
+    """Write a checkpoint of step 0 from whole float32 weights, in this process; moments are zero.
+
+    ``state``: facts to keep beside it. ``averaged``: with a moving average, which begins as the weights.
+    """
+    names = (MASTER, *MOMENTS, *((EMA,) if averaged else ()))
+    tensors = {
+        _key(name, parameter): torch.zeros_like(weight) if name in MOMENTS else weight
+        for parameter, weight in weights.items()
+        for name in names
+    }
+    final = folder / "step-00000000"
+    partial = folder / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that there is no process group; that is the intent
+        dcp.save(tensors, checkpoint_id=partial, no_dist=True)
+    manifest.write(partial, {"step": 0, "updates": 0, "states": names, "state": state})
+    manifest.publish(partial, final)
+    return final
 
 
 def newest(folder: Path) -> Path | None:

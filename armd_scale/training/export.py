@@ -1,7 +1,7 @@
-"""Training checkpoint -> standalone model folder.
+"""Training checkpoint -> standalone model folder, and back to train on (``to_training``).
 
 The folder holds ``config.json``, the weights in safetensors (in several files, with an index, when they are large), the
-tokenizer and ``modeling_armd.py``, the file of this project that defines the standalone model, carried over as it is.
+tokenizer, a model card, and the model's code, generated from this project's (``inference.folder``).
 
 Memory is bounded: one file of weights when writing, one layer when comparing with the training model.
 """
@@ -9,7 +9,6 @@ Memory is bounded: one file of weights when writing, one layer when comparing wi
 import itertools
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -25,19 +24,16 @@ from armd_scale import inference, orders
 from armd_scale import tokenizer as tokenizers
 from armd_scale.config import ModelConfig, ParallelConfig, RunConfig
 from armd_scale.errors import UserError
-from armd_scale.inference import modeling_armd
+from armd_scale.inference import ARMDConfig, folder
 from armd_scale.model.network import Stage
 from armd_scale.model.rows import Rows, arrange
 from armd_scale.parallel import groups
 from armd_scale.training import checkpoint, manifest
+from armd_scale.training.telemetry import read_metrics
 from data_pipeline.shards import PackedDataset
 
 TOLERANCE = 1e-3
 """Largest difference of float32 logits that two orders of summation can explain."""
-
-_OWN = re.compile(
-    r"config\.json|tokenizer\.(json|model)|modeling_armd\.py|__pycache__|model.*\.safetensors(\.index\.json)?"
-)
 
 FILE_BYTES = 2_000_000_000
 """Most bytes of weights in one file, unless a single tensor is larger."""
@@ -62,12 +58,12 @@ def newest_checkpoint(config: RunConfig) -> Path:
     return found
 
 
-def standalone_config(model: ModelConfig, eos_id: int) -> modeling_armd.ARMDConfig:
+def standalone_config(model: ModelConfig, eos_id: int) -> ARMDConfig:
     """The standalone model's description of a training model."""
     prefix = model.prefix
     assert model.vocab_size is not None
     assert model.bos_id is not None
-    return modeling_armd.ARMDConfig(
+    return ARMDConfig(
         vocab_size=model.vocab_size,
         bos_id=model.bos_id,
         eos_id=eos_id,
@@ -111,15 +107,25 @@ def export(
     if old.exists() and not out.exists():  # an export died between its two renames
         os.replace(old, out)
     _check_place(out)
-    for folder in (partial, old):
-        shutil.rmtree(folder, ignore_errors=True)
+    for place in (partial, old):
+        shutil.rmtree(place, ignore_errors=True)
     partial.mkdir(parents=True)
     weights = checkpoint.Weights(source, averaged)
     parameters = _write_weights(weights, shape.vocab_size, partial, file_bytes)
-    fields = {**vars(shape), "tokenizer_sha256": tokenizers.digest(tokenizer), "checkpoint": source.name}
+    fields = {
+        **vars(shape),
+        "architectures": ["ARMDForCausalLM"],
+        "auto_map": folder.AUTO_MAP,
+        "bos_token_id": shape.bos_id,
+        "eos_token_id": shape.eos_id,
+        "dtype": "float32",
+        "tokenizer_sha256": tokenizers.digest(tokenizer),
+        "checkpoint": source.name,
+    }
     (partial / "config.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
     tokenizers.copy(tokenizer, partial)
-    shutil.copyfile(modeling_armd.__file__, partial / "modeling_armd.py")
+    folder.write_tokenizer_settings(partial, shape.length, tokenizer.token(shape.bos_id), tokenizer.token(shape.eos_id))
+    folder.write_code(partial, sentencepiece=(partial / "tokenizer.model").is_file())
     difference = largest_difference(config, weights, partial)
     if not difference < TOLERANCE:
         raise UserError(
@@ -128,12 +134,61 @@ def export(
         )
     fields["logits_difference"] = difference
     (partial / "config.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    facts = {"parameters": parameters, "checkpoint": source.name, "difference": difference}
+    card = folder.card(config.name, shape, facts | _training_facts(config, source))
+    (partial / "README.md").write_text(card, encoding="utf-8")
     _flush(partial)
     if out.exists():
         os.replace(out, old)
     os.replace(partial, out)
     shutil.rmtree(old, ignore_errors=True)
-    return {"parameters": parameters, "checkpoint": source.name, "difference": difference}
+    return facts
+
+
+def to_training(model_dir: Path, config: RunConfig) -> Path:
+    """Begin the run of ``config`` with the weights of a model folder: its checkpoint of step 0.
+
+    The optimiser starts anew. Raises ``UserError`` when model, tokenizer and configuration do not belong together, or
+    the run has checkpoints already.
+    """
+    model = inference.load(model_dir)
+    found, eos_id = model.config, model.config.eos_id
+    tokenizer = tokenizers.load(model_dir, found.vocab_size)
+    if config.data.tokenizer is None:
+        raise UserError(f"the run would train a tokenizer of its own: set data.tokenizer={model_dir}")
+    if tokenizers.digest(tokenizers.load(config.data.tokenizer)) != tokenizers.digest(tokenizer):
+        raise UserError(f"{config.data.tokenizer} is not the model's tokenizer: set data.tokenizer={model_dir}")
+    full = configs.with_vocabulary(config, found.vocab_size, found.bos_id)
+    for name, value in vars(standalone_config(full.model, eos_id)).items():
+        if value != getattr(found, name):
+            raise UserError(f"the configuration's model has {name} = {value!r}, {model_dir} {getattr(found, name)!r}")
+    checkpoints = config.directory / "checkpoints"
+    if manifest.complete(checkpoints):
+        raise UserError(f"{config.directory} has checkpoints already: choose another run_dir")
+    weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
+    for name in weights.keys() & {"embedding.weight", "head.weight"}:
+        rows = full.model.padded_vocab - found.vocab_size
+        weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, rows))
+    state = {"identity": configs.identity(full), "samples": 0, "losses": []}
+    return checkpoint.begin(checkpoints, weights, state, averaged=config.optimizer.ema > 0)
+
+
+def _training_facts(config: RunConfig, source: Path) -> dict[str, Any]:
+    """What the model card says of the training up to a checkpoint."""
+    step = manifest.step_of(source)
+    scores = [record for record in read_metrics(config.directory) if "heldout_left_to_right_bits_per_byte" in record]
+    kinds = {
+        "left to right": "left_to_right",
+        f"{config.orders.rho} tokens shuffled": "permutation",
+        f"{config.train.eval_streams} streams": "strided",
+    }
+    newest = max((one for one in scores if one["step"] <= step), key=lambda one: one["step"], default=None)
+    heldout = {kind: newest[f"heldout_{name}_bits_per_byte"] for kind, name in kinds.items()} if newest else {}
+    return {
+        "tokens": step * config.train.global_batch * config.model.length,
+        "text": ", ".join(config.data.text) or str(config.data_directory),
+        "heldout": heldout,
+    }
 
 
 def _check_place(out: Path) -> None:
@@ -141,7 +196,7 @@ def _check_place(out: Path) -> None:
     if not out.exists():
         return
     names = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
-    strange = [name for name in sorted(names) if not _OWN.fullmatch(name)]
+    strange = [name for name in sorted(names) if not folder.FILES.fullmatch(name)]
     if strange or (names and not {"config.json", "modeling_armd.py"} <= names):
         what = (
             f"holds {strange[0]}, which no export writes"
@@ -151,9 +206,9 @@ def _check_place(out: Path) -> None:
         raise UserError(f"{out} exists and {what}: choose another place")
 
 
-def _flush(folder: Path) -> None:
+def _flush(place: Path) -> None:
     """Have the files of a folder, and their names, on the disk."""
-    for path in [*folder.iterdir(), folder]:
+    for path in [*place.iterdir(), place]:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -161,7 +216,7 @@ def _flush(folder: Path) -> None:
             os.close(handle)
 
 
-def _write_weights(weights: checkpoint.Weights, vocab_size: int, folder: Path, file_bytes: int) -> int:
+def _write_weights(weights: checkpoint.Weights, vocab_size: int, place: Path, file_bytes: int) -> int:
     """Write safetensors files named as transformers does; returns the number of parameters."""
     shapes = dict(weights.shapes)
     for name in shapes.keys() & {"embedding.weight", "head.weight"}:
@@ -176,11 +231,11 @@ def _write_weights(weights: checkpoint.Weights, vocab_size: int, folder: Path, f
     for number, names in enumerate(files, start=1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
         tensors = {name: weights.read(name)[: shapes[name][0]].contiguous() for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_file(tensors, place / file, metadata={"format": "pt"})
         places |= dict.fromkeys(names, file)
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        (place / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return sum(sizes.values()) // 4
 
 
@@ -211,8 +266,8 @@ def _trained_logits(
 ) -> Iterator[torch.Tensor]:
     """Logits [N, V] of the first text of every batch."""
     single = ParallelConfig()
-    with tempfile.TemporaryDirectory() as folder:
-        groups.start(single, rank=0, processes=1, rendezvous=f"{folder}/store", device=device)
+    with tempfile.TemporaryDirectory() as place:
+        groups.start(single, rank=0, processes=1, rendezvous=f"{place}/store", device=device)
         try:
             parallel = groups.transformer_config(model, single, torch.float32)
             received: list[torch.Tensor | None] = [None] * len(batches)

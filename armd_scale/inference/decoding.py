@@ -1,0 +1,477 @@
+"""Decoding: how the free positions of texts are filled, several at a time, with caches.
+
+- ``strided_blocks``: the plan of S streams;
+- ``Lockstep``: sequences with one plan; rows are appended to the caches and no mask is needed;
+- ``Strided``, ``Exact``, ``Adaptive``: sequences that differ in length, plan and settings, and come and go;
+- ``Frontier``: tokens in the order of their positions, as these become complete.
+
+A pass feeds the tokens just written (rows of X) and predicts the next ones (rows of G) with one set of keys. Nothing in
+a step waits for the device. Shapes: B sequences ("lanes"), T targets of a step, M slots, which are positions 0..M - 1.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from armd_scale.inference.network import Cache, InputError, Network, Sight
+from armd_scale.inference.sampling import Decoding, Sampler, draw, uniform
+
+FREE = -1
+"""Stands for a token that is to be generated."""
+
+
+class Step(NamedTuple):
+    """What one step wrote: text positions (from 1; 0 is none) and their tokens, both [B, T]."""
+
+    positions: Tensor
+    tokens: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A text to complete."""
+
+    tokens: list[int]
+    """Token of every position, ``FREE`` where one is to be generated."""
+    order: list[int]
+    """The free positions in the order of generation; ``strided`` plans it by ``decoding.streams``."""
+    blocks: list[list[int]]
+    """The same, in blocks that are generated together."""
+    key: tuple[int, int]
+    """Names the sequence's own stream of random numbers."""
+    decoding: Decoding
+
+    @property
+    def given(self) -> list[int]:
+        """Positions of the given tokens, ascending."""
+        return [position for position, token in enumerate(self.tokens, start=1) if token != FREE]
+
+
+def task(tokens: list[int], key: tuple[int, int], decoding: Decoding, order: Sequence[int] | None = None) -> Task:
+    """Plan a text: by streams over its free positions, or one after the other in an ``order`` of them.
+
+    Raises ``InputError`` when ``order`` is not one of the free positions.
+    """
+    free = [position for position, token in enumerate(tokens, start=1) if token == FREE]
+    blocks = strided_blocks(free, decoding.streams)
+    if order is not None:
+        if decoding.strategy == "adaptive" or decoding.streams > 1:
+            raise InputError("an order of its own has no streams: leave out streams and entropy")
+        if sorted(order) != free:
+            raise InputError(f"order must name each of the {len(free)} free positions once")
+        blocks = [[position] for position in order]
+    return Task(tokens, [position for block in blocks for position in block], blocks, key, decoding)
+
+
+def strided_blocks(free: Sequence[int], streams: int) -> list[list[int]]:
+    """Free positions as S contiguous streams written side by side: the positions of each block.
+
+    The heads of the streams come one at a time, then one token of every stream at once. The first ``n % S`` streams
+    are one longer, so only the last block can be ragged. ``streams`` is capped at n.
+    """
+    parts = _streams(len(free), streams)
+    heads = [[free[start]] for start, _ in parts]
+    rounds = range(1, parts[0][1] - parts[0][0]) if parts else ()
+    return heads + [[free[start + step] for start, stop in parts if start + step < stop] for step in rounds]
+
+
+def _streams(count: int, streams: int) -> list[tuple[int, int]]:
+    """Half-open ranges of S contiguous parts of ``count`` things, the first ones one longer."""
+    streams = min(streams, count)
+    stops = [(count // streams) * (part + 1) + min(part + 1, count % streams) for part in range(streams)]
+    return list(zip([0, *stops], stops, strict=False))
+
+
+class Lockstep:
+    """Sequences with the same free positions, blocks and start: every step has the same rows in all of them."""
+
+    passes_a_step = 1
+
+    def __init__(self, network: Network, tasks: Sequence[Task]) -> None:
+        self._network, device = network, network.device
+        first, given = tasks[0], tasks[0].given
+        self.blocks = first.blocks
+        self._sampler = Sampler(len(tasks), device)
+        for lane, one in enumerate(tasks):
+            self._sampler.set(lane, one.decoding)
+        slots = len(first.tokens) + 1
+        draws = torch.stack([uniform(one.key, slots) for one in tasks])
+        self._uniform = draws[:, first.order].to(device)
+        self._places = torch.tensor([0, *given, *first.order], device=device)
+        self._cache = Cache(network, len(tasks), slots)
+        self._context = torch.full((len(tasks), 1), network.config.bos_id, device=device)
+        self._fed, self._step = 0, 0
+        if given:
+            known = torch.tensor([[one.tokens[p - 1] for p in given] for one in tasks], device=device)
+            at = self._places[None, 1 : len(given) + 1].expand(len(tasks), -1)
+            network.prefill(known, at, torch.ones_like(known, dtype=torch.bool), self._cache, None)
+            self._context, self._fed = known[:, -1:], len(given)
+        self._start = self._fed + 1
+
+    def step(self) -> Step:
+        """Write the next block."""
+        width = len(self.blocks[self._step])
+        fed = self._fed + self._context.shape[1]
+        targets = self._places[None, fed : fed + width]
+        hidden = self._network.step(self._context, self._places[None, self._fed : fed], targets, self._cache)
+        numbers = self._uniform[:, fed - self._start : fed - self._start + width]
+        self._context = self._sampler.draw(self._network.predict(hidden), numbers)
+        self._fed = fed
+        self._step += 1
+        return Step(targets.expand(self._context.shape), self._context)
+
+
+class Lanes:
+    """Places for sequences that are decoded side by side, each with its own text, plan and settings.
+
+    ``admit`` puts texts into free lanes at any time; ``step`` goes on with all of them; ``release`` frees a lane. A
+    lane's text depends on nothing in the other lanes. ``width``: most targets of a step.
+    """
+
+    passes_a_step = 1
+
+    def __init__(self, network: Network, count: int, slots: int, width: int) -> None:
+        self.network, self.count, self.slots, self.width = network, count, slots, width
+        self.cache = Cache(network, count, slots)
+        self.sampler = Sampler(count, network.device)
+        # One slot more takes what belongs nowhere.
+        self.text = self._zeros(slots + 1)
+        self.known = self._zeros(slots + 1).bool()
+        self._free = self._zeros(slots).bool()
+        self._length = self._zeros()
+        self._stop = self._zeros().bool()
+        advance = self._advance
+        self._run: Callable[..., Any] = _captured(advance, self.sampler) if network.device.type == "cuda" else advance
+
+    def _zeros(self, *shape: int, dtype: torch.dtype = torch.long) -> Tensor:
+        return torch.zeros(self.count, *shape, dtype=dtype, device=self.network.device)
+
+    def admit(self, tasks: Mapping[int, Task]) -> None:
+        """Put texts into lanes; what was there is forgotten."""
+        rows = max(len(one.given) for one in tasks.values())
+        text = torch.zeros(len(tasks), self.slots + 1, dtype=torch.long)
+        known, free = torch.zeros_like(text).bool(), torch.zeros_like(text).bool()
+        tokens, at = torch.zeros(2, len(tasks), rows, dtype=torch.long)
+        text[:, 0], known[:, 0] = self.network.config.bos_id, True
+        for row, (lane, one) in enumerate(tasks.items()):
+            self.sampler.set(lane, one.decoding)
+            given = torch.tensor(one.given, dtype=torch.long)
+            at[row, : len(given)] = given
+            tokens[row, : len(given)] = text[row, given] = torch.tensor(one.tokens, dtype=torch.long)[given - 1]
+            known[row, given] = True
+            free[row, one.order] = True
+        device = self.network.device
+        lanes = torch.tensor(list(tasks), device=device)
+        self.text[lanes], self.known[lanes] = text.to(device), known.to(device)
+        self._free[lanes] = free[:, :-1].to(device)
+        self._length[lanes] = torch.tensor([len(one.tokens) for one in tasks.values()], device=device)
+        self._stop[lanes] = torch.tensor([one.decoding.stop for one in tasks.values()], device=device)
+        self.cache.prefix[lanes], self.cache.rows[lanes] = 0, 0
+        if rows:
+            self.network.prefill(tokens.to(device), at.to(device), (at > 0).to(device), self.cache, lanes)
+        for lane, one in tasks.items():
+            self._start(lane, one, max(one.given, default=0))
+
+    def release(self, lane: int) -> None:
+        """Leave a lane idle."""
+        self._length[lane] = 0
+
+    def finished(self) -> Tensor:
+        """Lanes [B] whose text is there: every position, or all up to the first EOS where that is the end."""
+        known = self.known[:, : self.slots]
+        complete = known.long().cumprod(dim=1).sum(dim=1) - 1
+        position = torch.arange(self.slots, device=known.device)
+        ends = known & self._free & (self.text[:, : self.slots] == self.network.config.eos_id)
+        first_end = position.where(ends, self.slots).amin(dim=1)
+        return (complete >= self._length) | (self._stop & (complete >= first_end))
+
+    def step(self) -> Step:
+        """Go on with every lane."""
+        return Step(*self._run())
+
+    def _start(self, lane: int, one: Task, last: int) -> None:
+        """Set up a lane of which all given tokens but the one at position ``last`` (0: BOS) have been fed."""
+        raise NotImplementedError
+
+    def _advance(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The work of a step on the device: positions and tokens [B, T] written."""
+        raise NotImplementedError
+
+    def _known_targets(self, targets: Tensor) -> Tensor:
+        """Slots [B, M] whose rows of G are there: of known positions, and of ``targets`` [B, T]; never none."""
+        top = self.known.scatter(1, targets, True)[:, : self.slots]
+        top[:, 0] = ~top[:, 1:].any(dim=1)
+        return top
+
+    def _write(self, positions: Tensor, tokens: Tensor) -> None:
+        place = positions.where(positions > 0, self.slots)
+        self.text.scatter_(1, place, tokens)
+        self.known.scatter_(1, place, True)
+
+
+class Strided(Lanes):
+    """Blocks that are planned beforehand."""
+
+    def __init__(self, network: Network, count: int, slots: int, width: int) -> None:
+        super().__init__(network, count, slots, width)
+        self._uniform = self._zeros(slots, dtype=torch.float64)
+        self._blocks: list[list[list[int]]] = [[] for _ in range(count)]
+        self._next = [0] * count
+
+    def _start(self, lane: int, one: Task, last: int) -> None:
+        self._uniform[lane, : len(one.tokens) + 1] = uniform(one.key, len(one.tokens) + 1).to(self._uniform.device)
+        self._blocks[lane], self._next[lane] = [[last], *one.blocks], 1
+
+    def release(self, lane: int) -> None:
+        super().release(lane)
+        self._blocks[lane] = []
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every plan has been carried out."""
+        return all(step >= len(blocks) for blocks, step in zip(self._blocks, self._next, strict=True))
+
+    def step(self) -> Step:
+        rows = []
+        for lane, (blocks, number) in enumerate(zip(self._blocks, self._next, strict=True)):
+            rows.append((blocks[number - 1], blocks[number]) if number < len(blocks) else ([], []))
+            self._next[lane] += number < len(blocks)
+        fed, wanted = (max(1, *(len(row[side]) for row in rows)) for side in (0, 1))
+        plan = torch.zeros(self.count, fed + wanted, dtype=torch.long)
+        plan[:, :fed] = -1
+        for lane, (context, targets) in enumerate(rows):
+            plan[lane, : len(context)] = torch.tensor(context)
+            plan[lane, fed : fed + len(targets)] = torch.tensor(targets)
+        plan = plan.to(self.text.device, non_blocking=True)
+        return Step(*self._run(plan[:, :fed], plan[:, fed:]))
+
+    def _advance(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        at, targets = inputs
+        keep, at = at >= 0, at.clamp(min=0)
+        seen = self.known[:, None, : self.slots]
+        sight = Sight(seen, seen, self._known_targets(targets)[:, None])
+        hidden = self.network.step(self.text.gather(1, at), at, targets, self.cache, keep, sight)
+        tokens = self.sampler.draw(self.network.predict(hidden), self._uniform.gather(1, targets))
+        self._write(targets, tokens)
+        return targets, tokens
+
+
+class Adaptive(Lanes):
+    """Streams that advance at their own pace.
+
+    Every step predicts the next token of all S streams and keeps as many of the most certain ones as have, but for the
+    last of them, ``entropy`` nats together: what sampling them independently can lose is bounded by that sum. (The
+    bound is that of Ben-Hamu et al., arXiv 2505.24857.)
+    """
+
+    def __init__(self, network: Network, count: int, slots: int, width: int) -> None:
+        super().__init__(network, count, slots, width)
+        self._uniform = self._zeros(slots, dtype=torch.float64)
+        self._holes = self._zeros(slots)
+        self._begin, self._end = self._zeros(width), self._zeros(width)
+        self._at, self._keep = self._zeros(width), self._zeros(width).bool()
+        self._bound = self._zeros(1, dtype=torch.float64)
+
+    def _start(self, lane: int, one: Task, last: int) -> None:
+        device = self._holes.device
+        holes = sorted(one.order)
+        self._uniform[lane, : len(one.tokens) + 1] = uniform(one.key, len(one.tokens) + 1).to(device)
+        self._holes[lane, : len(holes)] = torch.tensor(holes, dtype=torch.long, device=device)
+        parts = _streams(len(holes), one.decoding.streams)
+        edges = torch.tensor([*parts, *[(0, 0)] * (self.width - len(parts))], device=device)
+        self._begin[lane], self._end[lane] = edges[:, 0], edges[:, 1]
+        self._at[lane], self._keep[lane] = 0, False
+        self._at[lane, 0], self._keep[lane, 0] = last, True
+        self._bound[lane] = one.decoding.entropy or 0.0
+
+    def release(self, lane: int) -> None:
+        super().release(lane)
+        self._end[lane], self._keep[lane] = 0, False
+
+    def _advance(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        there = self._begin < self._end
+        targets = self._holes.gather(1, self._begin.where(there, 0)).where(there, 0)
+        seen = self.known[:, None, : self.slots]
+        sight = Sight(seen, seen, self._known_targets(targets)[:, None])
+        context = self.text.gather(1, self._at)
+        hidden = self.network.step(context, self._at, targets, self.cache, self._keep, sight)
+        probabilities = self.sampler.probabilities(self.network.predict(hidden))
+        entropy = torch.special.entr(probabilities).sum(-1).double().where(there, _NEVER)
+        ranked, index = entropy.sort(dim=1, stable=True)
+        kept = (ranked.cumsum(dim=1) - ranked <= self._bound) & (ranked < _NEVER)
+        accepted = torch.zeros_like(there).scatter_(1, index, kept)
+        tokens = draw(probabilities, self._uniform.gather(1, targets))
+        chosen = targets.where(accepted, 0)
+        self._write(chosen, tokens)
+        self._begin += accepted
+        self._at.copy_(chosen)
+        self._keep.copy_(accepted)
+        return chosen, tokens
+
+
+_NEVER = 1e9  # nats
+
+
+class Exact(Lanes):
+    """Several tokens for two passes, with exactly the distribution of one token a step in the same order.
+
+    One pass drafts the next K tokens, each as if it were the next; a second scores the draft with one token a block.
+    A drafted token is kept with probability min(1, q / p) for its draft probability p and its score q; the first that
+    is not kept is drawn anew from max(0, q - p), and one token more comes from the scores when all are kept. The first
+    of a draft has p = q. (Any-subset speculative decoding, arXiv 2504.20456; the draft here is the model itself.)
+    """
+
+    passes_a_step = 2
+
+    def __init__(self, network: Network, count: int, slots: int, width: int) -> None:
+        super().__init__(network, count, slots, width)
+        self._order = self._zeros(slots + width + 1)
+        self._total, self._written = self._zeros(1), self._zeros(1)
+        self._last, self._draft, self._round = self._zeros(1), self._zeros(1), self._zeros(1)
+        rounds = slots // 2 + 2
+        self._draws = self._zeros(rounds, width + 1, dtype=torch.float64)
+        self._judge = self._zeros(rounds, width, dtype=torch.float64)
+
+    def _start(self, lane: int, one: Task, last: int) -> None:
+        device = self._order.device
+        size, rounds = one.decoding.draft, len(one.order) // 2 + 2
+        numbers = uniform(one.key, rounds, 2 * size + 1).to(device)
+        self._draws[lane, :rounds, : size + 1] = numbers[:, : size + 1]
+        self._judge[lane, :rounds, :size] = numbers[:, size + 1 :]
+        self._order[lane] = 0
+        self._order[lane, : len(one.order)] = torch.tensor(one.order, dtype=torch.long, device=device)
+        self._total[lane], self._written[lane], self._round[lane] = len(one.order), 0, 0
+        self._last[lane], self._draft[lane] = last, size
+
+    def release(self, lane: int) -> None:
+        super().release(lane)
+        self._total[lane] = 0
+
+    def _advance(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        width, slots = self.width, self.slots
+        column = torch.arange(width + 1, device=self.text.device)
+        there = (self._written + column < self._total) & (column <= self._draft)
+        positions = self._order.gather(1, self._written + column).where(there, 0)
+        drafted = (there & (column < self._draft))[:, :width]
+        now = self._round[..., None].clamp(max=self._draws.shape[1] - 1)
+        draws = self._draws.gather(1, now.expand(-1, 1, width + 1))[:, 0]
+        judge = self._judge.gather(1, now.expand(-1, 1, width))[:, 0]
+
+        # Draft: a target sees what is known and itself.
+        targets = positions[:, :width].where(drafted, 0)
+        known = self.known[:, :slots].clone()
+        seen, top = known[:, None], known.clone()
+        top[:, 0] = False
+        own = targets[..., None] == torch.arange(slots, device=targets.device)
+        context = self.text.gather(1, self._last)
+        hidden = self.network.step(
+            context, self._last, targets, self.cache, there[:, :1], Sight(seen, seen, top[:, None] | own)
+        )
+        draft = self.sampler.probabilities(self.network.predict(hidden))
+        tokens = draw(draft, draws[:, :width])
+
+        # Score: target i sees what is known and the draft before it.
+        rank = torch.full_like(self.text, width + 1)
+        rank.scatter_(1, positions.where(there, slots), column.expand(self.count, -1))
+        rank = rank[:, None, :slots]
+        fed = seen | (rank <= column[:width, None])
+        scored = top[:, None] | (rank <= column[1:, None])
+        scored[..., 0] |= ~scored[..., 1:].any(dim=-1)
+        before = (column[:width, None] >= column[:width]) & drafted[:, None]
+        targets = positions[:, 1:]
+        hidden = self.network.step(
+            tokens, positions[:, :width], targets, self.cache, drafted, Sight(fed, fed, scored), before
+        )
+        score = self.sampler.probabilities(self.network.predict(hidden))
+
+        # Accept, and draw one token more.
+        p, q = (rows.gather(-1, tokens[:, 1:, None])[..., 0] for rows in (draft[:, 1:], score[:, :-1]))
+        good = drafted[:, 1:] & (judge[:, 1:] * p < q)
+        kept = torch.cat([drafted[:, :1], good & drafted[:, :1]], dim=1).long().cumprod(dim=1).bool()
+        accepted = kept.sum(dim=1, keepdim=True)
+        behind = (accepted - 1).clamp(min=0)[..., None].expand(-1, 1, score.shape[-1])
+        fresh = score.gather(1, behind)
+        refused = drafted.gather(1, accepted.clamp(max=width - 1)) & (accepted < width)
+        old = draft.gather(1, accepted.clamp(max=width - 1)[..., None].expand_as(behind))
+        rest = (fresh - old).clamp(min=0)
+        # Scores that equal the draft but for rounding leave nothing to draw from.
+        rest = torch.where(refused[..., None] & (rest.sum(-1, keepdim=True) > 0), rest, fresh)
+        more = draw(rest, draws.gather(1, self._draft))
+        extra = there.gather(1, accepted) & drafted[:, :1]
+        self.network.absorb(tokens, positions[:, :width], kept, self.cache)
+
+        tokens = torch.cat([tokens, more], dim=1).scatter(1, accepted, more)
+        chosen = torch.cat([kept, torch.zeros_like(extra)], dim=1).scatter(1, accepted, extra)
+        positions = positions.where(chosen, 0)
+        self._write(positions, tokens)
+        self._last.copy_(positions.gather(1, accepted))
+        self._written += chosen.sum(dim=1, keepdim=True)
+        self._round += 1
+        return positions, tokens
+
+
+STRATEGIES: dict[str, type[Lanes]] = {"strided": Strided, "exact": Exact, "adaptive": Adaptive}
+
+
+def width(decoding: Decoding) -> int:
+    """Targets of a step that a way of decoding asks for."""
+    return decoding.draft or decoding.streams
+
+
+class Frontier:
+    """A text whose tokens arrive in any order: gives them out by position, as far as it is complete."""
+
+    def __init__(self, one: Task, eos_id: int) -> None:
+        self.tokens = list(one.tokens)
+        self.passed = 0
+        """Positions given out."""
+        self.ended = False
+        self._free = set(one.order)
+        self._end = eos_id if one.decoding.stop else None
+        self.push([], [])
+
+    def push(self, positions: Sequence[int], tokens: Sequence[int]) -> list[int]:
+        """Take a step's tokens; the generated tokens that are complete by them, EOS not among them."""
+        for position, token in zip(positions, tokens, strict=True):
+            if position:
+                self.tokens[position - 1] = token
+        fresh = []
+        while not self.ended and self.passed < len(self.tokens) and self.tokens[self.passed] != FREE:
+            token = self.tokens[self.passed]
+            self.passed += 1
+            if self.passed in self._free:
+                self.ended = token == self._end
+                fresh += [] if self.ended else [token]
+        self.ended = self.ended or self.passed == len(self.tokens)
+        return fresh
+
+
+def _captured(work: Callable[..., tuple[Tensor, Tensor]], sampler: Sampler) -> Callable[..., tuple[Tensor, Tensor]]:
+    """``work`` (tensors in, tensors out, other state changed in place) as a CUDA graph for each shape of its inputs.
+
+    The first call of a kind runs as it is and prepares the libraries; the second is recorded, all are replayed after.
+    """
+    graphs: dict[Any, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], tuple[Tensor, Tensor]] | None] = {}
+
+    def run(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        kind = (tuple(tensor.shape for tensor in inputs), sampler.kinds)
+        if kind not in graphs:
+            graphs[kind] = None
+            return work(*inputs)
+        entry = graphs[kind]
+        if entry is None:
+            graph, held = torch.cuda.CUDAGraph(), tuple(tensor.clone() for tensor in inputs)
+            with torch.cuda.graph(graph):
+                results = work(*held)
+            entry = graphs[kind] = (graph, held, results)
+        graph, held, results = entry
+        for tensor, value in zip(held, inputs, strict=True):
+            tensor.copy_(value)
+        graph.replay()
+        positions, tokens = results
+        return positions.clone(), tokens.clone()
+
+    return run

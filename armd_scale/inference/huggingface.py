@@ -1,0 +1,127 @@
+"""The model as a Hugging Face model: ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``.
+
+Texts begin with BOS here, as the tokenizer of the folder writes it: row i of the logits predicts token i + 1 left to
+right, exactly. ``generate`` takes the usual settings and those of ``Decoding``.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from armd_scale.inference.decoding import Task
+from armd_scale.inference.model import ARMD
+from armd_scale.inference.network import ARMDConfig, InputError
+from armd_scale.inference.sampling import Decoding
+
+
+class ARMDHubConfig(PretrainedConfig):
+    """``config.json``; its own fields are those of ``ARMDConfig``."""
+
+    model_type = "armd"
+    attribute_map: ClassVar = {
+        "hidden_size": "hidden",
+        "intermediate_size": "ffn",
+        "num_hidden_layers": "layers",
+        "num_attention_heads": "heads",
+        "num_key_value_heads": "kv_heads",
+        "max_position_embeddings": "length",
+    }
+
+    def shape(self) -> ARMDConfig:
+        """The fields that make the model."""
+        return ARMDConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(ARMDConfig)})
+
+
+class ARMDForCausalLM(PreTrainedModel):
+    """Auto-regressive masked diffusion language model; ``model`` is the ``ARMD`` itself."""
+
+    config_class = ARMDHubConfig
+    base_model_prefix = "model"
+
+    def __init__(self, config: ARMDHubConfig) -> None:
+        super().__init__(config)
+        self.model = ARMD(config.shape())
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Nothing: a folder holds every weight."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **_: Any,
+    ) -> CausalLMOutput:
+        """Logits [B, N, V] of the token behind each of ``input_ids`` [B, N], BOS first; padding may follow a text.
+
+        ``labels`` [B, N]: -100 is not scored. Raises ``InputError``.
+        """
+        c = self.model.config
+        if not 1 <= input_ids.shape[1] <= c.length or not bool((input_ids[:, 0] == c.bos_id).all()):
+            raise InputError(f"input_ids must be BOS ({c.bos_id}) and up to {c.length - 1} tokens behind it")
+        if attention_mask is not None and not bool(attention_mask[:, 0].all()):
+            raise InputError("padding must be on the right here; generate takes it on the left as well")
+        tokens = torch.cat([input_ids[:, 1:], input_ids[:, :1]], dim=1)  # the last target has no token yet
+        natural = torch.arange(1, tokens.shape[1] + 1, device=tokens.device).expand_as(tokens)
+        logits = self.model.predict(self.model.whole(tokens, natural, natural))
+        loss = None
+        if labels is not None:
+            if attention_mask is not None:
+                labels = labels.masked_fill(attention_mask == 0, -100)
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return True
+
+    def generate(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        generation_config: Any = None,
+        seed: int | None = None,
+        **settings: Any,
+    ) -> Tensor:
+        """``input_ids`` and the tokens generated behind them, filled up with EOS.
+
+        Settings: ``max_new_tokens`` or ``max_length`` (default: the model's length), ``do_sample``, ``temperature``,
+        ``top_k``, ``top_p``, ``min_p`` as usual, ``streams``, ``draft``, ``entropy`` as in ``Decoding``. Without a
+        ``seed``, PyTorch's own state decides. Raises ``InputError``.
+        """
+        known = {field.name for field in dataclasses.fields(Decoding)}
+        usual = {"max_new_tokens", "max_length", "do_sample"}
+        given: dict[str, Any] = {name: getattr(generation_config, name, None) for name in known | usual} | settings
+        given = {name: value for name, value in given.items() if value is not None}
+        ignored = {"pad_token_id", "eos_token_id", "bos_token_id", "use_cache", "tokenizer", "assistant_tokenizer"}
+        unknown = sorted(given.keys() - known - usual - ignored)
+        if unknown:
+            raise InputError(f"unknown setting {unknown[0]}: choose from {', '.join(sorted(known | usual))}")
+        if not given.get("do_sample", False):
+            given["temperature"] = 0.0
+        decoding = Decoding(**{"stop": True, **{name: given[name] for name in known & given.keys()}})
+        c = self.model.config
+        if input_ids is None:
+            input_ids = torch.full((1, 1), c.bos_id, device=self.device)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        prompts = [row[kept.bool()].tolist() for row, kept in zip(input_ids, mask, strict=True)]
+        if any(not row or row[0] != c.bos_id for row in prompts):
+            raise InputError(f"every text must begin with BOS ({c.bos_id})")
+        most = c.length - max(len(row) - 1 for row in prompts)
+        new = given.get("max_new_tokens", given.get("max_length", input_ids.shape[1] + most) - input_ids.shape[1])
+        if not 0 <= new <= most:
+            raise InputError(f"{new} new tokens do not fit: 0 to {most} do behind these texts")
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        tasks: list[Task] = self.model.plan([row[1:] + [-1] * new for row in prompts], decoding, seed) if new else []
+        texts = self.model.complete(tasks) if tasks else []
+        made = [text[len(row) - 1 :] for row, text in zip(prompts, texts, strict=False)]
+        behind = torch.full((len(prompts), new), c.eos_id, device=input_ids.device)
+        for row, tokens in enumerate(made):
+            behind[row, : min(new, len(tokens))] = tokens[:new].to(behind.device)
+        return torch.cat([input_ids, behind], dim=1)

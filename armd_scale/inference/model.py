@@ -1,0 +1,362 @@
+"""The standalone ARMD model: likelihoods in any order, and text in several streams at once.
+
+- ``load``: a model folder (``config.json``, safetensors) -> ``ARMD``;
+- ``ARMD.nll``, ``ARMD.logits``: one pass over whole texts, any generation order and blocks;
+- ``ARMD.conditional_nll``: any part of a text given any other;
+- ``ARMD.generate``, ``ARMD.fill``, ``ARMD.decode``: text after prompts, text in gaps, and both step by step.
+"""
+
+import dataclasses
+import json
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from armd_scale.inference.decoding import FREE, STRATEGIES, Lockstep, Step, Strided, Task, task, width
+from armd_scale.inference.network import ARMDConfig, InputError, Network
+from armd_scale.inference.sampling import Decoding, seeds
+
+Texts: TypeAlias = Tensor | Sequence[int] | Sequence[Sequence[int]]
+"""Token ids: one text, or several, which may differ in length."""
+
+_LOGIT_ROWS = 2048  # rows whose logits are held at a time
+_LOOK = 16  # steps between looks at what an accelerator has finished
+
+
+class ARMD(Network):
+    """Auto-regressive masked diffusion language model."""
+
+    # Likelihood ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def nll(self, tokens: Tensor, order: Tensor | None = None, block_ids: Tensor | None = None) -> Tensor:
+        """-log p of every token given the tokens of earlier blocks, in nats, at original positions: [B, N].
+
+        ``tokens`` [B, N]: text order, no BOS, N up to ``config.length``. ``order`` [B, N] or [N]: a permutation
+        of 1..N, the position generated n-th (default: left to right). ``block_ids`` [B, N] or [N]: B(n) >= 1
+        along the order, never decreasing (default: one token a block). Raises ``InputError``.
+        """
+        tokens, order, blocks = self._layout(tokens, order, block_ids)
+        along_order = self._nll(tokens.gather(1, order - 1), order, blocks)
+        return torch.zeros_like(along_order).scatter(1, order - 1, along_order)
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, order: Tensor | None = None, block_ids: Tensor | None = None) -> Tensor:
+        """Logits that predict every token, at original positions: [B, N, V]; arguments as for ``nll``."""
+        tokens, order, blocks = self._layout(tokens, order, block_ids)
+        along_order = self.predict(self.whole(tokens.gather(1, order - 1), order, blocks))
+        return torch.zeros_like(along_order).scatter(1, (order - 1)[..., None].expand_as(along_order), along_order)
+
+    @torch.no_grad()
+    def conditional_nll(self, tokens: Texts, targets: Sequence[int], given: Sequence[int] = ()) -> Tensor:
+        """-log p of the tokens at ``targets`` given those at ``given``, in nats: [B, len(targets)].
+
+        Positions count from 1. The targets are generated one after the other in the order in which they are named;
+        their sum is the joint -log p in that order. Positions in neither are unknown. Raises ``InputError``.
+        """
+        rows, targets, given = self._rows(tokens), list(targets), sorted(given)
+        count = min(len(row) for row in rows)
+        used = [*given, *targets]
+        if not targets or len({len(row) for row in rows}) > 1:
+            raise InputError("name at least one target" if not targets else "the texts must be of one length")
+        if len(set(used)) < len(used) or not all(1 <= position <= count for position in used):
+            raise InputError(f"targets and given must be different positions from 1 to {count}")
+        order = torch.tensor(used, device=self.device).expand(len(rows), -1)
+        known = torch.tensor(rows, device=self.device).gather(1, order - 1)
+        blocks = torch.arange(1, len(used) + 1, device=self.device).expand_as(order)
+        return self._nll(known, order, blocks)[:, len(given) :]
+
+    def _nll(self, tokens: Tensor, at: Tensor, blocks: Tensor) -> Tensor:
+        """-log p along the order, [B, N]."""
+        hidden = self.whole(tokens, at, blocks)
+        parts = [
+            -self.predict(rows).to(self.precise).log_softmax(dim=-1).gather(-1, wanted[:, None])[:, 0]
+            for rows, wanted in zip(
+                hidden.flatten(0, 1).split(_LOGIT_ROWS), tokens.flatten().split(_LOGIT_ROWS), strict=True
+            )
+        ]
+        return torch.cat(parts).view(tokens.shape)
+
+    # Decoding --------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Texts | None = None,
+        length: int | None = None,
+        decoding: Decoding | None = None,
+        seed: int | Sequence[int] = 0,
+        *,
+        batch: int = 1,
+        new_tokens: int | None = None,
+    ) -> Tensor:
+        """Texts that go on from prompts, [B, length], filled up with EOS where they are shorter.
+
+        ``prompts``: one, or several, which may differ in length; without any, ``batch`` texts from nothing.
+        ``length``: tokens of a text, prompt included (default: the model's length), or ``new_tokens`` behind each
+        prompt. ``seed``: one for the batch, or one per sequence. A sequence depends on its own prompt, seed and
+        ``decoding`` alone; row 0 of a batch with one seed is the sequence of that seed. Raises ``InputError``.
+        """
+        rows = self._prompts(prompts, length, batch, new_tokens)
+        tasks = self.plan(rows, decoding, seed)
+        return self._filled_up(self.complete(tasks), max(map(len, rows)))
+
+    def fill(
+        self,
+        tokens: Texts,
+        decoding: Decoding | None = None,
+        seed: int | Sequence[int] = 0,
+        order: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Texts with their free positions (token -1) generated given all others: [B, N].
+
+        The free positions are written left to right, by streams over them, or one after the other in ``order``.
+        Raises ``InputError``.
+        """
+        tasks = self.plan(self._rows(tokens, free=True), decoding, seed, order)
+        return self._filled_up(self.complete(tasks), max(len(one.tokens) for one in tasks))
+
+    def plan(
+        self,
+        texts: Sequence[Sequence[int]],
+        decoding: Decoding | None = None,
+        seed: int | Sequence[int] = 0,
+        order: Sequence[int] | None = None,
+    ) -> list[Task]:
+        """Tasks for ``decode``: texts in which -1 is to be generated. Raises ``InputError``."""
+        decoding = decoding or Decoding()
+        rows = self._rows(texts, free=True)
+        return [task(row, key, decoding, order) for row, key in zip(rows, seeds(seed, len(rows)), strict=True)]
+
+    @torch.no_grad()
+    def decode(self, tasks: Sequence[Task]) -> Iterator[Step]:
+        """The steps that complete the tasks, as they are made."""
+        if not tasks:
+            return
+        kinds = {one.decoding.strategy for one in tasks}
+        if len(kinds) > 1:
+            raise InputError(f"tasks of different strategies cannot share their steps: {', '.join(sorted(kinds))}")
+        strategy, look = STRATEGIES[kinds.pop()], 1 if self.device.type == "cpu" else _LOOK
+        stopping = any(one.decoding.stop for one in tasks)
+        plans = {(tuple(one.order), tuple(map(len, one.blocks)), len(one.tokens)) for one in tasks}
+        if strategy is Strided and len(plans) == 1 and not stopping and self.device.type == "cpu":
+            lockstep = Lockstep(self, tasks)
+            for _ in lockstep.blocks:
+                yield lockstep.step()
+            return
+        slots = max(len(one.tokens) for one in tasks) + 1
+        lanes = strategy(self, len(tasks), slots, max(width(one.decoding) for one in tasks))
+        lanes.admit(dict(enumerate(tasks)))
+        step = 0
+        while not (isinstance(lanes, Strided) and lanes.exhausted):
+            looks = stopping or not isinstance(lanes, Strided)
+            if looks and step % look == 0 and bool(lanes.finished().all()):
+                return
+            yield lanes.step()
+            step += 1
+
+    def complete(self, tasks: Sequence[Task]) -> list[Tensor]:
+        """The finished texts; one that stops ends with its first generated EOS."""
+        size = max((len(one.tokens) for one in tasks), default=0)
+        text = torch.zeros(len(tasks), size + 1, dtype=torch.long)
+        for row, one in enumerate(tasks):
+            text[row, 1 : len(one.tokens) + 1] = torch.tensor(one.tokens)
+        text = text.to(self.device)
+        for positions, tokens in self.decode(tasks):
+            text.scatter_(1, positions, tokens)  # column 0 takes what is none
+        texts = []
+        for row, one in zip(text.cpu(), tasks, strict=True):
+            stop = len(one.tokens) + 1
+            if one.decoding.stop:
+                ends = [p for p in one.order if row[p] == self.config.eos_id]
+                stop = min([stop, *(p + 1 for p in ends)])
+            texts.append(row[1:stop].to(self.device))
+        return texts
+
+    def _filled_up(self, texts: list[Tensor], size: int) -> Tensor:
+        """Texts side by side, the rest of a row EOS."""
+        out = torch.full((len(texts), size), self.config.eos_id, device=self.device)
+        for row, text in zip(out, texts, strict=True):
+            row[: len(text)] = text
+        return out
+
+    # Checks ----------------------------------------------------------------------------------------------------
+
+    def _layout(self, tokens: Tensor, order: Tensor | None, block_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise InputError(f"tokens must be whole numbers [batch, length], not {tokens.dtype} {list(tokens.shape)}")
+        tokens, count = tokens.to(self.device, torch.long), tokens.shape[1]
+        self._check_length(count)
+        if tokens.numel():
+            self._check_tokens(int(tokens.min()), int(tokens.max()))
+        natural = torch.arange(1, count + 1, device=self.device)
+        order = _like(tokens, order, natural, "order")
+        blocks = _like(tokens, block_ids, natural, "block_ids")
+        if not bool((order.sort(dim=1).values == natural).all()):
+            raise InputError(f"order must be a permutation of 1..{count} in every row")
+        if bool((blocks[:, :1] < 1).any()) or bool((blocks[:, 1:] < blocks[:, :-1]).any()):
+            raise InputError("block_ids must start at 1 or more and never decrease along the order")
+        return tokens, order, blocks
+
+    def _prompts(
+        self, prompts: Texts | None, length: int | None, batch: int, new_tokens: int | None
+    ) -> list[list[int]]:
+        """Texts that begin with the prompts and are free behind them."""
+        if length is not None and new_tokens is not None:
+            raise InputError("give length or new_tokens, not both")
+        if length is None and new_tokens is None:
+            length = self.config.length
+        if length is not None and not 1 <= length <= self.config.length:
+            raise InputError(f"length {length} does not fit this model: choose 1 to {self.config.length}")
+        rows = [[] for _ in range(batch)] if prompts is None else self._rows(prompts, empty=True)
+        for row in rows:
+            size = len(row) + (new_tokens or 0) if length is None else length
+            if new_tokens is not None and new_tokens < 0:
+                raise InputError(f"new_tokens must be 0 or more, not {new_tokens}")
+            if len(row) > size or size > self.config.length:
+                raise InputError(
+                    f"the prompt has {len(row)} tokens but the text may have {min(size, self.config.length)}: shorten "
+                    f"it or change the length (this model: up to {self.config.length})"
+                    if new_tokens is None
+                    else f"a prompt of {len(row)} tokens and {new_tokens} new ones do not fit this model: up to "
+                    f"{self.config.length} together"
+                )
+            row += [FREE] * (size - len(row))
+        if not rows or not max(map(len, rows)):
+            raise InputError("there is nothing to generate: no text, or none with a token")
+        return rows
+
+    def _rows(self, texts: Texts, free: bool = False, empty: bool = False) -> list[list[int]]:
+        """Texts as lists, each token in the vocabulary (or -1 where ``free``)."""
+        wrong = "texts must be whole numbers, one list or several"
+        values: Any = texts.tolist() if isinstance(texts, Tensor) else texts
+        try:
+            values = list(values)
+            if not values or not isinstance(values[0], Iterable):
+                values = [values]
+            rows = [[operator.index(token) for token in row] for row in values]
+        except TypeError as error:
+            raise InputError(wrong) from error
+        for row in rows:
+            if row or not empty:
+                self._check_length(len(row))
+            known = [token for token in row if not (free and token == FREE)]
+            if known:
+                self._check_tokens(min(known), max(known))
+        return rows
+
+    def _check_length(self, count: int) -> None:
+        if not 1 <= count <= self.config.length:
+            raise InputError(f"a text of {count} tokens does not fit this model: it takes 1 to {self.config.length}")
+
+    def _check_tokens(self, least: int, most: int) -> None:
+        if least < 0 or most >= self.config.vocab_size:
+            raise InputError(
+                f"token {least if least < 0 else most} is not in the vocabulary of {self.config.vocab_size}: was "
+                "another tokenizer used?"
+            )
+
+
+def _like(tokens: Tensor, given: Tensor | None, default: Tensor, name: str) -> Tensor:
+    if given is None:
+        return default.expand(tokens.shape)
+    if given.dim() not in (1, 2) or given.shape[-1] != tokens.shape[1] or given.is_floating_point():
+        raise InputError(
+            f"{name} must be whole numbers {list(tokens.shape)} or [{tokens.shape[1]}], "
+            f"not {given.dtype} {list(given.shape)}"
+        )
+    try:
+        return given.to(tokens.device, torch.long).expand(tokens.shape)
+    except RuntimeError as error:
+        raise InputError(f"{name} of shape {list(given.shape)} does not fit {list(tokens.shape)}") from error
+
+
+def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> ARMD:
+    """Load a model folder. ``dtype``: None keeps the stored type. Raises ``InputError`` when the folder is no model."""
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is not a model folder: config.json is missing; make one with tools/convert_ckpt.py")
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float64):
+        raise InputError(f"a model cannot run in {dtype}: choose torch.float32, torch.bfloat16 or torch.float64")
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise InputError(f"device {device} is not there or cannot run a model; use device='cpu'") from error
+    config = read_config(folder / "config.json")
+    weights = _read_weights(folder)
+    with torch.device("meta"):
+        model = ARMD(config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if wanted != found:
+        name = sorted(set(wanted.items()) ^ set(found.items()))[0][0]
+        raise InputError(
+            f"the weights in {folder} do not fit config.json: {name} is {found.get(name, 'missing')}, "
+            f"expected {wanted.get(name, 'nothing')}; export it again"
+        )
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"the weights in {folder} are damaged: {name} is not finite; export it again")
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(False).eval().to(device=device, dtype=dtype)
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of ``model.safetensors``, or of the files that ``model.safetensors.index.json`` names."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    index = folder / "model.safetensors.index.json"
+    files = {"model.safetensors"}
+    if index.is_file():
+        try:
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{index} cannot be read: {error}; export the model again") from error
+    weights: dict[str, Tensor] = {}
+    for name in sorted(files):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} is not a model folder: {name} is missing; make one with tools/convert_ckpt.py")
+        try:
+            weights |= load_file(folder / name)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{folder / name} cannot be read: {error}; export the model again") from error
+    # transformers names them so when it saves a model.
+    return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+
+
+_CHOICES = {
+    "norm": ("layernorm", "rmsnorm"),
+    "mlp": ("gelu", "swiglu"),
+    "prefix_kernel": ("gaussian", "sinusoid", "learned"),
+    "prefix_scale": ("none", "sqrt", "mean"),
+    "model_type": ("armd",),
+}
+
+
+def read_config(path: Path) -> ARMDConfig:
+    """``config.json``, with every field of its type and in its range; unknown fields are left out."""
+    wrong = f"{path} does not describe an ARMD model"
+    kinds: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(ARMDConfig)}
+    try:
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config = ARMDConfig(**{name: value for name, value in fields.items() if name in kinds})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{wrong}: {error}") from error
+    for name, kind in kinds.items():
+        value = getattr(config, name)
+        accepted = (int, float) if kind is float else kind
+        right = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+        if right and kind in (int, float):
+            right = value >= 0 if name in ("bos_id", "eos_id") else value > 0
+        if not right or value not in _CHOICES.get(name, (value,)):
+            raise InputError(f"{wrong}: {name} is {value!r}")
+    c = config
+    fits = c.hidden % (2 * c.heads) == c.heads % c.kv_heads == c.prefix_dim % 2 == 0
+    if not fits or c.two_stream_layers > c.layers or max(c.bos_id, c.eos_id) >= c.vocab_size:
+        raise InputError(f"{wrong}: its sizes contradict each other")
+    return config

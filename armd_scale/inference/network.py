@@ -1,0 +1,422 @@
+"""The network on its own: two streams of rows through the layers, with or without a cache. Needs torch.
+
+- ``ARMDConfig``: shape of a model, the fields of ``config.json``;
+- ``Network``: weights and passes;
+- ``Cache``: what decoding carries from step to step.
+
+X holds known tokens and sees its own block; G predicts and sees earlier blocks only (arXiv 2601.16971, section 3).
+Shapes: B sequences, R rows, d hidden, H query and G key heads, D head width, V vocabulary, M cache slots.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Mask: TypeAlias = Tensor | Literal["causal"] | None
+"""Which keys a row sees: a boolean [B, R or 1, keys], as many as its own index + 1, or (None) all of them."""
+
+Store: TypeAlias = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Takes a layer's new keys and values [B, G, R, D] and gives those to attend to."""
+
+
+class InputError(ValueError):
+    """Input that the model cannot take; the text says what is wrong and what to do."""
+
+    bad_input = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ARMDConfig:
+    """Shape of a model: the fields of ``config.json``."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    length: int
+    """Longest text in tokens, without BOS."""
+    two_stream_layers: int
+    norm: str
+    """``layernorm`` or ``rmsnorm``, both with a scale and no bias."""
+    mlp: str
+    """``gelu`` (tanh form) or ``swiglu``."""
+    tied_head: bool
+    rope_base: float
+    norm_eps: float
+    prefix_kernel: str
+    """``gaussian``, ``sinusoid`` or ``learned``."""
+    prefix_width: float
+    prefix_dim: int
+    prefix_scale: str
+    """``none``, ``sqrt`` or ``mean``."""
+    prefix_target_position: bool
+    model_type: str = "armd"
+
+
+class Sight(NamedTuple):
+    """Masks of one pass: rows of X over X, rows of G over X, rows of G over G."""
+
+    x: Mask
+    g: Mask
+    top: Mask
+
+
+EVERYTHING = Sight(None, None, None)
+CAUSAL = Sight("causal", "causal", "causal")
+
+
+class Cache:
+    """What decoding carries: keys and values of every layer, and the state of prefix aggregation.
+
+    Layers with two streams keep X, the layers above them G. Buffers have their final size from the start. Rows are
+    either appended, the same number for every sequence (``append``), or have slots of their own (``scatter``); the
+    last slot takes rows that nobody will see.
+    """
+
+    def __init__(self, network: "Network", batch: int, slots: int) -> None:
+        c, like = network.config, network.embedding.weight
+        shape = (c.layers, 2, batch, c.kv_heads, slots + 1, c.hidden // c.heads)
+        self.slots = slots
+        # Zeros: a masked key still meets a weight of zero, which only a finite value survives.
+        self.key_values = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.prefix = torch.zeros(batch, c.prefix_dim, c.hidden, dtype=network.precise, device=like.device)
+        self.rows = torch.zeros(batch, 1, 1, dtype=network.precise, device=like.device)
+        """Context rows in ``prefix``."""
+        self._filled = [0] * c.layers
+        self._two_stream = c.two_stream_layers
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """``Store``: rows go behind the layer's last ones; attends to all so far."""
+        start = self._filled[layer]
+        stop = self._filled[layer] = start + keys.shape[2]
+        buffer = self.key_values[layer]
+        buffer[0, :, :, start:stop] = keys
+        buffer[1, :, :, start:stop] = values
+        return buffer[0, :, :, :stop], buffer[1, :, :, :stop]
+
+    def scatter(self, slots_x: Tensor, slots_g: Tensor, lanes: Tensor | None = None) -> Store:
+        """``Store``: rows of X go to ``slots_x`` [B, C], rows of G to ``slots_g`` [B, T].
+
+        Attends to every slot; with ``lanes`` [B] (the rows of the cache that are filled anew) to the new rows only.
+        """
+        every = torch.arange(self.prefix.shape[0], device=slots_x.device) if lanes is None else lanes
+        head = torch.arange(self.key_values.shape[3], device=slots_x.device)[None, :, None]
+
+        def store(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            slots = slots_x if layer < self._two_stream else slots_g
+            at = (every[:, None, None], head, slots[:, None, :])
+            buffer = self.key_values[layer]
+            buffer[0].index_put_(at, keys)
+            buffer[1].index_put_(at, values)
+            return (keys, values) if lanes is not None else (buffer[0, :, :, :-1], buffer[1, :, :, :-1])
+
+        return store
+
+    def absorb(self, keys: Tensor, rows: Tensor, lanes: Tensor | None = None) -> None:
+        """Add context rows [B, C, d] with position embeddings [B, C, d_pe], zero for rows left out, to the prefix."""
+        if lanes is None:
+            self.prefix.baddbmm_(keys.transpose(1, 2).expand(rows.shape[0], -1, -1), rows)
+        else:
+            self.prefix[lanes] = keys.transpose(1, 2) @ rows
+
+
+class _Layer(nn.Module):
+    """Weights of a layer; the names are those of the training model."""
+
+    def __init__(self, config: ARMDConfig) -> None:
+        super().__init__()
+        width = config.hidden // config.heads
+        self.attention_norm = _weight(config.hidden)
+        self.attention = nn.ModuleDict(
+            {
+                "query": _weight(config.heads * width, config.hidden),
+                "key_value": _weight(config.kv_heads * 2 * width, config.hidden),
+                "output": _weight(config.hidden, config.heads * width),
+            }
+        )
+        self.mlp_norm = _weight(config.hidden)
+        inner = config.ffn * (2 if config.mlp == "swiglu" else 1)
+        self.mlp = nn.ModuleDict({"up": _weight(inner, config.hidden), "down": _weight(config.hidden, config.ffn)})
+
+
+class Network(nn.Module):
+    """Weights of a model and passes over them."""
+
+    def __init__(self, config: ARMDConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = _weight(config.vocab_size, config.hidden)
+        self.layers = nn.ModuleList([_Layer(config) for _ in range(config.layers)])
+        self.norm = _weight(config.hidden)
+        if not config.tied_head:
+            self.head = _weight(config.vocab_size, config.hidden)
+        prefix = {}
+        if config.prefix_kernel == "learned":
+            prefix["table"] = nn.Parameter(torch.empty(config.length + 1, config.prefix_dim))
+        if config.prefix_target_position:
+            prefix["target_projection"] = nn.Parameter(torch.empty(config.hidden, config.prefix_dim))
+        self.prefix = nn.ParameterDict(prefix)
+        self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def precise(self) -> torch.dtype:
+        """Type of sums and probabilities: float32, or float64 for a float64 model."""
+        return torch.promote_types(self.embedding.weight.dtype, torch.float32)
+
+    # Passes ----------------------------------------------------------------------------------------------------
+
+    def whole(self, tokens: Tensor, at: Tensor, blocks: Tensor) -> Tensor:
+        """One pass over texts in generation order: activations of all targets [B, N, d].
+
+        ``tokens``, ``at``, ``blocks`` [B, N]: token, position (from 1) and block (from 1) of every row.
+        """
+        first = torch.zeros_like(at[:, :1])
+        x = self._embed(torch.cat([first + self.config.bos_id, tokens[:, :-1]], dim=1))
+        at_x, block_x = (torch.cat([first, rows[:, :-1]], dim=1) for rows in (at, blocks))
+        if bool((blocks[:, 1:] > blocks[:, :-1]).all()):
+            sight = CAUSAL
+            strict = torch.ones(at.shape[1], at.shape[1], dtype=torch.bool, device=self.device).tril()
+        else:
+            strict = block_x[:, None, :] < blocks[:, :, None]
+            sight = Sight(block_x[:, None, :] <= block_x[:, :, None], strict, blocks[:, None, :] <= blocks[:, :, None])
+        table = self._positions()
+        query = table[at]
+        seed = ((query @ table[at_x].transpose(1, 2)) * strict) @ x.to(self.precise)
+        g = self._finish_seed(seed, query, strict.sum(-1, keepdim=True))
+        return self._run(x, g, at_x, at, sight, None)
+
+    def prefill(self, tokens: Tensor, at: Tensor, keep: Tensor, cache: Cache, lanes: Tensor | None) -> None:
+        """Give known tokens to a cache, one a block in the order of their columns.
+
+        ``tokens``, ``at`` [B, R]: token and position of every row, BOS not among them; ``keep`` [B, R]: False behind
+        the last row of a shorter sequence. X gets BOS and all rows but the last of each sequence, which is the
+        context of the first step; G gets all rows. ``lanes`` [B]: the sequences of the cache, which take positions for
+        slots; None when rows are appended (then every row is kept).
+        """
+        first = torch.zeros_like(at[:, :1])
+        at_x = torch.cat([first, at[:, :-1]], dim=1)
+        x = self._embed(torch.cat([first + self.config.bos_id, tokens[:, :-1]], dim=1))
+        table = self._positions()
+        query, key = table[at], table[at_x] * keep[..., None]
+        precise = x.to(self.precise)
+        seed = (query @ key.transpose(1, 2)).tril() @ precise
+        size = torch.arange(1, at.shape[1] + 1, device=self.device)[:, None]
+        g = self._finish_seed(seed, query, size)
+        cache.absorb(key, precise, lanes)
+        rows = keep.sum(1)[:, None, None].to(self.precise)
+        if lanes is None:
+            cache.rows += rows
+            store: Store = cache.append
+        else:
+            cache.rows[lanes] = rows
+            store = cache.scatter(at_x.where(keep, cache.slots), at.where(keep, cache.slots), lanes)
+        self._run(x, g, at_x, at, CAUSAL, store)
+
+    def step(
+        self,
+        tokens: Tensor,
+        at: Tensor,
+        targets: Tensor,
+        cache: Cache,
+        keep: Tensor | None = None,
+        sight: Sight = EVERYTHING,
+        before: Tensor | None = None,
+    ) -> Tensor:
+        """Feed tokens [B, C] of positions ``at`` and predict ``targets`` [B, T]: activations [B, T, d].
+
+        ``keep`` None: rows are appended, and all of them see everything. Otherwise [B, C] says which context rows
+        there are, ``targets`` of 0 are none, and ``sight`` holds masks over slots, which are positions.
+        ``before`` [B, T, C]: which context rows a target sees, where it is not all of them; then the context rows are
+        not yet part of the prefix (``absorb`` them when they stay).
+        """
+        x = self._embed(tokens)
+        table = self._positions()
+        key, query = table[at], table[targets]
+        precise = x.to(self.precise)
+        if keep is not None:
+            key = key * keep[..., None]
+        if before is None:
+            cache.absorb(key, precise)
+            cache.rows += at.shape[1] if keep is None else keep.sum(1)[:, None, None]
+            seed, size = query @ cache.prefix, cache.rows
+        else:
+            seed = query @ cache.prefix + ((query @ key.transpose(1, 2)) * before) @ precise
+            size = cache.rows + before.sum(-1, keepdim=True)
+        g = self._finish_seed(seed, query, size)
+        store: Store = cache.append
+        if keep is not None:
+            store = cache.scatter(at.where(keep, cache.slots), targets.where(targets > 0, cache.slots))
+        return self._run(x, g, at, targets, sight, store)
+
+    def absorb(self, tokens: Tensor, at: Tensor, keep: Tensor, cache: Cache) -> None:
+        """Make context rows part of the prefix that a step with ``before`` left out."""
+        cache.absorb(self._positions()[at] * keep[..., None], self._embed(tokens).to(self.precise))
+        cache.rows += keep.sum(1)[:, None, None]
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """Logits of activations [..., d]."""
+        head = self.embedding.weight if self.config.tied_head else self.head.weight
+        return F.linear(self._norm(hidden, self.norm), head)
+
+    # Layers ----------------------------------------------------------------------------------------------------
+
+    def _run(self, x: Tensor, g: Tensor, at_x: Tensor, at_g: Tensor, sight: Sight, store: Store | None) -> Tensor:
+        """All layers: rows of X and G [B, R, d] at positions [B, R] -> rows of G before the final norm."""
+        context = x.shape[1]
+        rotary = self._rotary()
+        rope_x, rope_g = rotary[at_x][:, None], rotary[at_g][:, None]
+        both = torch.cat([rope_x, rope_g], dim=2)
+        h = torch.cat([x, g], dim=1)
+        together = _together(sight, x.shape[1], g.shape[1])
+        for index, layer in enumerate(self.layers):
+            normed = self._norm(h, layer.attention_norm)
+            if index >= self.config.two_stream_layers:
+                keys = self._keys(index, normed, rope_g, store)
+                attended = self._attend(layer, normed, rope_g, keys, sight.top)
+            else:
+                keys = self._keys(index, normed[:, :context], rope_x, store)
+                if index == self.config.two_stream_layers - 1:  # X has no reader above
+                    h, normed = h[:, context:], normed[:, context:]
+                    attended = self._attend(layer, normed, rope_g, keys, sight.g)
+                elif together != "causal":
+                    attended = self._attend(layer, normed, both, keys, together)
+                else:
+                    attended = torch.cat(
+                        [
+                            self._attend(layer, normed[:, :context], rope_x, keys, sight.x),
+                            self._attend(layer, normed[:, context:], rope_g, keys, sight.g),
+                        ],
+                        dim=1,
+                    )
+            h = h + attended
+            h = h + self._mlp(layer, self._norm(h, layer.mlp_norm))
+        return h
+
+    def _keys(self, index: int, rows: Tensor, rope: Tensor, store: Store | None) -> tuple[Tensor, Tensor]:
+        joint = F.linear(rows, self.layers[index].attention["key_value"].weight)
+        keys, values = joint.unflatten(-1, (self.config.kv_heads, 2, -1)).transpose(1, 2).unbind(3)
+        keys = _rotate(keys, rope)
+        return store(index, keys, values) if store else (keys, values)
+
+    def _attend(
+        self, layer: nn.Module, rows: Tensor, rope: Tensor, keys_values: tuple[Tensor, Tensor], mask: Mask
+    ) -> Tensor:
+        c = self.config
+        query = F.linear(rows, layer.attention["query"].weight)
+        query = _rotate(query.unflatten(-1, (c.heads, -1)).transpose(1, 2), rope)
+        keys, values = keys_values
+        out = F.scaled_dot_product_attention(
+            query,
+            keys,
+            values,
+            attn_mask=mask[:, None] if isinstance(mask, Tensor) else None,
+            is_causal=isinstance(mask, str),
+            enable_gqa=c.heads != c.kv_heads,
+        )
+        return F.linear(out.transpose(1, 2).flatten(2), layer.attention["output"].weight)
+
+    def _mlp(self, layer: nn.Module, rows: Tensor) -> Tensor:
+        hidden = F.linear(rows, layer.mlp["up"].weight)
+        if self.config.mlp == "swiglu":
+            gate, value = hidden.unflatten(-1, (-1, 2)).unbind(-1)
+            hidden = F.silu(gate) * value
+        else:
+            hidden = F.gelu(hidden, approximate="tanh")
+        return F.linear(hidden, layer.mlp["down"].weight)
+
+    def _norm(self, rows: Tensor, weight: nn.Module) -> Tensor:
+        scale = weight.weight.to(self.precise)
+        if self.config.norm == "layernorm":
+            out = F.layer_norm(rows.to(self.precise), scale.shape, scale, None, self.config.norm_eps)
+        else:
+            out = F.rms_norm(rows.to(self.precise), scale.shape, scale, self.config.norm_eps)
+        return out.to(rows.dtype)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.embedding.weight)
+
+    def _finish_seed(self, seed: Tensor, query: Tensor, size: Tensor) -> Tensor:
+        """Scale the prefix sum of targets that see ``size`` rows, and add the target's own position if so
+        configured.
+        """
+        if self.config.prefix_scale != "none":
+            size = size.to(seed.dtype).clamp(min=1)
+            seed = seed / (size.sqrt() if self.config.prefix_scale == "sqrt" else size)
+        if self.config.prefix_target_position:
+            seed = seed + query @ self.prefix["target_projection"].to(seed.dtype).t()
+        return seed.to(self.embedding.weight.dtype)
+
+    # Tables ----------------------------------------------------------------------------------------------------
+
+    def _positions(self) -> Tensor:
+        """Position embeddings of prefix aggregation [length + 1, d_pe]."""
+        c = self.config
+        if c.prefix_kernel == "learned":
+            return self.prefix["table"].to(self.precise)
+
+        def table() -> Tensor:
+            count = c.prefix_dim // 2
+            index = torch.arange(count, dtype=torch.float64)
+            if c.prefix_kernel == "gaussian":
+                frequencies = torch.special.ndtri((1 + (index + 0.5) / count) / 2) / c.prefix_width
+            else:
+                frequencies = 10000.0 ** (-index / count)
+            angles = torch.arange(c.length + 1, dtype=torch.float64)[:, None] * frequencies
+            # float32 first: training rounds the table so, and a float64 model must be the same function
+            return (torch.cat([angles.sin(), angles.cos()], dim=-1) / count**0.5).float()
+
+        return self._table("positions", table)
+
+    def _rotary(self) -> Tensor:
+        """Rotary tables [length + 1, 2, D]: cosines of a head's width, and sines with the sign of the half."""
+
+        def table() -> Tensor:
+            width = self.config.hidden // self.config.heads
+            steps = torch.arange(0, width, 2, dtype=torch.float32)
+            angles = torch.arange(self.config.length + 1)[:, None].float() * self.config.rope_base ** (-steps / width)
+            cos, sin = angles.cos(), angles.sin()
+            return torch.stack([torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)], dim=1)
+
+        return self._table("rotary", table)
+
+    def _table(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        key = (name, self.device, self.precise)
+        if key not in self._tables:
+            with torch.device("cpu"):
+                self._tables[key] = make().to(self.device, self.precise)
+        return self._tables[key]
+
+
+def _together(sight: Sight, context: int, targets: int) -> Mask:
+    """The mask of rows of X and G side by side; "causal" when they need a call each."""
+    if not isinstance(sight.x, Tensor) or not isinstance(sight.g, Tensor):
+        return sight.x
+    if sight.x is sight.g and sight.x.shape[1] == 1:
+        return sight.x
+    return torch.cat([sight.x.expand(-1, context, -1), sight.g.expand(-1, targets, -1)], dim=1)
+
+
+def _weight(*shape: int) -> nn.Module:
+    """A module that holds one tensor named ``weight``."""
+    holder = nn.Module()
+    holder.weight = nn.Parameter(torch.empty(*shape))
+    return holder
+
+
+def _rotate(rows: Tensor, rope: Tensor) -> Tensor:
+    """Rotary embedding of [B, H, R, D] by [B, 1, R, 2, D]: pairs (i, i + D / 2)."""
+    cos, sin = rope.unbind(-2)
+    precise = rows.to(rope.dtype)
+    return torch.addcmul(precise * cos, precise.roll(precise.shape[-1] // 2, -1), sin).to(rows.dtype)

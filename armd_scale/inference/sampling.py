@@ -1,0 +1,164 @@
+"""From logits to tokens: temperature and truncation, and draws that depend on a sequence's own seed alone.
+
+Probabilities are float32 (float64 for a float64 model) whatever the type of the weights. Shapes: B sequences, T rows of
+each, V vocabulary.
+"""
+
+import dataclasses
+import hashlib
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from armd_scale.inference.network import InputError
+
+_CHUNK = 256  # entries of the vocabulary whose sum is one step of the outer search
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How a text is generated.
+
+    By default S = ``streams`` contiguous streams of the free positions are written side by side, S tokens a step. Two
+    other ways use the same order: ``draft`` makes the result exactly that of one token a step, ``entropy`` lets the
+    streams advance at their own pace. Raises ``InputError``.
+    """
+
+    streams: int = 1
+    """Number of streams, 1 is left to right."""
+    draft: int = 0
+    """Exact parallel decoding: tokens drafted at a time, at least 2; 0 is off."""
+    entropy: float | None = None
+    """Adaptive: nats of joint uncertainty that the tokens of a step may have beyond the most uncertain one."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0 is off."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together have this probability; 1 is off."""
+    min_p: float = 0.0
+    """Only tokens at least this probable relative to the likeliest; 0 is off."""
+    stop: bool = False
+    """A text ends at its first EOS by position: what streams wrote behind it is left out."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is None and name == "entropy":
+                continue
+            whole = name in ("streams", "draft", "top_k")
+            number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+            if not number or not low <= value <= high:
+                limits = f"from {low} to {high:g}" if high < float("inf") else f"at least {low}"
+                raise InputError(f"{name} must be {'a whole number' if whole else 'a number'} {limits}, not {value!r}")
+        if self.draft == 1 or (self.draft and self.entropy is not None):
+            wrong = "draft must be 0 (off) or at least 2" if self.draft == 1 else "draft and entropy exclude each other"
+            raise InputError(wrong)
+
+    @property
+    def strategy(self) -> str:
+        """``strided``, ``exact`` or ``adaptive``."""
+        return "exact" if self.draft else "strided" if self.entropy is None else "adaptive"
+
+
+_RANGES = (
+    ("streams", 1, float("inf")),
+    ("draft", 0, 64),
+    ("entropy", 0, 1e6),
+    ("temperature", 0, 1e6),
+    ("top_k", 0, float("inf")),
+    ("top_p", 1e-6, 1),
+    ("min_p", 0, 1),
+)
+
+
+class Sampler:
+    """Draws for B sequences, each with its own ``Decoding``; idle ones take part without effect."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._decodings = [Decoding()] * count
+        # In place, so that a captured CUDA graph sees what is set later.
+        self._columns = torch.ones(4, count, 1, 1, dtype=torch.float64, device=device)
+
+    def set(self, lane: int, decoding: Decoding) -> None:
+        """Choose how a sequence is drawn from here on."""
+        self._decodings[lane] = decoding
+        top_k = decoding.top_k or float("inf")
+        column = torch.tensor([decoding.temperature, decoding.min_p, top_k, decoding.top_p], dtype=torch.float64)
+        self._columns[:, lane, 0, 0] = column.to(self._columns.device)
+
+    @property
+    def kinds(self) -> tuple[bool, ...]:
+        """What has to be computed: greedy, temperature, sorted and cut-off draws."""
+        ones = self._decodings
+        return (
+            any(one.temperature == 0 for one in ones),
+            any(one.temperature != 1 for one in ones),
+            any(one.top_k or one.top_p < 1 for one in ones),
+            any(one.min_p for one in ones),
+        )
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Probabilities [B, T, V] from logits, in float32 or better, after temperature and truncation."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        greedy, tempered, ranks, cut = self.kinds
+        temperature, min_p, top_k, top_p = self._columns
+        if tempered:
+            # The largest logit becomes 0 before the division: a tiny temperature must not overflow.
+            shifted = logits - logits.amax(dim=-1, keepdim=True)
+            logits = shifted / temperature.clamp(min=1e-30).to(logits.dtype)
+        out = logits.softmax(dim=-1)
+        if ranks:
+            ranked, index = out.sort(dim=-1, descending=True, stable=True)
+            among = torch.arange(out.shape[-1], device=out.device) < top_k
+            ranked = ranked.where(among, 0)
+            before = ranked.cumsum(dim=-1) - ranked
+            kept = among & ((before < top_p * ranked.sum(dim=-1, keepdim=True)) | (top_p == 1))
+            out = out.where(torch.zeros_like(kept).scatter_(-1, index, kept), 0)
+        if cut:
+            out = out.where(out >= min_p * out.amax(dim=-1, keepdim=True), 0)
+        if greedy:
+            likeliest = torch.zeros_like(out).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1)
+            out = torch.where(temperature == 0, likeliest, out)
+        return out / out.sum(dim=-1, keepdim=True) if ranks or cut else out
+
+    def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """Tokens [B, T] from logits [B, T, V] and uniform numbers [B, T]."""
+        return draw(self.probabilities(logits), uniform)
+
+
+def draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Indices [B, T] drawn with weights [B, T, V], by inversion of the cumulative sum at uniform numbers [B, T].
+
+    Sums are float64 and in two stages, so that a large vocabulary neither costs a long sum nor loses rare entries.
+    """
+    padded = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % _CHUNK)).unflatten(-1, (-1, _CHUNK))
+    outer = padded.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    threshold = uniform[..., None].double() * outer[..., -1:]
+    chunk = torch.searchsorted(outer, threshold, right=True).clamp(max=outer.shape[-1] - 1)
+    rest = threshold - torch.where(chunk > 0, outer.gather(-1, (chunk - 1).clamp(min=0)), 0)
+    inner = padded.gather(-2, chunk[..., None].expand(*chunk.shape, _CHUNK))[..., 0, :].double()
+    # A threshold at the end of the chunk falls on its last entry that has weight, never on one without.
+    last = (inner > 0).long().mul(torch.arange(1, _CHUNK + 1, device=inner.device)).amax(dim=-1) - 1
+    found = torch.searchsorted(inner.cumsum(dim=-1), rest, right=True)[..., 0]
+    return chunk[..., 0] * _CHUNK + torch.minimum(found, last.clamp(min=0))
+
+
+def seeds(seed: int | Sequence[int], count: int) -> list[tuple[int, int]]:
+    """Keys of ``count`` sequences: (seed, row) from one seed, (seed, 0) from a seed for each. Raises ``InputError``."""
+    try:
+        return [(operator.index(seed), row) for row in range(count)]  # type: ignore[arg-type]
+    except TypeError:
+        keys = [(operator.index(one), 0) for one in seed]  # type: ignore[union-attr]
+    if len(keys) != count:
+        raise InputError(f"{len(keys)} seeds for {count} sequences: give one for each, or a single one")
+    return keys
+
+
+def uniform(key: tuple[int, int], *shape: int) -> Tensor:
+    """Uniform numbers in [0, 1) of a sequence's own stream, float64."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.rand(*shape, generator=generator, dtype=torch.float64)
