@@ -18,7 +18,7 @@ def log_probabilities(
 ):
     """Log-probabilities of every target along the order, [N, V] float64."""
     w = {name: tensor.double() for name, tensor in weights.items()}
-    length = len(tokens)
+    length = len(order)  # positions that are in no order are unknown
     position = [0, *order]
     ids = [c.bos_id, *(tokens[p - 1] for p in order)]
     block = [0, *blocks]

@@ -2,7 +2,7 @@
 
 - ``strided_blocks``: the plan of S streams;
 - ``Lockstep``: sequences with one plan; rows are appended to the caches and no mask is needed;
-- ``Strided``, ``Exact``, ``Adaptive``: sequences that differ in length, plan and settings, and come and go;
+- ``Strided``, ``Exact``: sequences that differ in length, plan and settings, and come and go;
 - ``Frontier``: tokens in the order of their positions, as these become complete.
 
 A pass feeds the tokens just written (rows of X) and predicts the next ones (rows of G) with one set of keys. Nothing in
@@ -58,8 +58,8 @@ def task(tokens: list[int], key: tuple[int, int], decoding: Decoding, order: Seq
     free = [position for position, token in enumerate(tokens, start=1) if token == FREE]
     blocks = strided_blocks(free, decoding.streams)
     if order is not None:
-        if decoding.strategy == "adaptive" or decoding.streams > 1:
-            raise InputError("an order of its own has no streams: leave out streams and entropy")
+        if decoding.streams > 1:
+            raise InputError("an order of its own has no streams: leave out streams")
         if sorted(order) != free:
             raise InputError(f"order must name each of the {len(free)} free positions once")
         blocks = [[position] for position in order]
@@ -259,62 +259,6 @@ class Strided(Lanes):
         return targets, tokens
 
 
-class Adaptive(Lanes):
-    """Streams that advance at their own pace.
-
-    Every step predicts the next token of all S streams and keeps as many of the most certain ones as have, but for the
-    last of them, ``entropy`` nats together: what sampling them independently can lose is bounded by that sum. (The
-    bound is that of Ben-Hamu et al., arXiv 2505.24857.)
-    """
-
-    def __init__(self, network: Network, count: int, slots: int, width: int) -> None:
-        super().__init__(network, count, slots, width)
-        self._uniform = self._zeros(slots, dtype=torch.float64)
-        self._holes = self._zeros(slots)
-        self._begin, self._end = self._zeros(width), self._zeros(width)
-        self._at, self._keep = self._zeros(width), self._zeros(width).bool()
-        self._bound = self._zeros(1, dtype=torch.float64)
-
-    def _start(self, lane: int, one: Task, last: int) -> None:
-        device = self._holes.device
-        holes = sorted(one.order)
-        self._uniform[lane, : len(one.tokens) + 1] = uniform(one.key, len(one.tokens) + 1).to(device)
-        self._holes[lane, : len(holes)] = torch.tensor(holes, dtype=torch.long, device=device)
-        parts = _streams(len(holes), one.decoding.streams)
-        edges = torch.tensor([*parts, *[(0, 0)] * (self.width - len(parts))], device=device)
-        self._begin[lane], self._end[lane] = edges[:, 0], edges[:, 1]
-        self._at[lane], self._keep[lane] = 0, False
-        self._at[lane, 0], self._keep[lane, 0] = last, True
-        self._bound[lane] = one.decoding.entropy or 0.0
-
-    def release(self, lane: int) -> None:
-        super().release(lane)
-        self._end[lane], self._keep[lane] = 0, False
-
-    def _advance(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        there = self._begin < self._end
-        targets = self._holes.gather(1, self._begin.where(there, 0)).where(there, 0)
-        seen = self.known[:, None, : self.slots]
-        sight = Sight(seen, seen, self._known_targets(targets)[:, None])
-        context = self.text.gather(1, self._at)
-        hidden = self.network.step(context, self._at, targets, self.cache, self._keep, sight)
-        probabilities = self.sampler.probabilities(self.network.predict(hidden))
-        entropy = torch.special.entr(probabilities).sum(-1).double().where(there, _NEVER)
-        ranked, index = entropy.sort(dim=1, stable=True)
-        kept = (ranked.cumsum(dim=1) - ranked <= self._bound) & (ranked < _NEVER)
-        accepted = torch.zeros_like(there).scatter_(1, index, kept)
-        tokens = draw(probabilities, self._uniform.gather(1, targets))
-        chosen = targets.where(accepted, 0)
-        self._write(chosen, tokens)
-        self._begin += accepted
-        self._at.copy_(chosen)
-        self._keep.copy_(accepted)
-        return chosen, tokens
-
-
-_NEVER = 1e9  # nats
-
-
 class Exact(Lanes):
     """Several tokens for two passes, with exactly the distribution of one token a step in the same order.
 
@@ -389,16 +333,14 @@ class Exact(Lanes):
 
         # Accept, and draw one token more.
         p, q = (rows.gather(-1, tokens[:, 1:, None])[..., 0] for rows in (draft[:, 1:], score[:, :-1]))
-        good = drafted[:, 1:] & (judge[:, 1:] * p < q)
+        good = drafted[:, 1:] & accept(p, q, judge[:, 1:])
         kept = torch.cat([drafted[:, :1], good & drafted[:, :1]], dim=1).long().cumprod(dim=1).bool()
         accepted = kept.sum(dim=1, keepdim=True)
         behind = (accepted - 1).clamp(min=0)[..., None].expand(-1, 1, score.shape[-1])
         fresh = score.gather(1, behind)
         refused = drafted.gather(1, accepted.clamp(max=width - 1)) & (accepted < width)
         old = draft.gather(1, accepted.clamp(max=width - 1)[..., None].expand_as(behind))
-        rest = (fresh - old).clamp(min=0)
-        # Scores that equal the draft but for rounding leave nothing to draw from.
-        rest = torch.where(refused[..., None] & (rest.sum(-1, keepdim=True) > 0), rest, fresh)
+        rest = self._rest(fresh, old, refused[..., None])
         more = draw(rest, draws.gather(1, self._draft))
         extra = there.gather(1, accepted) & drafted[:, :1]
         self.network.absorb(tokens, positions[:, :width], kept, self.cache)
@@ -412,8 +354,20 @@ class Exact(Lanes):
         self._round += 1
         return positions, tokens
 
+    @staticmethod
+    def _rest(score: Tensor, draft: Tensor, refused: Tensor) -> Tensor:
+        """What the token behind the kept ones is drawn from: the score, less the draft where that was refused."""
+        rest = (score - draft).clamp(min=0)
+        # Scores that equal the draft but for rounding leave nothing to draw from.
+        return torch.where(refused & (rest.sum(-1, keepdim=True) > 0), rest, score)
 
-STRATEGIES: dict[str, type[Lanes]] = {"strided": Strided, "exact": Exact, "adaptive": Adaptive}
+
+def accept(p: Tensor, q: Tensor, uniform: Tensor) -> Tensor:
+    """Whether tokens of draft probability p and score q are kept: with probability min(1, q / p)."""
+    return uniform * p < q
+
+
+STRATEGIES: dict[str, type[Lanes]] = {"strided": Strided, "exact": Exact}
 
 
 def width(decoding: Decoding) -> int:

@@ -91,7 +91,7 @@ class ARMDForCausalLM(PreTrainedModel):
         """``input_ids`` and the tokens generated behind them, filled up with EOS.
 
         Settings: ``max_new_tokens`` or ``max_length`` (default: the model's length), ``do_sample``, ``temperature``,
-        ``top_k``, ``top_p``, ``min_p`` as usual, ``streams``, ``draft``, ``entropy`` as in ``Decoding``. Without a
+        ``top_k``, ``top_p``, ``min_p`` as usual, ``streams`` and ``draft`` as in ``Decoding``. Without a
         ``seed``, PyTorch's own state decides. Raises ``InputError``.
         """
         known = {field.name for field in dataclasses.fields(Decoding)}

@@ -21,17 +21,14 @@ _CHUNK = 256  # entries of the vocabulary whose sum is one step of the outer sea
 class Decoding:
     """How a text is generated.
 
-    By default S = ``streams`` contiguous streams of the free positions are written side by side, S tokens a step. Two
-    other ways use the same order: ``draft`` makes the result exactly that of one token a step, ``entropy`` lets the
-    streams advance at their own pace. Raises ``InputError``.
+    By default S = ``streams`` contiguous streams of the free positions are written side by side, S tokens a step.
+    ``draft`` makes the result exactly that of one token a step in the same order. Raises ``InputError``.
     """
 
     streams: int = 1
     """Number of streams, 1 is left to right."""
     draft: int = 0
     """Exact parallel decoding: tokens drafted at a time, at least 2; 0 is off."""
-    entropy: float | None = None
-    """Adaptive: nats of joint uncertainty that the tokens of a step may have beyond the most uncertain one."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the likeliest token."""
     top_k: int = 0
@@ -46,27 +43,23 @@ class Decoding:
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
             value = getattr(self, name)
-            if value is None and name == "entropy":
-                continue
             whole = name in ("streams", "draft", "top_k")
             number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
             if not number or not low <= value <= high:
                 limits = f"from {low} to {high:g}" if high < float("inf") else f"at least {low}"
                 raise InputError(f"{name} must be {'a whole number' if whole else 'a number'} {limits}, not {value!r}")
-        if self.draft == 1 or (self.draft and self.entropy is not None):
-            wrong = "draft must be 0 (off) or at least 2" if self.draft == 1 else "draft and entropy exclude each other"
-            raise InputError(wrong)
+        if self.draft == 1:
+            raise InputError("draft must be 0 (off) or at least 2")
 
     @property
     def strategy(self) -> str:
-        """``strided``, ``exact`` or ``adaptive``."""
-        return "exact" if self.draft else "strided" if self.entropy is None else "adaptive"
+        """``strided`` or ``exact``."""
+        return "exact" if self.draft else "strided"
 
 
 _RANGES = (
     ("streams", 1, float("inf")),
     ("draft", 0, 64),
-    ("entropy", 0, 1e6),
     ("temperature", 0, 1e6),
     ("top_k", 0, float("inf")),
     ("top_p", 1e-6, 1),

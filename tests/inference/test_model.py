@@ -1,7 +1,6 @@
 """The standalone model against the dense float64 reference, and the identities of the design."""
 
 import itertools
-import math
 import subprocess
 import sys
 
@@ -12,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from armd_scale import inference, orders
-from armd_scale.inference import InputError
+from armd_scale.inference import FREE, Decoding, InputError
 from tests import reference
 from tests.conftest import MODELS, layouts, standalone, tiny_distribution
 
@@ -71,7 +70,7 @@ def test_gradients_of_hidden_tokens_are_exactly_zero():
         def activations(rows, order=order, blocks=blocks):
             model.embedding.weight = torch.nn.Parameter(rows, requires_grad=False)
             model.embedding._parameters["weight"] = rows
-            return model._one_pass(tokens, order[None], blocks[None])[0].sum(-1)
+            return model.whole(tokens[:, order - 1], order[None], blocks[None])[0].sum(-1)
 
         jacobian = torch.autograd.functional.jacobian(activations, weight)[:, 3:15].abs().sum(-1)
         model.embedding._parameters["weight"] = torch.nn.Parameter(weight, requires_grad=False)
@@ -114,107 +113,9 @@ def test_left_to_right_is_the_product_of_its_steps():
         torch.testing.assert_close(whole[:, n - 1], model.nll(tokens[:, :n])[:, -1], atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("streams", [1, 2, 4, 8])
-@pytest.mark.parametrize(("prompt", "length"), [(0, 16), (0, 13), (3, 16), (5, 14), (1, 2), (15, 16)])
-def test_cached_decoding_equals_one_pass(kind, streams, prompt, length, monkeypatch):
-    """Identity 6: the logits of every step are those of one pass over the finished text, in the same layout."""
-    model = standalone(MODELS[kind])
-    given_tokens = _random_tokens(3, prompt, model.config.vocab_size)
-    seen = []
-    original = inference.modeling_armd._sample
-
-    def spy(logits, uniform, temperature):
-        seen.append(logits)
-        return original(logits, uniform, temperature)
-
-    monkeypatch.setattr(inference.modeling_armd, "_sample", spy)
-    text = model.generate(given_tokens, length=length, streams=streams, seed=4)
-    assert text.shape == (3, length)
-    assert torch.equal(text[:, :prompt], given_tokens)
-    blocks = inference.strided_blocks(prompt, length, streams)
-    free = length - prompt
-    assert len(seen) == len(blocks) == min(streams, free) + math.ceil(free / min(streams, free)) - 1
-    order = torch.tensor([*range(1, prompt + 1), *(p for block in blocks for p in block)])
-    ids = torch.tensor([*range(1, prompt + 1), *(prompt + b for b, block in enumerate(blocks, 1) for _ in block)])
-    one_pass = model.logits(text, order, ids)
-    for block, logits in zip(blocks, seen, strict=True):
-        expected = one_pass[:, [p - 1 for p in block]]
-        torch.testing.assert_close(logits, expected, atol=1e-10, rtol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("streams", [1, 4])
-def test_a_sequence_does_not_depend_on_its_batch(streams, dtype):
-    model = standalone(MODELS["paper"]).to(dtype)
-    prompts = _random_tokens(5, 3, 50)
-    together = model.generate(prompts, streams=streams, seed=[11, 12, 13, 14, 15])
-    for row in range(5):
-        alone = model.generate(prompts[row], streams=streams, seed=11 + row)
-        assert torch.equal(together[row : row + 1], alone)
-    torch.testing.assert_close(model.nll(together)[2:3], model.nll(together[2:3]), atol=1e-5, rtol=1e-5)
-
-
-def test_seeds():
-    model = standalone(MODELS["paper"])
-    first = model.generate(seed=1, batch=4, streams=2)
-    assert torch.equal(first, model.generate(seed=1, batch=4, streams=2))
-    assert not torch.equal(first, model.generate(seed=2, batch=4, streams=2))
-    assert len({tuple(row) for row in first.tolist()}) == 4
-
-
-def test_temperature_zero_takes_the_likeliest_token():
-    model = standalone(MODELS["paper"])
-    text = model.generate(temperature=0, batch=2)
-    assert torch.equal(text, model.logits(text).argmax(-1))
-
-
-def _chi_square(model, streams, samples, expected_of):
-    """p-value of the observed counts of whole texts against their enumerated probabilities."""
-    from scipy.stats import chisquare
-
-    vocab, length = model.config.vocab_size, model.config.length
-    texts = torch.cat([model.generate(streams=streams, seed=seed, batch=samples // 4) for seed in range(4)])
-    code = (texts * vocab ** torch.arange(length)).sum(1)
-    observed = torch.bincount(code, minlength=vocab**length).double()
-    every = torch.tensor(list(itertools.product(range(vocab), repeat=length))).flip(1)
-    expected = expected_of(every) * samples
-    assert float(expected.sum()) == pytest.approx(samples)
-    rare = expected < 5
-    if rare.any():
-        observed = torch.cat([observed[~rare], observed[rare].sum()[None]])
-        expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
-    return chisquare(observed.numpy(), expected.numpy()).pvalue
-
-
-def test_sampled_distribution_one_stream():
-    """S = 1: texts come as often as their exact probabilities say."""
-    model = tiny_distribution(3, 4)
-    assert _chi_square(model, 1, 20_000, lambda texts: (-model.nll(texts).sum(1)).exp()) > 1e-3
-
-
-def test_sampled_distribution_two_streams():
-    """S = 2: the product of the block conditionals; and the one-stream distribution is clearly another one."""
-    model = tiny_distribution(3, 4)
-    order, blocks = _tensors(orders.strided(4, 2))
-    assert _chi_square(model, 2, 20_000, lambda texts: (-model.nll(texts, order, blocks).sum(1)).exp()) > 1e-3
-    assert _chi_square(model, 2, 20_000, lambda texts: (-model.nll(texts).sum(1)).exp()) < 1e-6
-
-
-@pytest.mark.parametrize(
-    "broken", [lambda u: u * 0.9, lambda u: u.roll(1, 0)[:1].expand(u.shape)], ids=["squeezed", "shared between texts"]
-)
-def test_a_broken_sampler_is_caught(monkeypatch, broken):
-    """The chi-square test has teeth: uniform numbers that are squeezed, or the same for a whole batch."""
-    model = tiny_distribution(3, 4)
-    original = inference.modeling_armd._sample
-    monkeypatch.setattr(inference.modeling_armd, "_sample", lambda logits, u, t: original(logits, broken(u), t))
-    assert _chi_square(model, 1, 20_000, lambda texts: (-model.nll(texts).sum(1)).exp()) < 1e-6
-
-
 @given(st.integers(0, 12), st.integers(1, 20), st.integers(1, 24))
 def test_strided_blocks_are_the_training_layout(start, count, streams):
-    blocks = inference.strided_blocks(start, start + count, streams)
+    blocks = inference.strided_blocks(range(start + 1, start + count + 1), streams)
     layout = orders.strided(count, streams)
     assert [p - start for block in blocks for p in block] == layout.order.tolist()
     assert [b for b, block in enumerate(blocks, 1) for _ in block] == layout.block_ids.tolist()
@@ -234,23 +135,50 @@ def test_bad_input_is_one_line():
         (lambda: model.nll(ok, torch.tensor([1, 2, 3])), "order must be"),
         (lambda: model.nll(ok, None, torch.tensor([1, 3, 2, 4])), "never decrease"),
         (lambda: model.nll(ok, None, torch.tensor([0, 1, 2, 4])), "start at 1"),
-        (lambda: model.generate(torch.zeros(1, 17, dtype=torch.long)), "prompt has 17 tokens"),
+        (lambda: model.generate(torch.zeros(1, 17, dtype=torch.long)), "a text of 17 tokens does not fit"),
         (lambda: model.generate([1, 2, 3], length=2), "prompt has 3 tokens"),
         (lambda: model.generate(length=17), "length 17 does not fit"),
-        (lambda: model.generate(streams=0), "streams must be"),
-        (lambda: model.generate(temperature=-1.0), "temperature must be"),
-        (lambda: model.generate(temperature=float("nan")), "temperature must be"),
+        (lambda: model.generate(length=0), "length 0 does not fit"),
+        (lambda: model.generate([1, 2], length=8, new_tokens=3), "length or new_tokens, not both"),
+        (lambda: model.generate([1, 2], new_tokens=15), "2 tokens and 15 new ones do not fit"),
+        (lambda: model.generate([1, 2], new_tokens=-1), "new_tokens must be 0 or more"),
+        (lambda: model.generate(batch=0), "nothing to generate"),
+        (lambda: model.generate([1, 50]), "token 50 is not in the vocabulary"),
+        (lambda: model.generate([1, FREE]), "token -1 is not in the vocabulary"),
+        (lambda: model.generate("text"), "texts must be whole numbers"),
+        (lambda: model.generate([1.5]), "texts must be whole numbers"),
+        (lambda: model.generate([[1], 2]), "texts must be whole numbers"),
         (lambda: model.generate(seed=[1, 2], batch=3), "2 seeds for 3 sequences"),
+        (lambda: model.fill([1, -2, 3]), "token -2 is not in the vocabulary"),
+        (lambda: model.fill([FREE] * 17), "a text of 17 tokens does not fit"),
+        (lambda: model.fill([1, FREE, FREE], order=[2, 2]), "each of the 2 free positions once"),
+        (lambda: model.fill([1, FREE, FREE], order=[1, 2]), "each of the 2 free positions once"),
+        (lambda: model.fill([1, FREE, FREE], Decoding(streams=2), order=[3, 2]), "an order of its own has no streams"),
+        (lambda: model.conditional_nll([1, 2, 3], []), "at least one target"),
+        (lambda: model.conditional_nll([1, 2, 3], [1, 4]), "different positions from 1 to 3"),
+        (lambda: model.conditional_nll([1, 2, 3], [1], given=[1]), "different positions from 1 to 3"),
+        (lambda: model.conditional_nll([[1, 2], [3]], [1]), "of one length"),
     ]
     for call, line in cases:
         with pytest.raises(InputError, match=line):
             call()
 
 
-def test_a_full_prompt_is_returned():
-    model = standalone(MODELS["paper"])
-    prompt = _random_tokens(2, 16, 50)
-    assert torch.equal(model.generate(prompt), prompt)
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("streams", (0, -1, 1.0, True)),
+        ("draft", (1, -1, 65, 2.0)),
+        ("temperature", (-1.0, float("nan"), float("inf"), "hot")),
+        ("top_k", (-1, 1.5)),
+        ("top_p", (0, 1.1, float("nan"))),
+        ("min_p", (-0.1, 1.1)),
+    ],
+)
+def test_bad_settings_are_one_line(field, values):
+    for value in values:
+        with pytest.raises(InputError, match=f"{field} must be"):
+            Decoding(**{field: value})
 
 
 def test_the_package_imports_neither_megatron_nor_deepspeed():

@@ -1,0 +1,171 @@
+"""Quality against speed: texts of a standalone model under every way of decoding, scored by a judge.
+
+python tools/eval_generation.py MODEL_DIR --judge JUDGE_DIR [--samples 256] [--json OUT.json] [--plot OUT.png]
+
+The judge is a model folder of this project (scored left to right) or of transformers.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from armd_scale.errors import UserError, cli
+from armd_scale.files import write_atomically
+
+WAYS = [
+    "streams=1",
+    "streams=2",
+    "streams=4",
+    "streams=8",
+    "streams=16",
+    "draft=2",
+    "draft=4",
+    "streams=2,draft=4",
+    "streams=4,draft=4",
+    "streams=8,draft=8",
+]
+"""Ways of decoding that are measured unless others are named."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", type=Path, help="model folder, as made by tools/convert_ckpt.py")
+    parser.add_argument("--judge", type=Path, required=True, help="folder of the model that scores the texts")
+    parser.add_argument("--ways", nargs="+", default=WAYS, metavar="field=value,...", help="fields of Decoding")
+    parser.add_argument("--samples", type=int, default=256, help="texts of each way (default 256)")
+    parser.add_argument("--batch", type=int, default=1, help="texts decoded at a time (default 1)")
+    parser.add_argument("--length", type=int, help="tokens of a text (default: the model's length)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="write all figures to this file as well")
+    parser.add_argument("--plot", type=Path, help="write the picture of quality against speed to this file")
+    args = parser.parse_args()
+    if args.samples < 1 or args.batch < 1:
+        raise UserError("--samples and --batch must be at least 1")
+
+    from armd_scale import inference
+    from armd_scale import tokenizer as tokenizers
+    from armd_scale.evaluation import generation
+
+    model = inference.load(args.model, args.device)
+    tokenizer = tokenizers.load(args.model, model.config.vocab_size)
+    judge = generation.load_judge(args.judge)
+    length = model.config.length if args.length is None else args.length
+    print(
+        f"{args.samples} texts of {length} tokens from nothing, {args.batch} at a time; temperature 1 unless named; "
+        f"judge: {judge.name}"
+    )
+    print(f"{'':<28}{'tokens/s':>10}{'tokens/pass':>12}{'judge ppl':>16}{'entropy (nats)':>18}{'distinct-2':>12}")
+    rows: list[dict[str, Any]] = []
+    for way in args.ways:
+        decoding = inference.Decoding(**_fields(way))
+        model.generate(length=length, decoding=decoding, batch=args.batch)  # warm-up
+        tokens: list[list[int]] = []
+        seconds, passes, made = 0.0, 0, 0
+        while len(tokens) < args.samples:
+            seeds = [args.seed + len(tokens) + row for row in range(min(args.batch, args.samples - len(tokens)))]
+            started = time.perf_counter()
+            tasks = model.plan([[inference.FREE] * length] * len(seeds), decoding, seeds)
+            steps = 0
+            texts = [[0] * (length + 1) for _ in seeds]
+            for step in model.decode(tasks):
+                steps += 1
+                for row, (positions, chosen) in enumerate(
+                    zip(step.positions.tolist(), step.tokens.tolist(), strict=True)
+                ):
+                    for position, token in zip(positions, chosen, strict=True):
+                        texts[row][position] = token
+            seconds += time.perf_counter() - started
+            passes += steps * (2 if decoding.strategy == "exact" else 1)
+            made += length
+            tokens += [text[1:] for text in texts]
+        figures = generation.quality([tokenizer.decode(one) for one in tokens], tokens, judge)
+        row = {
+            "way": way,
+            "strategy": decoding.strategy,
+            "tokens_per_second": len(tokens) * length / seconds,
+            "tokens_per_pass": made / passes,
+            **figures.as_dict(),
+        }
+        rows.append(row)
+        print(
+            f"{way:<28}{row['tokens_per_second']:>10.0f}{row['tokens_per_pass']:>12.2f}"
+            f"{figures.perplexity:>10.2f} ±{figures.perplexity_se:<4.2f}{figures.entropy:>11.3f} "
+            f"±{figures.entropy_se:<5.3f}{figures.distinct_2:>11.3f}",
+            flush=True,
+        )
+    facts = {"model": str(args.model), "judge": judge.name, "length": length, "batch": args.batch, "rows": rows}
+    if args.json:
+        write_atomically(args.json, json.dumps(facts, indent=1) + "\n")
+    if args.plot:
+        plot(rows, judge.name, args.plot)
+
+
+def _fields(way: str) -> dict[str, Any]:
+    """``streams=4,entropy=0.5`` -> fields of ``Decoding``."""
+    from armd_scale.inference import Decoding
+
+    fields: dict[str, Any] = {}
+    for part in way.split(","):
+        name, _, value = part.partition("=")
+        if name not in Decoding.__dataclass_fields__:
+            raise UserError(f"unknown field '{name}' in {way}: use {', '.join(Decoding.__dataclass_fields__)}")
+        try:
+            fields[name] = int(value) if value.lstrip("-").isdigit() else float(value)
+        except ValueError as error:
+            raise UserError(f"{way}: '{value}' is not a number") from error
+    return fields
+
+
+def plot(rows: list[dict[str, Any]], judge: str, path: Path) -> None:
+    """Judge perplexity and entropy against speed, a line for each strategy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), dpi=120)
+    kinds = [("strided", "C0", "strided, S streams"), ("exact", "C1", "exact parallel, by S streams")]
+    for axes, field, title in zip(
+        panels, ("perplexity", "entropy"), (f"perplexity under {judge}", "entropy of a text, nats"), strict=True
+    ):
+        for kind, colour, label in kinds:
+            group = sorted((r for r in rows if r["strategy"] == kind), key=lambda r: r["tokens_per_second"])
+            if not group:
+                continue
+            axes.errorbar(
+                [r["tokens_per_second"] for r in group],
+                [r[field] for r in group],
+                yerr=[r[f"{field}_se"] for r in group],
+                fmt="o-" if kind == "strided" else "o",
+                color=colour,
+                ms=4,
+                lw=1.2,
+                capsize=2,
+                label=label,
+            )
+            for r in group:
+                axes.annotate(
+                    r["way"].replace("streams=", "S=").replace("draft=", "k="),
+                    (r["tokens_per_second"], r[field]),
+                    xytext=(3, 4),
+                    textcoords="offset points",
+                    fontsize=6,
+                    color=colour,
+                )
+        axes.set_xlabel("tokens/s")
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.2)
+    panels[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    cli(main)
