@@ -18,11 +18,14 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
+from safetensors.torch import save_file
 
 from armd_scale import inference, orders
+from armd_scale import tokenizer as tokenizers
 from armd_scale.config import ModelConfig, ParallelConfig, PrefixConfig
-from armd_scale.inference import ARMDConfig
+from armd_scale.inference import ARMDConfig, folder
 from armd_scale.orders import Layout
+from armd_scale.tokenizer import Tokenizer
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
@@ -63,6 +66,19 @@ def standalone(config: ModelConfig, seed: int = 0) -> inference.ARMD:
         noise = torch.randn(param.shape, generator=generator, dtype=torch.float64)
         param.copy_(1 + 0.1 * noise if name.endswith("norm.weight") else 0.3 * noise)
     return model
+
+
+def model_folder(place: Path, config: ModelConfig, tokenizer: Tokenizer) -> Path:
+    """A whole model folder in ``place``, with random float32 weights."""
+    model = standalone(config.model_copy(update={"vocab_size": tokenizer.vocab_size})).float()
+    shape = dataclasses.replace(model.config, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+    save_file(dict(model.state_dict()), place / "model.safetensors", metadata={"format": "pt"})
+    tokenizers.copy(tokenizer, place)
+    folder.write_config(place, shape, {})
+    folder.write_code(place)
+    words = (tokenizer.token(index) for index in (tokenizer.bos_id, tokenizer.eos_id))
+    folder.write_tokenizer_settings(place, shape.length, *words)
+    return place
 
 
 def tiny_distribution(vocab: int, length: int, **changes: Any) -> inference.ARMD:

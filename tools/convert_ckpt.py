@@ -30,7 +30,7 @@ def main() -> None:
         help="moving average of the weights, or the last ones",
     )
     parser.add_argument("--file-gb", type=float, default=2.0, help="most gigabytes of weights in one file (default 2)")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if not 0 < args.file_gb < 1e6:
         parser.error(f"--file-gb must be more than 0 and below a million, not {args.file_gb}")
     if args.to_training != bool(args.config) or (args.overrides and not args.config):

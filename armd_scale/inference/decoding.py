@@ -383,6 +383,8 @@ class Frontier:
         self.passed = 0
         """Positions given out."""
         self.ended = False
+        self.stopped = False
+        """Whether it ended at EOS."""
         self._free = set(one.order)
         self._end = eos_id if one.decoding.stop else None
         self.push([], [])
@@ -397,8 +399,8 @@ class Frontier:
             token = self.tokens[self.passed]
             self.passed += 1
             if self.passed in self._free:
-                self.ended = token == self._end
-                fresh += [] if self.ended else [token]
+                self.ended = self.stopped = token == self._end
+                fresh += [] if self.stopped else [token]
         self.ended = self.ended or self.passed == len(self.tokens)
         return fresh
 

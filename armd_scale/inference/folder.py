@@ -1,5 +1,6 @@
 """What a model folder holds beside its weights: code generated from this package, and files for Hugging Face.
 
+- ``write_config``: ``config.json``, for this project and for transformers;
 - ``write_code``: ``modeling_armd.py``, the model in one file that needs torch and safetensors only, and the
   Hugging Face classes on top of it;
 - ``write_tokenizer_settings``: how ``AutoTokenizer`` reads the folder's tokenizer;
@@ -17,7 +18,7 @@ from armd_scale.inference.network import ARMDConfig
 
 _PARTS = ("network", "sampling", "decoding", "model")
 
-AUTO_MAP = {
+_AUTO_MAP = {
     "AutoConfig": "huggingface_armd.ARMDHubConfig",
     "AutoModelForCausalLM": "huggingface_armd.ARMDForCausalLM",
 }
@@ -29,15 +30,28 @@ FILES = re.compile(
 """Names of the files of a model folder."""
 
 
-def write_code(folder: Path, sentencepiece: bool) -> None:
-    """Write the code of a model folder; ``sentencepiece``: with the tokenizer class for ``tokenizer.model``."""
+def write_config(folder: Path, config: ARMDConfig, facts: dict[str, Any]) -> None:
+    """Write ``config.json``: the model's shape, what transformers asks for, and ``facts`` to keep beside them."""
+    fields = {
+        **vars(config),
+        "architectures": ["ARMDForCausalLM"],
+        "auto_map": _AUTO_MAP,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_id,
+        "dtype": "float32",
+        **facts,
+    }
+    (folder / "config.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+
+
+def write_code(folder: Path) -> None:
+    """Write the code of a model folder."""
     (folder / "modeling_armd.py").write_text(_joined(), encoding="utf-8")
     source = _source("huggingface")
     places = "|".join(_PARTS)
     single = re.sub(rf"from armd_scale\.inference\.({places}) import", "from .modeling_armd import", source)
     (folder / "huggingface_armd.py").write_text(single, encoding="utf-8")
-    if sentencepiece:
-        (folder / "tokenization_armd.py").write_text(_source("tokenization"), encoding="utf-8")
+    (folder / "tokenization_armd.py").write_text(_source("tokenization"), encoding="utf-8")
 
 
 def _source(part: str) -> str:
@@ -76,14 +90,12 @@ def write_tokenizer_settings(folder: Path, length: int, bos: str, eos: str) -> N
         "pad_token": eos,
         "model_max_length": length,
         "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # the text of a special token in a document is text
     }
-    if (folder / "tokenizer.model").is_file():
-        settings |= {
-            "tokenizer_class": "ARMDTokenizer",
-            "auto_map": {"AutoTokenizer": ["tokenization_armd.ARMDTokenizer", None]},
-        }
-    else:
-        settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "split_special_tokens": True}
+    pieces = (folder / "tokenizer.model").is_file()
+    name = "ARMDTokenizer" if pieces else "ARMDTokenizerFast"
+    place = f"tokenization_armd.{name}"
+    settings |= {"tokenizer_class": name, "auto_map": {"AutoTokenizer": [place, None] if pieces else [None, place]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
-"""A sentencepiece tokenizer of this project as a Hugging Face tokenizer: the same tokens, BOS first.
+"""The tokenizer of a model folder as a Hugging Face tokenizer: the tokens of training, BOS first.
 
-For folders with ``tokenizer.model``. Text is encoded between the places that no piece reaches over, which is what
-training did; a U+2581 in a text, which sentencepiece takes for a space, is spelt in bytes.
+- ``ARMDTokenizer``: for ``tokenizer.model``, needs sentencepiece;
+- ``ARMDTokenizerFast``: for ``tokenizer.json``.
 """
 
 import os
@@ -9,15 +9,23 @@ import shutil
 from functools import lru_cache
 from typing import Any
 
-import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
-from transformers import PreTrainedTokenizer
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
+
+try:
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
+except ImportError:
+    pass  # a folder with tokenizer.json does without
 
 _SPACE = "\u2581"
 
 
 class ARMDTokenizer(PreTrainedTokenizer):
-    """Token ids of ``tokenizer.model``."""
+    """Token ids of ``tokenizer.model``.
+
+    Text is encoded between the places that no piece reaches over, as training did; a U+2581 in a text, which
+    sentencepiece takes for a space, is spelt in bytes.
+    """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012  (the library's name and type)
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
@@ -34,8 +42,6 @@ class ARMDTokenizer(PreTrainedTokenizer):
         settings.setdefault("bos_token", self._processor.id_to_piece(self._processor.bos_id()))
         settings.setdefault("eos_token", self._processor.id_to_piece(self._processor.eos_id()))
         settings.setdefault("pad_token", settings["eos_token"])
-        # The text of a special token in a document is text.
-        settings.setdefault("split_special_tokens", True)
         super().__init__(**settings)
 
     @property
@@ -83,3 +89,13 @@ class ARMDTokenizer(PreTrainedTokenizer):
         if os.path.abspath(out) != os.path.abspath(self._file):
             shutil.copyfile(self._file, out)
         return (out,)
+
+
+class _BeginsWithBOS(PreTrainedTokenizerFast):
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.add_bos_token = True  # in the settings, the library loses it
+
+
+class ARMDTokenizerFast(_BeginsWithBOS):
+    """Token ids of ``tokenizer.json``; a class with a constructor of its own would have its merges left out."""

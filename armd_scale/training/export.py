@@ -112,28 +112,18 @@ def export(
     partial.mkdir(parents=True)
     weights = checkpoint.Weights(source, averaged)
     parameters = _write_weights(weights, shape.vocab_size, partial, file_bytes)
-    fields = {
-        **vars(shape),
-        "architectures": ["ARMDForCausalLM"],
-        "auto_map": folder.AUTO_MAP,
-        "bos_token_id": shape.bos_id,
-        "eos_token_id": shape.eos_id,
-        "dtype": "float32",
-        "tokenizer_sha256": tokenizers.digest(tokenizer),
-        "checkpoint": source.name,
-    }
-    (partial / "config.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    facts: dict[str, Any] = {"tokenizer_sha256": tokenizers.digest(tokenizer), "checkpoint": source.name}
+    folder.write_config(partial, shape, facts)
     tokenizers.copy(tokenizer, partial)
     folder.write_tokenizer_settings(partial, shape.length, tokenizer.token(shape.bos_id), tokenizer.token(shape.eos_id))
-    folder.write_code(partial, sentencepiece=(partial / "tokenizer.model").is_file())
+    folder.write_code(partial)
     difference = largest_difference(config, weights, partial)
     if not difference < TOLERANCE:
         raise UserError(
             f"the exported model's logits differ from the training model's by {difference:.1e}: "
             f"nothing was replaced; what was written is in {partial}"
         )
-    fields["logits_difference"] = difference
-    (partial / "config.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    folder.write_config(partial, shape, facts | {"logits_difference": difference})
     facts = {"parameters": parameters, "checkpoint": source.name, "difference": difference}
     card = folder.card(config.name, shape, facts | _training_facts(config, source))
     (partial / "README.md").write_text(card, encoding="utf-8")

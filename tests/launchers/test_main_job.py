@@ -15,9 +15,12 @@ import pytest
 import torch
 import yaml
 
+from armd_scale import config as configs
 from armd_scale import inference
 from armd_scale import tokenizer as tokenizers
 from armd_scale.config import RunConfig
+from armd_scale.errors import UserError
+from armd_scale.training import export
 from armd_scale.training.telemetry import read_metrics
 from launchers import jobs, restart
 
@@ -183,13 +186,14 @@ def test_convert_generate_evaluate(finished, tmp_path, text):
     assert result.returncode == 0, result.stderr
     assert re.search(r"largest difference to the training model's logits: \d\.\de[-+]\d\d", result.stdout)
     assert {p.name for p in out.iterdir()} == {
-        "config.json", "model.safetensors", "tokenizer.model", "modeling_armd.py",
+        "config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json", "README.md",
+        "modeling_armd.py", "huggingface_armd.py", "tokenization_armd.py",
     }  # fmt: skip
     # the folder's own code is enough: no package of this project on the path
     alone = subprocess.run(
         [sys.executable, "-I", "-c",
          f"import sys; sys.path.insert(0, {str(out)!r}); import modeling_armd as m; "
-         f"print(m.load({str(out)!r}).generate(length=8, streams=2).shape)"],
+         f"print(m.load({str(out)!r}).generate(length=8, decoding=m.Decoding(streams=2)).shape)"],
         cwd=tmp_path, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert alone.stdout.strip() == "torch.Size([1, 8])"
@@ -220,6 +224,51 @@ def test_convert_generate_evaluate(finished, tmp_path, text):
     assert results[0]["sha256"] in score.stdout
     alone = command("tools/eval_zeroshot.py", out, "--text", text, "--json")
     assert json.loads(alone.stdout)["results"][0] == results[0]
+
+
+def test_infilling_from_the_command_line(finished):
+    """Gaps are filled, what is around them stays, and a way of decoding that cannot be is one line."""
+    _, run, _ = finished
+    model = run / "export"
+    for ways in (["--streams", 2], ["--order", "random", "--draft", 3]):
+        result = command("tools/generate.py", model, "--infill", "word ___:3 number ___ text", "--seed", 1, *ways)
+        assert result.returncode == 0, result.stderr
+        assert re.fullmatch(r"word .* number .* text\n", result.stdout, flags=re.DOTALL), result.stdout
+        assert "4 tokens in" in result.stderr
+    for words, line in (
+        (["--infill", "no gap"], "--infill has no gap"),
+        (["--infill", "___ ___", "--order", "random", "--streams", 2], "an order of its own has no streams"),
+        (["--device", "cuda:9"], "device cuda:9 is not there"),
+    ):
+        refused(command("tools/generate.py", model, *words), line)
+
+
+def test_back_to_training(finished, tmp_path):
+    """A model folder begins a run: its weights bit for bit, its loss at the first step, and training goes on."""
+    config, run, _ = finished
+    model, begun = run / "export", tmp_path / "r"
+    same = f"data.tokenizer={model}", f"data.directory={run}/data"
+    words = "tools/convert_ckpt.py", model, begun, "--to-training", "--config", config
+    refused(command(*words), "the run would train a tokenizer of its own: set data.tokenizer=")
+    result = command(*words, *same)
+    assert result.returncode == 0, result.stderr
+    for change, line in (((), "has checkpoints already"), (["model.layers=6"], "the configuration's model has layers")):
+        with pytest.raises(UserError, match=line):
+            export.to_training(model, configs.load(config, [f"run_dir={begun}", *same, *change]))
+    steps = "orders.ar_steps=0", "train.steps=4", "orders.permutation_steps=0", "orders.strided_steps=0", "orders.rho=0"
+    launched = command(
+        "launchers/slurm.py", "--config", config, "--cluster", "local", "--only", "train", f"run_dir={begun}", *same,
+        *steps, "train.log_every=1", "train.checkpoint_every=4",
+    )  # fmt: skip
+    assert launched.returncode == 0, launched.stderr
+    first = next(r["loss"] for r in read_metrics(begun) if "loss" in r)
+    fresh, *_, last = (r["loss"] for r in read_metrics(run) if "loss" in r)
+    assert abs(first - last) < 0.3 * abs(fresh - last)
+    assert (begun / "checkpoints/step-00000004").is_dir()
+    source, back = begun / "checkpoints/step-00000000", tmp_path / "back"
+    result = command("tools/convert_ckpt.py", begun, back, "--checkpoint", source)
+    assert result.returncode == 0, result.stderr
+    assert (back / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
 
 
 def test_bad_runs_are_one_line(finished, tmp_path, text):
@@ -280,8 +329,8 @@ def test_bad_checkpoints_and_exports_are_one_line(finished, tmp_path):
     full = tmp_path / "other"
     shutil.copytree(run / "export", full)
     refused(command("tools/generate.py", full, "--prompt", "word " * 200), r"the prompt has \d+ tokens")
-    refused(command("tools/generate.py", full, "--length", 999), "length 999 does not fit")
-    refused(command("tools/generate.py", full, "--streams", 0), "streams must be at least 1")
+    refused(command("tools/generate.py", full, "--length", 999), "this model takes up to 32")
+    refused(command("tools/generate.py", full, "--streams", 0), "streams must be a whole number at least 1")
     refused(command("tools/generate.py", full, "--device", "cuda", CUDA_VISIBLE_DEVICES=""), "device cuda is not there")
     refused(command("tools/generate.py", full, "--device", "abacus"), "device abacus is not there")
     refused(command("tools/eval_zeroshot.py", full, "--text", again, "--json", "/nowhere/x.json"), "No such file")

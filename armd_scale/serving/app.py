@@ -1,0 +1,391 @@
+"""The HTTP interface: completions as OpenAI's clients speak them, health, metrics and a page.
+
+``POST /v1/completions`` takes ``prompt`` (text or tokens, one or several), ``max_tokens``, ``n``, ``temperature``,
+``top_p``, ``stop``, ``seed``, ``echo``, ``stream`` and ``suffix`` (the gap between prompt and suffix is filled), and
+beyond the interface ``top_k``, ``min_p``, ``streams``, ``draft`` and ``order`` (with ``stream``: every chunk tells
+which positions a step wrote). What is wrong with a request is one line, with status 400, 413, 415 or 429.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from armd_scale.inference import ARMD, FREE, Decoding, InputError, Task
+from armd_scale.inference.decoding import width
+from armd_scale.serving.engine import Busy, Engine, Event, Job
+from armd_scale.tokenizer import Tokenizer
+
+BODY = 1 << 20
+"""Most bytes of a request."""
+_PATIENCE = 30  # seconds that a request may take to arrive
+_PAGE = Path(__file__).with_name("page.html")
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
+
+
+class Completion(BaseModel):
+    """A request."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str | list[str] | list[int] | list[list[int]] = ""
+    suffix: str | None = None
+    max_tokens: int = Field(16, ge=0)
+    n: int = Field(1, ge=1, le=128)
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    streams: int = 1
+    draft: int = 0
+    stop: str | list[str] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    echo: bool = False
+    stream: bool = False
+    order: bool = False
+    model: str | None = None
+    user: str | None = None
+    # Of the interface, but not offered: only the values that ask for nothing.
+    best_of: Literal[1] | None = None
+    logprobs: None = None
+    logit_bias: None = None
+    presence_penalty: float | None = Field(0, ge=0, le=0)
+    frequency_penalty: float | None = Field(0, ge=0, le=0)
+    stream_options: dict[str, Any] | None = None
+
+
+class Refused(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Text:
+    """Tokens as text, piece by piece: what is given out never changes by what follows, and ends before a stop."""
+
+    def __init__(self, tokenizer: Tokenizer, before: list[int], stops: list[str]) -> None:
+        self._tokenizer, self._stops = tokenizer, stops
+        # Decoded together with the last tokens before it: a character may be spelt in several.
+        self._tokens = before[-8:]
+        self._known = len(tokenizer.decode(self._tokens))
+        self._held = ""
+        self.stopped = False
+
+    def add(self, tokens: list[int], last: bool) -> str:
+        """The text that is certain by ``tokens``; ``last``: nothing follows."""
+        if self.stopped:
+            return ""
+        if tokens or last:
+            self._tokens += tokens
+            text = self._tokenizer.decode(self._tokens)
+            if last or not text.endswith("\ufffd"):
+                self._held += text[self._known :]
+                self._tokens = self._tokens[-8:]
+                self._known = len(self._tokenizer.decode(self._tokens))
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            out, self._held = self._held[: min(found)], ""
+            return out
+        # A stop may have begun.
+        tail = 0 if last else max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        out, self._held = self._held[: len(self._held) - tail], self._held[len(self._held) - tail :]
+        return out
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of ``text`` with which ``stop`` begins."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+class Server:
+    """Answers requests with one engine."""
+
+    def __init__(
+        self, model: ARMD, tokenizer: Tokenizer, name: str, lanes: int = 8, queue: int = 64, width: int = 16
+    ) -> None:
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.registry = CollectorRegistry()
+        here = self.registry
+        self._answers = Counter("armd_requests", "Requests by status", ["status"], registry=here)
+        self._tokens = Counter("armd_tokens", "Tokens generated", registry=here)
+        self._steps = Counter("armd_steps", "Decoding steps", registry=here)
+        times = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+        self._first = Histogram("armd_first_token_seconds", "Until the first text", buckets=times, registry=here)
+        self._seconds = Histogram("armd_request_seconds", "Of accepted requests", buckets=times, registry=here)
+
+        def count(tokens: int) -> None:
+            self._steps.inc()
+            self._tokens.inc(tokens)
+
+        self.engine = Engine(model, lanes, queue, width, count)
+        Gauge("armd_waiting", "Texts in the queue", registry=here).set_function(lambda: self.engine.waiting)
+        Gauge("armd_running", "Texts in lanes", registry=here).set_function(lambda: self.engine.running)
+        self._routes = [
+            Route("/", self._page),
+            Route("/health", self._health),
+            Route("/metrics", self._metrics),
+            Route("/v1/models", self._models),
+            Route("/v1/completions", self._completions, methods=["POST"]),
+        ]
+
+    def app(self) -> Starlette:
+        """The ASGI application."""
+
+        @contextlib.asynccontextmanager
+        async def lifespan(_: Starlette) -> AsyncIterator[None]:
+            yield
+            await asyncio.to_thread(self.engine.close)
+
+        handlers: Any = {HTTPException: self._wrong_path}
+        return Starlette(routes=self._routes, lifespan=lifespan, exception_handlers=handlers)
+
+    async def _page(self, _: Request) -> Response:
+        headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"}
+        return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers=headers)
+
+    async def _health(self, _: Request) -> Response:
+        alive = self.engine.alive
+        return JSONResponse({"status": "ok" if alive else "stopping"}, status_code=200 if alive else 503)
+
+    async def _metrics(self, _: Request) -> Response:
+        return PlainTextResponse(generate_latest(self.registry), media_type="text/plain; version=0.0.4")
+
+    async def _models(self, _: Request) -> Response:
+        c = self.model.config
+        facts = {"id": self.name, "object": "model", "owned_by": "armd_scale", "max_tokens": c.length}
+        return JSONResponse({"object": "list", "data": [facts]})
+
+    async def _wrong_path(self, _: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return self._error(
+            error.status_code, f"{error.detail}: there are /v1/completions, /v1/models, /health, /metrics"
+        )
+
+    def _error(self, status: int, message: str) -> Response:
+        self._answers.labels(status).inc()
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        body = {"error": {"message": message, "type": kind, "param": None, "code": None}}
+        return JSONResponse(body, status, headers={"Retry-After": "1"} if status == 429 else None)
+
+    async def _completions(self, request: Request) -> Response:
+        try:
+            wanted = await self._read(request)
+            tasks = self._tasks(wanted)
+            stops = [wanted.stop] if isinstance(wanted.stop, str) else wanted.stop or []
+            jobs = self.engine.submit(tasks)
+        except Refused as error:
+            return self._error(error.status, str(error))
+        except InputError as error:
+            return self._error(400, str(error))
+        except Busy:
+            return self._error(429, "too many requests are waiting: try again in a moment")
+        except ClientDisconnect:
+            return Response(status_code=499)
+        texts = [Text(self.tokenizer, self._before(job.task), stops) for job in jobs]
+        head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
+        head["object"] = "text_completion"
+        if wanted.stream:
+            chunks = self._chunks(wanted, jobs, texts, head)
+            return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return await self._whole(request, wanted, jobs, texts, head)
+
+    async def _read(self, request: Request) -> Completion:
+        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            raise Refused(415, "send JSON, with Content-Type: application/json")
+        body = bytearray()
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > BODY:
+                        raise Refused(413, f"the request is larger than {BODY:,} bytes")
+        except TimeoutError as error:
+            raise Refused(408, f"the request did not arrive within {_PATIENCE} seconds") from error
+        try:
+            wanted = Completion.model_validate_json(bytes(body))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"][:1])
+            known = f"; there are {', '.join(Completion.model_fields)}" if first["type"] == "extra_forbidden" else ""
+            raise Refused(400, f"{where or 'the request'}: {first['msg'].lower()}{known}") from error
+        if wanted.model not in (None, self.name):
+            raise Refused(400, f"model: this server has '{self.name}', not '{wanted.model}'")
+        stops = [wanted.stop] if isinstance(wanted.stop, str) else wanted.stop or []
+        if len(stops) > 4 or not all(0 < len(stop) <= 256 for stop in stops):
+            raise Refused(400, "stop: up to 4 strings of 1 to 256 characters")
+        return wanted
+
+    def _tasks(self, wanted: Completion) -> list[Task]:
+        """The texts to complete, ``n`` for each prompt. Raises ``Refused`` and ``InputError``."""
+        prompt: Any = wanted.prompt
+        several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
+        prompts = prompt if several else [prompt]
+        decoding = Decoding(
+            wanted.streams,
+            wanted.draft,
+            wanted.temperature,
+            wanted.top_k,
+            wanted.top_p,
+            wanted.min_p,
+            stop=wanted.suffix is None,
+        )
+        if width(decoding) > self.engine.width:
+            raise Refused(400, f"this server decodes up to {self.engine.width} tokens a step (streams, draft)")
+        if len(prompts) * wanted.n > self.engine.queue:
+            raise Refused(400, f"a request may ask for up to {self.engine.queue} texts")
+        after = self._encode(wanted.suffix) if wanted.suffix is not None else []
+        rows = []
+        for one in prompts:
+            tokens = self._encode(one) if isinstance(one, str) else list(one)
+            if any(token < 0 for token in tokens):
+                raise Refused(400, f"prompt: token {min(tokens)} is not in the vocabulary")
+            size = len(tokens) + wanted.max_tokens + len(after)
+            if size > self.model.config.length:
+                raise Refused(
+                    400,
+                    f"prompt, suffix and max_tokens are {size} tokens together, this model takes up to "
+                    f"{self.model.config.length}",
+                )
+            if not wanted.max_tokens or not size:
+                raise Refused(400, "max_tokens must be at least 1")
+            rows += [tokens + [FREE] * wanted.max_tokens + after] * wanted.n
+        seed = secrets.randbits(62) if wanted.seed is None else wanted.seed
+        return self.model.plan(rows, decoding, seed)
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise Refused(400, "the text is not Unicode: it holds half of a surrogate pair") from error
+        return self.tokenizer.encode(text)
+
+    def _before(self, task: Task) -> list[int]:
+        """Tokens before the first generated one."""
+        return list(itertools.takewhile(lambda token: token != FREE, task.tokens))
+
+    async def _whole(
+        self, request: Request, wanted: Completion, jobs: list[Job], texts: list[Text], head: dict[str, Any]
+    ) -> Response:
+        async def gone() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        watcher = asyncio.create_task(gone())
+        parts = [asyncio.create_task(self._collect(job, text)) for job, text in zip(jobs, texts, strict=True)]
+        together = asyncio.create_task(asyncio.wait(parts))
+        try:
+            await asyncio.wait([watcher, together], return_when=asyncio.FIRST_COMPLETED)
+            if not all(part.done() for part in parts):
+                self._answers.labels(499).inc()
+                return Response(status_code=499)
+            results = [part.result() for part in parts]
+        except RuntimeError as error:
+            return self._error(500, str(error))
+        finally:
+            for pending in (watcher, together, *parts):
+                pending.cancel()
+            self.engine.cancel(jobs)
+        choices = [
+            _choice(index, self._echo(wanted, job) + text, reason)
+            for index, (job, (text, reason, _)) in enumerate(zip(jobs, results, strict=True))
+        ]
+        asked = sum(len(self._before(job.task)) for job in jobs[:: wanted.n])
+        made = sum(count for _, _, count in results)
+        usage = {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
+        self._answers.labels(200).inc()
+        self._seconds.observe(time.perf_counter() - jobs[0].submitted)
+        return JSONResponse({**head, "choices": choices, "usage": usage})
+
+    async def _collect(self, job: Job, text: Text) -> tuple[str, str, int]:
+        """A job's text, why it ended, and its tokens. Raises ``RuntimeError`` when it failed."""
+        out, count = "", 0
+        while True:
+            event = await job.events.get()
+            if event.error:
+                raise RuntimeError(event.error)
+            count += len(event.fresh)
+            out += text.add(event.fresh, event.done)
+            if event.done or text.stopped:
+                self.engine.cancel([job])
+                return out, self._reason(job, text), count
+
+    def _reason(self, job: Job, text: Text) -> str:
+        return "stop" if text.stopped or job.frontier.stopped else "length"
+
+    def _echo(self, wanted: Completion, job: Job) -> str:
+        return self.tokenizer.decode(self._before(job.task)) if wanted.echo else ""
+
+    async def _chunks(
+        self, wanted: Completion, jobs: list[Job], texts: list[Text], head: dict[str, Any]
+    ) -> AsyncIterator[str]:
+        """Server-sent events: pieces of text as their positions become complete."""
+        queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+
+        async def forward(index: int, job: Job) -> None:
+            while True:
+                event = await job.events.get()
+                await queue.put((index, event))
+                if event.done or event.error:
+                    return
+
+        readers = [asyncio.create_task(forward(index, job)) for index, job in enumerate(jobs)]
+        open_, status = set(range(len(jobs))), 499
+        started, first = jobs[0].submitted, True
+        try:
+            if wanted.echo:
+                for index, job in enumerate(jobs):
+                    yield _line({**head, "choices": [_choice(index, self._echo(wanted, job), None)]})
+            while open_:
+                index, event = await queue.get()
+                if index not in open_:
+                    continue
+                if event.error:
+                    status = 500
+                    yield _line({"error": {"message": event.error, "type": "server_error"}})
+                    return
+                text = texts[index].add(event.fresh, event.done)
+                over = event.done or texts[index].stopped
+                choice = _choice(index, text, self._reason(jobs[index], texts[index]) if over else None)
+                if wanted.order:
+                    choice["written"] = [[place, self.tokenizer.decode([token])] for place, token in event.written]
+                if over:
+                    open_.discard(index)
+                    self.engine.cancel([jobs[index]])
+                if text or over or wanted.order:
+                    if first:
+                        self._first.observe(time.perf_counter() - started)
+                        first = False
+                    yield _line({**head, "choices": [choice]})
+            status = 200
+            yield "data: [DONE]\n\n"
+        finally:
+            self._answers.labels(status).inc()
+            self._seconds.observe(time.perf_counter() - started)
+            for reader in readers:
+                reader.cancel()
+            self.engine.cancel(jobs)
+
+
+def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
+
+
+def _line(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data)}\n\n"

@@ -1,0 +1,182 @@
+"""Requests from many clients, decoded side by side by one thread (continuous batching).
+
+A job is a text to complete. It waits in a bounded queue, gets a lane, and reports what each step wrote; a job whose
+client has gone is dropped at the next step. Jobs of a strategy share their steps, whatever their settings.
+"""
+
+import asyncio
+import collections
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from armd_scale.inference import ARMD, Frontier, Task
+from armd_scale.inference.decoding import STRATEGIES, Lanes
+
+
+class Busy(Exception):
+    """The queue is full."""
+
+
+class Event(NamedTuple):
+    """What a step did for a job."""
+
+    written: list[tuple[int, int]]
+    """Positions (from 1) and tokens, in the order of generation."""
+    fresh: list[int]
+    """Tokens that are now complete, by position."""
+    done: bool
+    """Whether the text is complete."""
+    error: str = ""
+    """Why it never will be."""
+
+
+class Job:
+    """A text on its way; ``events`` are read by the task that submitted it."""
+
+    def __init__(self, task: Task, eos_id: int, loop: asyncio.AbstractEventLoop) -> None:
+        self.task = task
+        self.frontier = Frontier(task, eos_id)
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self.cancelled = False
+        self.submitted = time.perf_counter()
+        self._loop = loop
+
+    def put(self, event: Event) -> None:
+        """Report from the engine's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+
+class Engine:
+    """Decodes jobs in ``lanes`` lanes for each strategy; ``queue``: most jobs that wait; ``width``: of a step.
+
+    ``on_step`` is called after each step with the number of tokens written.
+    """
+
+    def __init__(
+        self, model: ARMD, lanes: int, queue: int, width: int, on_step: Callable[[int], None] = lambda tokens: None
+    ) -> None:
+        self.model, self.lanes, self.queue, self.width = model, lanes, queue, width
+        self._on_step = on_step
+        self._waiting: collections.deque[Job] = collections.deque()
+        self._running: dict[str, dict[int, Job]] = {strategy: {} for strategy in STRATEGIES}
+        self._places: dict[str, Lanes] = {}
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="decoding", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether jobs are being decoded."""
+        return self._thread.is_alive() and not self._stopping
+
+    @property
+    def waiting(self) -> int:
+        """Jobs without a lane."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Jobs in lanes."""
+        return sum(map(len, self._running.values()))
+
+    def submit(self, tasks: list[Task]) -> list[Job]:
+        """Jobs for tasks, all or none; from within an event loop. Raises ``Busy``."""
+        loop = asyncio.get_running_loop()
+        jobs = [Job(task, self.model.config.eos_id, loop) for task in tasks]
+        with self._wake:
+            if len(self._waiting) + len(jobs) > self.queue:
+                raise Busy
+            self._waiting.extend(jobs)
+            self._wake.notify()
+        return jobs
+
+    def cancel(self, jobs: list[Job]) -> None:
+        """Forget jobs, wherever they are."""
+        with self._wake:
+            for job in jobs:
+                job.cancelled = True
+            gone = [job for job in self._waiting if job.cancelled]
+            for job in gone:
+                self._waiting.remove(job)
+            self._wake.notify()
+
+    def close(self) -> None:
+        """End the thread; jobs that are not complete fail."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join(timeout=60)
+        for job in [*self._waiting, *(job for jobs in self._running.values() for job in jobs.values())]:
+            job.put(Event([], [], False, "the server is shutting down"))
+
+    @torch.no_grad()
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                while not self._stopping and not self._waiting and not self.running:
+                    self._wake.wait()
+                if self._stopping:
+                    return
+            for strategy in STRATEGIES:
+                try:
+                    self._admit(strategy)
+                    self._step(strategy)
+                except Exception as error:  # one strategy's jobs fail, the server goes on
+                    self._fail(strategy, f"decoding failed: {error}")
+
+    def _admit(self, strategy: str) -> None:
+        """Free the lanes of cancelled jobs, and fill free lanes from the queue."""
+        running = self._running[strategy]
+        for lane in [lane for lane, job in running.items() if job.cancelled]:
+            self._places[strategy].release(lane)
+            del running[lane]
+        free = [lane for lane in range(self.lanes) if lane not in running]
+        fresh: dict[int, Job] = {}
+        with self._wake:
+            for job in [job for job in self._waiting if job.task.decoding.strategy == strategy][: len(free)]:
+                self._waiting.remove(job)
+                if not job.cancelled:
+                    fresh[free.pop(0)] = job
+            running.update(fresh)
+        if not fresh:
+            return
+        if strategy not in self._places:
+            slots = self.model.config.length + 1
+            self._places[strategy] = STRATEGIES[strategy](self.model, self.lanes, slots, self.width)
+        self._places[strategy].admit({lane: job.task for lane, job in fresh.items()})
+        for lane, job in fresh.items():
+            if job.frontier.ended:  # nothing was free
+                self._report(strategy, lane, [], [])
+
+    def _step(self, strategy: str) -> None:
+        running = self._running[strategy]
+        if not running:
+            return
+        step = self._places[strategy].step()
+        rows = zip(step.positions.tolist(), step.tokens.tolist(), strict=True)
+        self._on_step(sum(self._report(strategy, lane, *row) for lane, row in enumerate(rows) if lane in running))
+
+    def _report(self, strategy: str, lane: int, positions: list[int], tokens: list[int]) -> int:
+        """Tell a job what was written; frees its lane at the end of its text. Returns the number of tokens."""
+        job = self._running[strategy][lane]
+        written = [(p, t) for p, t in zip(positions, tokens, strict=True) if p]
+        fresh = job.frontier.push(positions, tokens)
+        done = job.frontier.ended
+        if done:
+            self._places[strategy].release(lane)
+            del self._running[strategy][lane]
+        job.put(Event(written, fresh, done))
+        return len(written)
+
+    def _fail(self, strategy: str, reason: str) -> None:
+        for job in self._running[strategy].values():
+            job.put(Event([], [], False, reason))
+        self._running[strategy].clear()
+        self._places.pop(strategy, None)  # whatever state it was in

@@ -1,0 +1,172 @@
+"""A model folder with its own code: as a Hugging Face model, as a single file, and with both kinds of tokenizer."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from armd_scale import inference
+from armd_scale import tokenizer as tokenizers
+from armd_scale.inference import Decoding, InputError
+from tests.conftest import MODERN, PAPER, model_folder
+
+TEXT = "def f(self):\n    return 'the cache of naïve 你好 ▁ <s> words'\t" * 30
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """A folder with a sentencepiece tokenizer."""
+    place = tmp_path_factory.mktemp("pieces")
+    tokenizer = tokenizers.train([TEXT], tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", 284)
+    return model_folder(place, PAPER, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def bytelevel(tmp_path_factory):
+    """A folder with a byte-level BPE in ``tokenizer.json``, and an untied head."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    source = tmp_path_factory.mktemp("tokenizer")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    from tokenizers import decoders
+
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    bpe.train_from_iterator([TEXT], trainer)
+    bpe.save(str(source / "tokenizer.json"))
+    return model_folder(tmp_path_factory.mktemp("bytelevel"), MODERN, tokenizers.load(source))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules(tmp_path_factory):
+    """Where transformers keeps the code of folders, for this file only."""
+    os.environ["HF_MODULES_CACHE"] = str(tmp_path_factory.mktemp("modules"))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _auto(place):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(place), trust_remote_code=True)
+    return AutoModelForCausalLM.from_pretrained(str(place), trust_remote_code=True).eval(), tokenizer
+
+
+@pytest.fixture(scope="module", params=["pieces", "bytelevel"])
+def place(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_as_a_hugging_face_model(place, tmp_path):
+    """Logits and loss are the model's, left to right; what transformers saves loads again, also here."""
+    hub, tokenizer = _auto(place)
+    own, words = inference.load(place), tokenizers.load(place)
+    batch = tokenizer(["def", "the cache"], return_tensors="pt", padding=True, padding_side="right")
+    ids, mask = batch.input_ids, batch.attention_mask.bool()
+    labels = ids.masked_fill(~mask, -100)
+    out = hub(**batch, labels=ids)
+    total = 0.0
+    for row, text in enumerate(("def", "the cache")):
+        tokens = words.encode(text)
+        assert ids[row][mask[row]].tolist() == [words.bos_id, *tokens]
+        assert torch.equal(labels[row][mask[row]], ids[row][mask[row]])
+        nll = own.nll(torch.tensor([tokens]))
+        scored = out.logits[row, : len(tokens)].log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])
+        torch.testing.assert_close(-scored[:, 0], nll[0], atol=1e-4, rtol=1e-4)
+        total += float(nll.sum())
+    assert float(out.loss) == pytest.approx(total / int(mask[:, 1:].sum()), rel=1e-4)
+    out.loss.backward()
+    assert float(hub.model.embedding.weight.grad.abs().sum()) > 0
+    hub.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = _auto(tmp_path)
+    assert torch.equal(again(**batch).logits, out.logits)
+    tokens = torch.tensor([words.encode("the cache")])
+    assert torch.equal(inference.load(tmp_path).nll(tokens), own.nll(tokens))
+
+
+def test_generate_of_hugging_face(place):
+    """The usual settings, with padding on either side, give the texts of this project."""
+    hub, tokenizer = _auto(place)
+    own, words = inference.load(place), tokenizers.load(place)
+    texts = ["def", "the"]
+    prompts = [words.encode(text) for text in texts]
+    for side in ("left", "right"):
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side=side)
+        out = hub.generate(**batch, max_new_tokens=6, do_sample=True, top_p=0.9, streams=2, seed=3)
+        assert torch.equal(out[:, : batch.input_ids.shape[1]], batch.input_ids)
+        way = Decoding(streams=2, top_p=0.9, stop=True)
+        wanted = own.generate(prompts, new_tokens=6, decoding=way, seed=3)
+        for row, prompt in enumerate(prompts):
+            made = out[row, batch.input_ids.shape[1] :]
+            assert torch.equal(made, wanted[row, len(prompt) : len(prompt) + 6])
+    batch = tokenizer(texts[:1], return_tensors="pt")
+    greedy = hub.generate(**batch, max_length=10)
+    assert torch.equal(greedy, hub.generate(**batch, max_length=10))
+    assert greedy.shape == (1, 10)
+    torch.manual_seed(0)
+    sampled = [hub.generate(**batch, do_sample=True) for _ in range(2)]
+    assert not torch.equal(*sampled)
+    assert sampled[0].shape == (1, own.config.length + 1)
+    torch.manual_seed(0)
+    assert torch.equal(sampled[0], hub.generate(**batch, do_sample=True))
+    cases = [
+        (lambda: hub.generate(**batch, num_beams=4), "unknown setting num_beams"),
+        (lambda: hub.generate(**batch, max_new_tokens=40), "40 new tokens do not fit"),
+        (lambda: hub.generate(torch.tensor([[5, 6]])), "must begin with BOS"),
+        (lambda: hub(torch.tensor([[5, 6]])), "input_ids must be BOS"),
+        (
+            lambda: hub(batch.input_ids, attention_mask=torch.zeros_like(batch.input_ids)),
+            "padding must be on the right",
+        ),
+    ]
+    for call, line in cases:
+        with pytest.raises(ValueError, match=line):
+            call()
+
+
+@given(text=st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(list(TEXT))), max_size=40))
+def test_auto_tokenizer_gives_the_same_tokens(pieces, bytelevel, text):
+    for place in (pieces, bytelevel):
+        if place not in _AUTO:
+            _AUTO[place] = _auto(place)[1], tokenizers.load(place)
+        hub, own = _AUTO[place]
+        tokens = own.encode(text)
+        assert hub(text).input_ids == [own.bos_id, *tokens]
+        assert hub.decode([own.bos_id, *tokens], skip_special_tokens=True) == own.decode(tokens)
+    assert own.decode(tokens) == text
+
+
+_AUTO: dict = {}
+
+
+def test_the_single_file_is_the_package(place):
+    """``modeling_armd.py`` alone, in a process that has no other package of this project."""
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); import modeling_armd as m; model = m.load(sys.argv[1]);"
+        "print(model.generate([[5, 6]], decoding=m.Decoding(streams=2, draft=3), seed=2).tolist());"
+        "print(model.nll(torch.arange(12)[None]).tolist());"
+        "print(sorted({n.split('.')[0] for n in sys.modules} & {'armd_scale', 'transformers', 'sentencepiece'}))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(place)], capture_output=True, text=True, check=True, cwd="/"
+    ).stdout.splitlines()
+    model = inference.load(place)
+    assert out[0] == str(model.generate([[5, 6]], decoding=Decoding(streams=2, draft=3), seed=2).tolist())
+    assert out[1] == str(model.nll(torch.arange(12)[None]).tolist())
+    assert out[2] == "[]"
+
+
+def test_folders_that_do_not_load(pieces, tmp_path):
+    with pytest.raises(InputError, match=r"cannot run in torch\.float16: choose"):
+        inference.load(pieces, dtype=torch.float16)
+    for device in ("cuda:99", "nonsense", "meta"):
+        with pytest.raises(InputError, match=f"device {device} is not there"):
+            inference.load(pieces, device=device)
+    with pytest.raises(InputError, match="not a model folder"):
+        inference.load(tmp_path)
