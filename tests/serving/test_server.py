@@ -363,7 +363,7 @@ def test_under_load(model_dir, own, pytestconfig):
         memory = next(row for row in (folder / "status").read_text().splitlines() if row.startswith("VmRSS"))
         return int(memory.split()[1]) / 1024, len(list((folder / "fd").iterdir()))
 
-    with serving(model_dir) as server:
+    with serving(model_dir, "--lanes", 16, "--queue", 256) as server:
         asyncio.run(everybody(server.port, 200, seconds / 3))  # buffers and threads have their size after this
         idle = _idle(server)
         memory, files = held(server)
