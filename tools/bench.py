@@ -1,6 +1,7 @@
 """Speed beside peers, in one run on this machine: prints a table, as ratios, and writes JSON.
 
 python tools/bench.py data --text 'books/*.jsonl.zst' [--tokenizer gpt2] [--json bench.json]
+python tools/bench.py decode [--layers 12 --hidden 768] [--batch 1 8 64] [--device cuda --dtype bfloat16]
 """
 
 import argparse
@@ -36,6 +37,18 @@ def main() -> None:
     data.add_argument("--vocab", type=int, default=16_000, help="pieces of the sentencepiece model trained here")
     data.add_argument("--tokenizer", help="a Hugging Face tokenizer folder, measured as well")
     data.add_argument("--json", type=Path, help="write all figures to this file as well")
+    decode = commands.add_parser("decode", help="generating text, beside transformers' GPT-2 of the same shape")
+    decode.add_argument("--layers", type=int, default=12)
+    decode.add_argument("--hidden", type=int, default=768, help="width; heads have 64")
+    decode.add_argument("--vocab", type=int, default=50_257)
+    decode.add_argument("--length", type=int, default=LENGTH, help="tokens of a text")
+    decode.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], help="texts at a time, one table each")
+    decode.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4, 8])
+    decode.add_argument("--draft", type=int, default=4, help="tokens drafted by exact parallel decoding; 0: leave out")
+    decode.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="on a CPU")
+    decode.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    decode.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    decode.add_argument("--json", type=Path, help="write all figures to this file as well")
     one = commands.add_parser("_one")  # one measurement in a process of its own
     one.add_argument("work")
     one.add_argument("arguments")
@@ -43,7 +56,13 @@ def main() -> None:
     if args.command == "_one":
         print(json.dumps(_WORK[args.work](**json.loads(args.arguments))))
         return
-    facts = _data(args.text, args.vocab, args.tokenizer)
+    for peer in ("datasets", "transformers"):
+        if importlib.util.find_spec(peer) is None:
+            raise UserError(f"{peer} is not installed: pip install -c constraints.txt -e '.[bench]'")
+    if args.command == "decode":
+        facts = _decode(args)
+    else:
+        facts = _data(args.text, args.vocab, args.tokenizer)
     if args.json:
         write_atomically(args.json, json.dumps(facts, indent=1) + "\n")
 
@@ -53,9 +72,6 @@ def _data(text: list[str], vocab: int, tokenizer: str | None) -> dict[str, Any]:
     from data_pipeline import readers
     from data_pipeline.prepare import paragraphs
 
-    for peer in ("datasets", "transformers"):
-        if importlib.util.find_spec(peer) is None:
-            raise UserError(f"{peer} is not installed: pip install -c constraints.txt -e '.[bench]'")
     facts: dict[str, Any] = {"versions": _versions(), "cpu": platform.processor() or platform.machine()}
     print("one core each; " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
     with tempfile.TemporaryDirectory() as folder:
@@ -99,16 +115,133 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
-def _one(work: str, **arguments: Any) -> Any:
-    """One measurement in a process that has one core and no other threads."""
-    core = {min(os.sched_getaffinity(0))}
-    environment = {**os.environ, "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+def _decode(args: argparse.Namespace) -> dict[str, Any]:
+    if args.hidden % 64 or min(args.layers, args.length, *args.batch, *args.streams) < 1:
+        raise UserError("--hidden must be a multiple of 64, the other sizes at least 1")
+    shape = {"layers": args.layers, "hidden": args.hidden, "vocab": args.vocab, "length": args.length}
+    place = {"device": args.device, "dtype": args.dtype}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    facts: dict[str, Any] = {
+        "shape": shape,
+        **place,
+        "threads": args.threads,
+        "versions": versions,
+        "cpu": platform.processor(),
+    }
+    print(
+        f"{args.layers} layers x {args.hidden}, vocabulary {args.vocab:,}, texts of {args.length} tokens, random "
+        f"weights, temperature 1; {args.dtype} on {args.device}, {args.threads} threads; "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+    )
+    ways = [(f"armd_scale S = {s}", {"streams": s}) for s in args.streams]
+    if args.draft:
+        ways.append((f"armd_scale exact, {args.draft}", {"draft": args.draft}))
+    for batch in args.batch:
+        columns = f"{'tokens/s':>10}{'passes':>8}{'ms a pass':>11}{'memory':>10}{'GPT-2':>9}{'S = 1':>9}"
+        print(f"\nbatch {batch}\n  {'':<22}{columns}")
+        common = {**shape, **place, "batch": batch}
+        rows: dict[str, dict[str, float]] = {}
+        for name, way in [("transformers GPT-2", None), *ways]:
+            work = "decode_transformers" if way is None else "decode_armd_scale"
+            row = _one(work, args.threads, **common, **({} if way is None else {"way": way}))
+            rows[name] = row
+            rate, peer = row["tokens_per_second"], rows["transformers GPT-2"]["tokens_per_second"]
+            first = next((r["tokens_per_second"] for n, r in rows.items() if n == ways[0][0]), None)
+            print(
+                f"  {name:<22}{rate:>10.1f}{row['passes']:>8}{1000 * row['seconds'] / row['passes']:>11.2f}"
+                f"{row['memory'] / 1e9:>7.2f} GB{rate / peer:>8.2f}x" + (f"{rate / first:>8.2f}x" if first else ""),
+                flush=True,
+            )
+        facts[f"batch {batch}"] = rows
+    return facts
+
+
+def _decode_transformers(
+    layers: int, hidden: int, vocab: int, length: int, batch: int, device: str, dtype: str, threads: int
+) -> dict[str, float]:
+    """GPT-2 with its cache, sampled, as its users call it."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.set_num_threads(threads)
+    config = GPT2Config(
+        n_layer=layers, n_embd=hidden, n_head=hidden // 64, vocab_size=vocab, n_positions=length + 1,
+        bos_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).eval().to(device, getattr(torch, dtype))
+    prompt = torch.zeros(batch, 1, dtype=torch.long, device=device)
+
+    def run(count: int) -> int:
+        model.generate(prompt, max_new_tokens=count, do_sample=True, top_k=0, use_cache=True, pad_token_id=0)
+        return count
+
+    return _timed(run, batch, length, device)
+
+
+def _decode_armd_scale(
+    layers: int, hidden: int, vocab: int, length: int, batch: int, device: str, dtype: str, threads: int,
+    way: dict[str, int],
+) -> dict[str, float]:  # fmt: skip
+    import torch
+
+    from armd_scale.inference import ARMD, FREE, ARMDConfig, Decoding
+
+    torch.set_num_threads(threads)
+    shape = ARMDConfig(
+        vocab_size=vocab, bos_id=0, eos_id=0, layers=layers, hidden=hidden, heads=hidden // 64, kv_heads=hidden // 64,
+        ffn=4 * hidden, length=length, two_stream_layers=layers // 2, norm="layernorm", mlp="gelu", tied_head=True,
+        rope_base=10_000.0, norm_eps=1e-5, prefix_kernel="gaussian", prefix_width=3.0, prefix_dim=hidden,
+        prefix_scale="none", prefix_target_position=False,
+    )  # fmt: skip
+    model = ARMD(shape).requires_grad_(False).eval()
+    for name, weight in model.named_parameters():
+        weight.fill_(1.0) if "norm" in name else weight.normal_(0, 0.02)
+    model.to(device, getattr(torch, dtype))
+    decoding = Decoding(**way)
+
+    def run(count: int) -> int:
+        steps = sum(1 for _ in model.decode(model.plan([[FREE] * count] * batch, decoding)))
+        return steps * (2 if decoding.draft else 1)
+
+    return _timed(run, batch, length, device)
+
+
+def _timed(run: Callable[[int], int], batch: int, length: int, device: str) -> dict[str, float]:
+    """Figures of one run over whole texts, after a short one that warms up."""
+    import resource
+
+    import torch
+
+    def wait() -> None:
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    run(min(length, 32) if device == "cpu" else length)
+    wait()
+    started = time.perf_counter()
+    passes = run(length)
+    wait()
+    seconds = time.perf_counter() - started
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device != "cpu":
+        memory = torch.cuda.max_memory_allocated()
+    rate = batch * length / seconds
+    return {"seconds": seconds, "passes": passes, "tokens_per_second": rate, "memory": memory}
+
+
+def _one(work: str, threads: int = 1, **arguments: Any) -> Any:
+    """One measurement in a process of its own, on as many cores as it has threads."""
+    cores = sorted(os.sched_getaffinity(0))[:threads]
+    environment = {**os.environ, "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": str(threads)}
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+    if work.startswith("decode"):
+        arguments["threads"] = threads
     done = subprocess.run(
         [sys.executable, __file__, "_one", work, json.dumps(arguments)],
         capture_output=True,
         text=True,
         env=environment,
-        preexec_fn=lambda: os.sched_setaffinity(0, core),
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
     )
     if done.returncode:
         raise UserError(f"the measurement {work} failed: {done.stderr.strip().splitlines()[-1:]}")
@@ -269,6 +402,8 @@ _WORK: dict[str, Callable[..., Any]] = {
     "stream_armd_scale": _stream_armd_scale,
     "stream_webdataset": _stream_webdataset,
     "start_up": _start_up,
+    "decode_transformers": _decode_transformers,
+    "decode_armd_scale": _decode_armd_scale,
 }
 
 if __name__ == "__main__":

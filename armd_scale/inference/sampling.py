@@ -125,14 +125,20 @@ class Sampler:
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """Indices [B, T] drawn with weights [B, T, V], by inversion of the cumulative sum at uniform numbers [B, T].
 
-    Sums are float64 and in two stages, so that a large vocabulary neither costs a long sum nor loses rare entries.
+    In two stages, chunks of the vocabulary and then the entries of one, with float64 sums over either: a large
+    vocabulary neither costs a long sum nor loses rare entries.
     """
-    padded = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % _CHUNK)).unflatten(-1, (-1, _CHUNK))
-    outer = padded.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    size = weights.shape[-1]
+    whole = size // _CHUNK * _CHUNK
+    sums = weights[..., :whole].unflatten(-1, (-1, _CHUNK)).sum(dim=-1)
+    if whole < size:
+        sums = torch.cat([sums, weights[..., whole:].sum(dim=-1, keepdim=True)], dim=-1)
+    outer = sums.double().cumsum(dim=-1)
     threshold = uniform[..., None].double() * outer[..., -1:]
     chunk = torch.searchsorted(outer, threshold, right=True).clamp(max=outer.shape[-1] - 1)
     rest = threshold - torch.where(chunk > 0, outer.gather(-1, (chunk - 1).clamp(min=0)), 0)
-    inner = padded.gather(-2, chunk[..., None].expand(*chunk.shape, _CHUNK))[..., 0, :].double()
+    entries = chunk * _CHUNK + torch.arange(_CHUNK, device=chunk.device)
+    inner = weights.gather(-1, entries.clamp(max=size - 1)).where(entries < size, 0).double()
     # A threshold at the end of the chunk falls on its last entry that has weight, never on one without.
     last = (inner > 0).long().mul(torch.arange(1, _CHUNK + 1, device=inner.device)).amax(dim=-1) - 1
     found = torch.searchsorted(inner.cumsum(dim=-1), rest, right=True)[..., 0]

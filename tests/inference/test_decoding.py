@@ -533,17 +533,32 @@ def test_truncation_against_a_slow_reference(data):
 
 
 @pytest.mark.parametrize("vocab", [2, 256, 257, 70_000])
-def test_draws_invert_the_cumulative_sum(vocab):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_invert_the_cumulative_sum(vocab, dtype):
     """As often as their weights say, to the rarest entry; an entry without weight is never drawn."""
     generator = torch.Generator().manual_seed(0)
-    weights = torch.rand(vocab, generator=generator) ** 4
+    weights = torch.rand(vocab, generator=generator, dtype=dtype) ** 4
     weights[:: max(2, vocab // 7)] = 0
     sums = torch.cat([torch.zeros(1), weights.double().cumsum(0)]) / weights.double().sum()
-    for entry in (*(weights > 0).nonzero()[:: max(1, vocab // 50), 0].tolist(), int((weights > 0).nonzero()[-1])):
-        inside = sums[entry] + (sums[entry + 1] - sums[entry]) * torch.tensor([1e-3, 0.5, 1 - 1e-3]).double()
-        assert draw(weights.expand(1, 3, -1), inside[None]).tolist() == [[entry] * 3]
+    entries = [*(weights > 0).nonzero()[:: max(1, vocab // 50), 0].tolist(), int((weights > 0).nonzero()[-1])]
+    for entry in entries:
+        width = sums[entry + 1] - sums[entry]
+        # Sums of float32 weights are rounded: the place of an interval moves by 1e-7, its width does not change.
+        if dtype == torch.float64 or width > 1e-5:
+            inside = sums[entry] + width * torch.tensor([0.1, 0.5, 0.9]).double()
+            assert draw(weights.expand(1, 3, -1), inside[None]).tolist() == [[entry] * 3]
     edges = torch.tensor([[0.0, 1 - 1e-16, *torch.rand(200, generator=generator)]])
     assert (weights[draw(weights.expand(1, 202, -1), edges)] > 0).all()
+
+
+def test_rare_tokens_are_drawn():
+    """A token of probability 5e-8 in float32, beside which a sum over the vocabulary would round it away."""
+    weights = torch.rand(300, generator=torch.Generator().manual_seed(0))
+    weights[100] = 5e-8 * weights.sum()
+    start = weights[:100].double().sum() / weights.double().sum()
+    around = start + torch.linspace(-1e-6, 1e-6, 20_001).double()
+    drawn = draw(weights.expand(1, 20_001, -1), around[None])
+    assert float((drawn == 100).double().mean()) == pytest.approx(5e-8 / 2e-6, rel=0.05)
 
 
 def test_bfloat16():
