@@ -200,8 +200,7 @@ def _decode_armd_scale(
     decoding = Decoding(**way)
 
     def run(count: int) -> int:
-        steps = sum(1 for _ in model.decode(model.plan([[FREE] * count] * batch, decoding)))
-        return steps * (2 if decoding.draft else 1)
+        return sum(1 for _ in model.decode(model.plan([[FREE] * count] * batch, decoding)))
 
     return _timed(run, batch, length, device)
 

@@ -71,17 +71,15 @@ def main() -> None:
             seeds = [args.seed + len(tokens) + row for row in range(min(args.batch, args.samples - len(tokens)))]
             started = time.perf_counter()
             tasks = model.plan([[inference.FREE] * length] * len(seeds), decoding, seeds)
-            steps = 0
             texts = [[0] * (length + 1) for _ in seeds]
             for step in model.decode(tasks):
-                steps += 1
+                passes += 1
                 for row, (positions, chosen) in enumerate(
                     zip(step.positions.tolist(), step.tokens.tolist(), strict=True)
                 ):
                     for position, token in zip(positions, chosen, strict=True):
                         texts[row][position] = token
             seconds += time.perf_counter() - started
-            passes += steps * (2 if decoding.strategy == "exact" else 1)
             made += length
             tokens += [text[1:] for text in texts]
         figures = generation.quality([tokenizer.decode(one) for one in tokens], tokens, judge)

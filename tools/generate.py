@@ -86,7 +86,8 @@ def main() -> None:
     if not console.is_terminal:
         print(render(shown(frontier, inference.FREE), tokenizer.decode))
     print(
-        f"\n{len(free)} tokens in {count} steps, {seconds:.2f} s, {len(free) / max(seconds, 1e-9):.0f} tokens/s "
+        f"\n{len(free)} tokens in {count} forward passes ({len(free) / max(count, 1):.2f} a pass), {seconds:.2f} s, "
+        f"{len(free) / max(seconds, 1e-9):.0f} tokens/s "
         f"({decoding.strategy}, streams {args.streams}, seed {args.seed}, temperature {args.temperature:g})",
         file=sys.stderr,
     )

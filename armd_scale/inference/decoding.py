@@ -5,8 +5,9 @@
 - ``Strided``, ``Exact``: sequences that differ in length, plan and settings, and come and go;
 - ``Frontier``: tokens in the order of their positions, as these become complete.
 
-A pass feeds the tokens just written (rows of X) and predicts the next ones (rows of G) with one set of keys. Nothing in
-a step waits for the device. Shapes: B sequences ("lanes"), T targets of a step, M slots, which are positions 0..M - 1.
+A step is one pass: it feeds the tokens just written (rows of X) and predicts the next ones (rows of G) with one set of
+keys. Nothing in it waits for the device. Shapes: B sequences ("lanes"), T targets of a step, M slots, which are
+positions 0..M - 1.
 """
 
 import dataclasses
@@ -88,8 +89,6 @@ def _streams(count: int, streams: int) -> list[tuple[int, int]]:
 class Lockstep:
     """Sequences with the same free positions, blocks and start: every step has the same rows in all of them."""
 
-    passes_a_step = 1
-
     def __init__(self, network: Network, tasks: Sequence[Task]) -> None:
         self._network, device = network, network.device
         first, given = tasks[0], tasks[0].given
@@ -130,8 +129,6 @@ class Lanes:
     ``admit`` puts texts into free lanes at any time; ``step`` goes on with all of them; ``release`` frees a lane. A
     lane's text depends on nothing in the other lanes. ``width``: most targets of a step.
     """
-
-    passes_a_step = 1
 
     def __init__(self, network: Network, count: int, slots: int, width: int) -> None:
         self.network, self.count, self.slots, self.width = network, count, slots, width
@@ -260,34 +257,35 @@ class Strided(Lanes):
 
 
 class Exact(Lanes):
-    """Several tokens for two passes, with exactly the distribution of one token a step in the same order.
+    """Several tokens a pass, with exactly the distribution of one token a step in the same order.
 
-    One pass drafts the next K tokens, each as if it were the next; a second scores the draft with one token a block.
-    A drafted token is kept with probability min(1, q / p) for its draft probability p and its score q; the first that
-    is not kept is drawn anew from max(0, q - p), and one token more comes from the scores when all are kept. The first
-    of a draft has p = q. (Any-subset speculative decoding, arXiv 2504.20456; the draft here is the model itself.)
+    A pass scores the K tokens drafted before it, one token a block, and drafts the K after them as if each were the
+    next. A drafted token is kept with probability min(1, q / p) for its draft probability p and its score q; the first
+    that is not kept is drawn anew from max(0, q - p), and one token more comes from the scores when all are kept. The
+    next draft is drawn from this pass's distributions of the positions that follow. Any draft that is drawn before it
+    is scored gives the right law: speculative decoding, for any order of generation (arXiv 2504.20456) and with the
+    model as its own draft.
     """
-
-    passes_a_step = 2
 
     def __init__(self, network: Network, count: int, slots: int, width: int) -> None:
         super().__init__(network, count, slots, width)
-        self._order = self._zeros(slots + width + 1)
+        self._order = self._zeros(slots + 2 * width + 1)
         self._total, self._written = self._zeros(1), self._zeros(1)
-        self._last, self._draft, self._round = self._zeros(1), self._zeros(1), self._zeros(1)
-        rounds = slots // 2 + 2
-        self._draws = self._zeros(rounds, width + 1, dtype=torch.float64)
-        self._judge = self._zeros(rounds, width, dtype=torch.float64)
+        self._last, self._draft, self._pass = self._zeros(1), self._zeros(1), self._zeros(1)
+        self._proposal = self._zeros(width, network.config.vocab_size, dtype=network.precise)
+        # For every pass: numbers that draw the draft and the token behind it, and numbers that judge the draft.
+        self._draws = self._zeros(slots + 1, width + 1, dtype=torch.float64)
+        self._judge = self._zeros(slots + 1, width, dtype=torch.float64)
 
     def _start(self, lane: int, one: Task, last: int) -> None:
         device = self._order.device
-        size, rounds = one.decoding.draft, len(one.order) // 2 + 2
-        numbers = uniform(one.key, rounds, 2 * size + 1).to(device)
-        self._draws[lane, :rounds, : size + 1] = numbers[:, : size + 1]
-        self._judge[lane, :rounds, :size] = numbers[:, size + 1 :]
+        size, passes = one.decoding.draft, len(one.order) + 1
+        numbers = uniform(one.key, passes, 2 * size + 1).to(device)
+        self._draws[lane, :passes, : size + 1] = numbers[:, : size + 1]
+        self._judge[lane, :passes, :size] = numbers[:, size + 1 :]
         self._order[lane] = 0
         self._order[lane, : len(one.order)] = torch.tensor(one.order, dtype=torch.long, device=device)
-        self._total[lane], self._written[lane], self._round[lane] = len(one.order), 0, 0
+        self._total[lane], self._written[lane], self._pass[lane] = len(one.order), 0, 0
         self._last[lane], self._draft[lane] = last, size
 
     def release(self, lane: int) -> None:
@@ -296,62 +294,53 @@ class Exact(Lanes):
 
     def _advance(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         width, slots = self.width, self.slots
-        column = torch.arange(width + 1, device=self.text.device)
-        there = (self._written + column < self._total) & (column <= self._draft)
+        column = torch.arange(2 * width + 1, device=self.text.device)
+        there = (self._written + column < self._total) & (column <= 2 * self._draft)
         positions = self._order.gather(1, self._written + column).where(there, 0)
-        drafted = (there & (column < self._draft))[:, :width]
-        now = self._round[..., None].clamp(max=self._draws.shape[1] - 1)
+        drafted = (there & (column < self._draft) & (self._pass > 0))[:, :width]
+        now = self._pass[..., None].clamp(max=slots)
         draws = self._draws.gather(1, now.expand(-1, 1, width + 1))[:, 0]
         judge = self._judge.gather(1, now.expand(-1, 1, width))[:, 0]
 
-        # Draft: a target sees what is known and itself.
-        targets = positions[:, :width].where(drafted, 0)
-        known = self.known[:, :slots].clone()
-        seen, top = known[:, None], known.clone()
-        top[:, 0] = False
-        own = targets[..., None] == torch.arange(slots, device=targets.device)
-        context = self.text.gather(1, self._last)
-        hidden = self.network.step(
-            context, self._last, targets, self.cache, there[:, :1], Sight(seen, seen, top[:, None] | own)
-        )
-        draft = self.sampler.probabilities(self.network.predict(hidden))
-        tokens = draw(draft, draws[:, :width])
-
-        # Score: target i sees what is known and the draft before it.
-        rank = torch.full_like(self.text, width + 1)
-        rank.scatter_(1, positions.where(there, slots), column.expand(self.count, -1))
+        # Context: the last token that is certain, and the draft. Target i sees the draft before it, and itself.
+        tokens = draw(self._proposal, draws[:, :width])
+        context = torch.cat([self.text.gather(1, self._last), tokens], dim=1)
+        at = torch.cat([self._last, positions[:, :width].where(drafted, 0)], dim=1)
+        keep = torch.cat([there[:, :1], drafted], dim=1)
+        rank = torch.full_like(self.text, len(column))
+        rank.scatter_(1, positions[:, :width].where(drafted, slots), column[:width].expand(self.count, -1))
         rank = rank[:, None, :slots]
-        fed = seen | (rank <= column[:width, None])
-        scored = top[:, None] | (rank <= column[1:, None])
-        scored[..., 0] |= ~scored[..., 1:].any(dim=-1)
-        before = (column[:width, None] >= column[:width]) & drafted[:, None]
-        targets = positions[:, 1:]
-        hidden = self.network.step(
-            tokens, positions[:, :width], targets, self.cache, drafted, Sight(fed, fed, scored), before
-        )
+        seen, top = self.known[:, None, :slots], self.known[:, None, :slots].clone()
+        top[..., 0] = False
+        own = positions[..., None] == torch.arange(slots, device=positions.device)
+        before = rank < column[:, None]
+        sight = Sight(seen | (rank < column[: width + 1, None]), seen | before, top | before | own)
+        earlier = (column[: width + 1] <= column[:, None]) & keep[:, None]
+        hidden = self.network.step(context, at, positions, self.cache, keep, sight, earlier)
         score = self.sampler.probabilities(self.network.predict(hidden))
 
         # Accept, and draw one token more.
-        p, q = (rows.gather(-1, tokens[:, 1:, None])[..., 0] for rows in (draft[:, 1:], score[:, :-1]))
-        good = drafted[:, 1:] & accept(p, q, judge[:, 1:])
-        kept = torch.cat([drafted[:, :1], good & drafted[:, :1]], dim=1).long().cumprod(dim=1).bool()
+        p, q = (rows.gather(-1, tokens[..., None])[..., 0] for rows in (self._proposal, score[:, :width]))
+        kept = (drafted & accept(p, q, judge)).long().cumprod(dim=1).bool()
         accepted = kept.sum(dim=1, keepdim=True)
-        behind = (accepted - 1).clamp(min=0)[..., None].expand(-1, 1, score.shape[-1])
-        fresh = score.gather(1, behind)
-        refused = drafted.gather(1, accepted.clamp(max=width - 1)) & (accepted < width)
-        old = draft.gather(1, accepted.clamp(max=width - 1)[..., None].expand_as(behind))
-        rest = self._rest(fresh, old, refused[..., None])
-        more = draw(rest, draws.gather(1, self._draft))
-        extra = there.gather(1, accepted) & drafted[:, :1]
-        self.network.absorb(tokens, positions[:, :width], kept, self.cache)
+        vocab = (-1, -1, score.shape[-1])
+        inside = accepted.clamp(max=width - 1)
+        refused = drafted.gather(1, inside) & (accepted < width)
+        fresh = score.gather(1, accepted[..., None].expand(vocab))
+        old = self._proposal.gather(1, inside[..., None].expand(vocab))
+        more = draw(self._rest(fresh, old, refused[..., None]), draws.gather(1, self._draft))
+        self.network.absorb(context, at, torch.cat([there[:, :1], kept], dim=1), self.cache)
 
+        following = accepted + 1 + column[:width]
+        proposal = score.gather(1, following[..., None].expand(vocab))
+        self._proposal.copy_(proposal.where(there.gather(1, following)[..., None], 0))
         tokens = torch.cat([tokens, more], dim=1).scatter(1, accepted, more)
-        chosen = torch.cat([kept, torch.zeros_like(extra)], dim=1).scatter(1, accepted, extra)
-        positions = positions.where(chosen, 0)
+        chosen = torch.cat([kept, torch.zeros_like(refused)], dim=1).scatter(1, accepted, there.gather(1, accepted))
+        positions = positions[:, : width + 1].where(chosen, 0)
         self._write(positions, tokens)
         self._last.copy_(positions.gather(1, accepted))
         self._written += chosen.sum(dim=1, keepdim=True)
-        self._round += 1
+        self._pass += 1
         return positions, tokens
 
     @staticmethod

@@ -1,0 +1,132 @@
+"""Quality of generated texts: both kinds of judge against their models, figures against definitions, the command."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from armd_scale import inference
+from armd_scale import tokenizer as tokenizers
+from armd_scale.errors import UserError
+from armd_scale.evaluation import generation
+from tests.conftest import PAPER, model_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = "the quick brown fox jumps over the lazy dog and runs away from it\n" * 30
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    tokenizer = tokenizers.train([WORDS], tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", 290)
+    return model_folder(tmp_path_factory.mktemp("model"), PAPER, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def gpt2_dir(tmp_path_factory):
+    """A tiny GPT-2 as transformers saves it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    place = tmp_path_factory.mktemp("gpt2")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE({"<|endoftext|>": 0, **{c: i for i, c in enumerate(alphabet, 1)}}, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end).save_pretrained(place)
+    torch.manual_seed(0)
+    shape = GPT2Config(
+        vocab_size=257, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0,
+        initializer_range=0.5,
+    )  # fmt: skip
+    GPT2LMHeadModel(shape).save_pretrained(place)
+    return place
+
+
+def test_judges(model_dir, gpt2_dir):
+    """Every token once, in windows of the judge's length, BOS before each."""
+    text = "the lazy dog runs away from the quick brown fox"
+    model, tokenizer = inference.load(model_dir), tokenizers.load(model_dir)
+    tokens = tokenizer.encode(text)
+    expected = sum(float(model.nll(torch.tensor([tokens[at : at + 16]])).sum()) for at in range(0, len(tokens), 16))
+    nats, count = generation.load_judge(model_dir).nll(text)
+    assert (nats, count) == (pytest.approx(expected, rel=1e-6), len(tokens))
+
+    from transformers import GPT2LMHeadModel
+
+    judge = generation.load_judge(gpt2_dir)
+    gpt2 = GPT2LMHeadModel.from_pretrained(gpt2_dir)
+    ids = [judge._tokenizer.convert_tokens_to_ids("Ġ" if sign == " " else sign) for sign in text]
+    expected = 0.0
+    with torch.no_grad():
+        for at in range(0, len(ids), 15):
+            part = ids[at : at + 15]
+            for place, token in enumerate(part):
+                logits = gpt2(torch.tensor([[0, *part[:place]]])).logits[0, -1]
+                expected -= float(logits.double().log_softmax(-1)[token])
+    nats, count = judge.nll(text)
+    assert (nats, count) == (pytest.approx(expected, rel=1e-5), len(text))
+    with pytest.raises(UserError, match="there is no judge in"):
+        generation.load_judge(model_dir / "nothing")
+
+
+class _Fixed:
+    name = "fixed"
+
+    def nll(self, text):
+        return float(text.split()[0]), len(text.split())
+
+
+def test_figures():
+    """Perplexity of all texts together with the error of a ratio; entropy and n-grams of single texts."""
+    texts = ["2.0 a", "9.0 a b", "4.0 a b c", "1.0"]
+    tokens = [[1, 1, 1, 1], [1, 2, 1, 2], [1, 2, 3, 4], [5, 5, 6, 6]]
+    got = generation.quality(texts, tokens, _Fixed())
+    nats, sizes = np.array([2.0, 9, 4, 1]), np.array([2.0, 3, 4, 1])
+    assert got.perplexity == pytest.approx(math.exp(16 / 10))
+    resampled = []
+    random = np.random.default_rng(0)
+    for _ in range(20_000):
+        pick = random.integers(0, 4, 4)
+        resampled.append(nats[pick].sum() / sizes[pick].sum())
+    assert got.perplexity_se == pytest.approx(math.exp(1.6) * np.std(resampled), rel=0.3)
+    entropies = [0.0, math.log(2), math.log(4), math.log(2)]
+    assert got.entropy == pytest.approx(np.mean(entropies))
+    assert got.entropy_se == pytest.approx(np.std(entropies) / 2)
+    assert got.as_dict()["entropy_bits"] == pytest.approx(np.mean(entropies) / math.log(2))
+    assert got.distinct_1 == pytest.approx(np.mean([1 / 4, 2 / 4, 1, 2 / 4]))
+    assert got.distinct_2 == pytest.approx(np.mean([1 / 3, 2 / 3, 1, 1]))
+    assert got.distinct_3 == pytest.approx(np.mean([1 / 2, 1, 1, 1]))
+    with pytest.raises(UserError, match="no text to judge"):
+        generation.quality([""], [[1]], _Fixed())
+
+
+def test_the_command(model_dir, tmp_path):
+    out = [tmp_path / name for name in ("one.json", "two.json", "picture.png")]
+    words = [sys.executable, "tools/eval_generation.py", model_dir, "--judge", model_dir, "--samples", 6]
+    ways = ["streams=1", "streams=4", "draft=3", "streams=2,top_p=0.9"]
+    for path, batch in ((out[0], 1), (out[1], 4)):
+        more = ["--batch", batch, "--json", path, "--plot", out[2], "--ways", *ways]
+        done = subprocess.run(list(map(str, words + more)), cwd=ROOT, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+    first, second = (json.loads(path.read_text())["rows"] for path in out[:2])
+    assert out[2].read_bytes()[:4] == b"\x89PNG"
+    for one, other in zip(first, second, strict=True):  # the texts do not depend on the batch
+        for field in ("perplexity", "entropy", "distinct_2", "texts"):
+            assert one[field] == pytest.approx(other[field], rel=1e-4)
+    assert [row["strategy"] for row in first] == ["strided", "strided", "exact", "strided"]
+    assert first[0]["tokens_per_pass"] == 1
+    assert first[1]["tokens_per_pass"] == pytest.approx(16 / 7)
+    assert first[2]["tokens_per_pass"] >= 1
+    for bad, line in (
+        ("width=3", "unknown field 'width'"),
+        ("streams=x", "'x' is not a number"),
+        ("draft=1", "draft must"),
+    ):
+        done = subprocess.run(list(map(str, [*words, "--ways", bad])), cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert line in done.stderr
