@@ -213,7 +213,7 @@ def lines(summary: dict[str, Any], run_dir: Path) -> list[str]:
         ("loss.png", "training and held-out loss"),
         ("samples.md", "texts for each number of streams"),
         ("summary.json", "these figures and the versions behind them"),
-        ("export/", "the standalone model: tools/generate.py, tools/eval_zeroshot.py"),
+        ("export/", "the standalone model: tools/generate.py, tools/serve.py, tools/eval_zeroshot.py"),
         ("config.yaml", "the resolved configuration"),
         ("metrics.jsonl", "every logged step"),
         ("checkpoints/", "to resume from"),

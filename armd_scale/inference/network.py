@@ -268,7 +268,7 @@ class Network(nn.Module):
     def predict(self, hidden: Tensor) -> Tensor:
         """Logits of activations [..., d]."""
         head = self.embedding.weight if self.config.tied_head else self.head.weight
-        return F.linear(self._norm(hidden, self.norm), head)
+        return _linear(self._norm(hidden, self.norm), head)
 
     # Layers ----------------------------------------------------------------------------------------------------
 
@@ -305,7 +305,7 @@ class Network(nn.Module):
         return h
 
     def _keys(self, index: int, rows: Tensor, rope: Tensor, store: Store | None) -> tuple[Tensor, Tensor]:
-        joint = F.linear(rows, self.layers[index].attention["key_value"].weight)
+        joint = _linear(rows, self.layers[index].attention["key_value"].weight)
         keys, values = joint.unflatten(-1, (self.config.kv_heads, 2, -1)).transpose(1, 2).unbind(3)
         keys = _rotate(keys, rope)
         return store(index, keys, values) if store else (keys, values)
@@ -314,7 +314,7 @@ class Network(nn.Module):
         self, layer: nn.Module, rows: Tensor, rope: Tensor, keys_values: tuple[Tensor, Tensor], mask: Mask
     ) -> Tensor:
         c = self.config
-        query = F.linear(rows, layer.attention["query"].weight)
+        query = _linear(rows, layer.attention["query"].weight)
         query = _rotate(query.unflatten(-1, (c.heads, -1)).transpose(1, 2), rope)
         keys, values = keys_values
         out = F.scaled_dot_product_attention(
@@ -325,16 +325,16 @@ class Network(nn.Module):
             is_causal=isinstance(mask, str),
             enable_gqa=c.heads != c.kv_heads,
         )
-        return F.linear(out.transpose(1, 2).flatten(2), layer.attention["output"].weight)
+        return _linear(out.transpose(1, 2).flatten(2), layer.attention["output"].weight)
 
     def _mlp(self, layer: nn.Module, rows: Tensor) -> Tensor:
-        hidden = F.linear(rows, layer.mlp["up"].weight)
+        hidden = _linear(rows, layer.mlp["up"].weight)
         if self.config.mlp == "swiglu":
             gate, value = hidden.unflatten(-1, (-1, 2)).unbind(-1)
             hidden = F.silu(gate) * value
         else:
             hidden = F.gelu(hidden, approximate="tanh")
-        return F.linear(hidden, layer.mlp["down"].weight)
+        return _linear(hidden, layer.mlp["down"].weight)
 
     def _norm(self, rows: Tensor, weight: nn.Module) -> Tensor:
         scale = weight.weight.to(self.precise)
@@ -413,6 +413,20 @@ def _weight(*shape: int) -> nn.Module:
     holder = nn.Module()
     holder.weight = nn.Parameter(torch.empty(*shape))
     return holder
+
+
+def _linear(rows: Tensor, weight: Tensor) -> Tensor:
+    """``rows`` [..., d] times the transpose of ``weight``.
+
+    One or two rows on a CPU wait for the weights, which the libraries' usual product of that size reads slowly: one row
+    is computed as two, and on two threads the product is turned around (docs/decisions.md has the figures).
+    """
+    count = rows.numel() // rows.shape[-1]
+    if count > 2 or rows.device.type != "cpu" or torch.is_grad_enabled():
+        return F.linear(rows, weight)
+    pair = rows.reshape(count, -1).expand(2, -1).contiguous()
+    out = (weight @ pair.t()).t() if torch.get_num_threads() <= 2 else F.linear(pair, weight)
+    return out[:count].reshape(*rows.shape[:-1], -1)
 
 
 def _rotate(rows: Tensor, rope: Tensor) -> Tensor:

@@ -60,9 +60,10 @@ def _texts(tasks, steps):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("streams", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize(
+    ("lockstep", "streams"), [*((True, s) for s in (1, 2, 4, 8, 16)), *((False, s) for s in (1, 4, 16))]
+)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("lockstep", [True, False])
 def test_cached_steps_equal_one_pass(kind, streams, case, lockstep, spied, monkeypatch):
     """Identity 6: the logits of every step are those of one pass over the finished text, in the same layout."""
     model = standalone(MODELS[kind])
@@ -292,10 +293,9 @@ def _every_text(vocab, tokens):
     return torch.tensor(list(itertools.product(*options)))
 
 
-def _p_value(model, tokens, way, probabilities, samples=20_000, order=None):
+def _p_value(model, tokens, way, probabilities, samples=8_000, order=None):
     """Chi-square of sampled texts against the probabilities of every text."""
     every = _every_text(model.config.vocab_size, tokens)
-    tasks = model.plan([tokens] * (samples // 4), way, 0, order)
     weights = model.config.vocab_size ** torch.arange(len(tokens))
     code = (every * weights).sum(1)
     place = {int(number): index for index, number in enumerate(code)}

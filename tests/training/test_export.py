@@ -1,6 +1,9 @@
 """From a checkpoint of any layout to a model folder: in several files, and in little memory."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -72,12 +75,27 @@ def test_large_models_become_several_files_in_little_memory(trained, tmp_path):
     index = json.loads((tmp_path / "model/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == size
     assert sum(param.numel() for param in inference.load(tmp_path / "model").parameters()) == facts["parameters"]
+    _loads_in_transformers(tmp_path / "model", facts["parameters"], tmp_path / "modules")
     files[2].unlink()
     with pytest.raises(InputError, match=rf"{files[2].name} is missing"):
         inference.load(tmp_path / "model")
     (tmp_path / "model/model.safetensors.index.json").write_text("[]")
     with pytest.raises(InputError, match=r"index.json cannot be read"):
         inference.load(tmp_path / "model")
+
+
+def _loads_in_transformers(folder, parameters, modules):
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM as Auto;"
+        "model = Auto.from_pretrained(sys.argv[1], trust_remote_code=True);"
+        "print(sum(param.numel() for param in model.parameters()), float(model.model.norm.weight.sum()))"
+    )
+    env = {**os.environ, "HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    count, total = done.stdout.split()
+    assert int(count) == parameters
+    assert float(total) == pytest.approx(float(inference.load(folder).norm.weight.sum()))
 
 
 def _export_again(rank, count, rendezvous, config, source, out):
