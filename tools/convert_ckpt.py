@@ -39,7 +39,7 @@ def main() -> None:
     from armd_scale.training import export, manifest
 
     if args.to_training:
-        config = configs.load(args.config, [f"run_dir={args.out_dir}", *args.overrides])
+        config = configs.load(args.config, [*args.overrides, f"run_dir={args.out_dir}"])
         begun = export.to_training(args.source, config)
         print(f"{begun}: train on with launchers/slurm.py --config {args.config} run_dir={args.out_dir} and the same")
         return

@@ -47,6 +47,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.samples < 1 or args.batch < 1:
         raise UserError("--samples and --batch must be at least 1")
+    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--plot must be a .png, .svg or .pdf file, not {args.plot}")
+    for path in filter(None, (args.json, args.plot)):  # find out before the work that it can be written
+        if not path.parent.is_dir():
+            raise UserError(f"{path} cannot be written: there is no folder {path.parent}")
 
     from armd_scale import inference
     from armd_scale import tokenizer as tokenizers
@@ -111,6 +116,8 @@ def _fields(way: str) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for part in way.split(","):
         name, _, value = part.partition("=")
+        if name == "stop":
+            raise UserError("texts of one length are compared: leave out stop")
         if name not in Decoding.__dataclass_fields__:
             raise UserError(f"unknown field '{name}' in {way}: use {', '.join(Decoding.__dataclass_fields__)}")
         try:

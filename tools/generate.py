@@ -71,23 +71,24 @@ def main() -> None:
     free = [position for position, token in enumerate(text, start=1) if token == inference.FREE]
     order = None
     if args.order == "random":
-        shuffled = torch.randperm(len(free), generator=torch.Generator().manual_seed(args.seed))
+        shuffled = torch.randperm(len(free), generator=torch.Generator().manual_seed(args.seed % 2**63))
         order = [free[place] for place in shuffled.tolist()]
     [task] = model.plan([text], decoding, args.seed, order)
     frontier = inference.Frontier(task, model.config.eos_id)
     console = Console()
-    count, started = 0, time.perf_counter()
+    count, made, started = 0, 0, time.perf_counter()
     with Live(console=console, auto_refresh=False) if console.is_terminal else _Silent() as screen:
         for step in model.decode([task]):
             frontier.push(step.positions[0].tolist(), step.tokens[0].tolist())
             count += 1
+            made += int((step.positions > 0).sum())
             screen.update(Text(render(shown(frontier, inference.FREE), tokenizer.decode)), refresh=True)
     seconds = time.perf_counter() - started
     if not console.is_terminal:
         print(render(shown(frontier, inference.FREE), tokenizer.decode))
     print(
-        f"\n{len(free)} tokens in {count} forward passes ({len(free) / max(count, 1):.2f} a pass), {seconds:.2f} s, "
-        f"{len(free) / max(seconds, 1e-9):.0f} tokens/s "
+        f"\n{made} tokens in {count} forward passes ({made / max(count, 1):.2f} a pass), {seconds:.2f} s, "
+        f"{made / max(seconds, 1e-9):.0f} tokens/s "
         f"({decoding.strategy}, streams {args.streams}, seed {args.seed}, temperature {args.temperature:g})",
         file=sys.stderr,
     )

@@ -4,12 +4,16 @@ python tools/serve.py MODEL_DIR [--host 127.0.0.1] [--port 8000]
 """
 
 import argparse
+import asyncio
+import ipaddress
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from armd_scale.errors import UserError, cli
+
+_GRACE = 8.0  # seconds that texts may take to end when the server is told to stop
 
 
 def main() -> None:
@@ -45,15 +49,27 @@ def main() -> None:
     try:
         family, *_, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
         listening = socket.create_server(address[:2], family=family, backlog=1024)
-    except OSError as error:
-        raise UserError(f"{args.host}:{args.port} cannot be listened on: {error.strerror or error}") from error
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{args.host}:{args.port} cannot be listened on: {reason}") from error
     server = Server(model, tokenizer, name, args.lanes, args.queue, args.width)
     port = listening.getsockname()[1]
-    print(f"{name} on http://{args.host}:{port}  (page, /v1/completions, /v1/models, /health, /metrics)", flush=True)
+    # Asked by its address; "[" is what begins one of IPv6. On an address for others, by any name.
+    hosts = ["localhost", "127.0.0.1", "["] if ipaddress.ip_address(address[0]).is_loopback else None
+    shown = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"{name} on http://{shown}:{port}  (page, /v1/completions, /v1/models, /health, /metrics)", flush=True)
     config = uvicorn.Config(
-        server.app(), log_level="warning", access_log=False, timeout_graceful_shutdown=10, limit_concurrency=2000
+        server.app(hosts), log_level="warning", access_log=False, timeout_graceful_shutdown=10, limit_concurrency=2000
     )
-    uvicorn.Server(config).run(sockets=[listening])
+
+    class Draining(uvicorn.Server):
+        """Lets the texts in lanes end before connections are closed."""
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            await asyncio.to_thread(server.engine.close, _GRACE)
+            await super().shutdown(sockets)
+
+    Draining(config).run(sockets=[listening])
 
 
 if __name__ == "__main__":

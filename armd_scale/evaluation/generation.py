@@ -48,16 +48,21 @@ class HuggingFaceJudge:
     """A causal language model of transformers, such as GPT-2, from a local folder; BOS before each text."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+        except ImportError as error:
+            raise UserError("a judge of transformers needs it: pip install -c constraints.txt -e '.[eval]'") from error
         self.name = folder.name
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder))
             self._model = AutoModelForCausalLM.from_pretrained(str(folder)).eval()
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} is no causal language model: {error}") from error
-        self._bos = self._tokenizer.bos_token_id or self._tokenizer.eos_token_id
-        self._longest = self._model.config.max_position_embeddings - 1
+        ends = [self._tokenizer.bos_token_id, self._tokenizer.eos_token_id]
+        self._bos = next((token for token in ends if token is not None), None)
+        if self._bos is None:
+            raise UserError(f"{folder} has neither a BOS nor an EOS token, so that no text could begin")
+        self._longest = getattr(self._model.config, "max_position_embeddings", 2048) - 1
 
     @torch.no_grad()
     def nll(self, text: str) -> tuple[float, int]:
@@ -79,7 +84,7 @@ def load_judge(folder: Path) -> Judge:
 
 @dataclass(frozen=True)
 class Quality:
-    """Figures of a set of texts; ``_se`` is the standard error of the one before it, over texts."""
+    """Figures of a set of texts; ``_se`` is the standard error, over texts, of the figure before it."""
 
     texts: int
     perplexity: float

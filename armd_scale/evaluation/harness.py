@@ -99,7 +99,7 @@ class ARMDHarness(TemplateLM):
         return [out[index] for index in range(len(texts))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """log p of whole texts, in windows of the model's length that share one token of context."""
+        """log p of whole texts, each token once, in windows of the model's length with at least a token of context."""
         totals = []
         for request in requests:
             tokens = self._tokenizer.encode(request.args[0])
@@ -122,7 +122,7 @@ class ARMDHarness(TemplateLM):
         longest = self._model.config.length
         tasks, prompts = [], []
         for number, (context, settings) in enumerate(group):
-            most = min(int(settings.get("max_gen_toks", 256)), longest - 1)
+            most = min(int(settings.get("max_gen_toks", 256)), longest // 2)  # the other half is the prompt's
             sampled = settings.get("do_sample", settings.get("temperature", 0) > 0)
             decoding = Decoding(
                 self._streams,
@@ -130,6 +130,7 @@ class ARMDHarness(TemplateLM):
                 float(settings.get("temperature", 1.0)) if sampled else 0.0,
                 int(settings.get("top_k", 0)),
                 float(settings.get("top_p", 1.0)),
+                float(settings.get("min_p", 0.0)),
                 stop=True,
             )
             prompt = self._tokenizer.encode(context)[-(longest - most) :]

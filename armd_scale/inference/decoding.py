@@ -140,8 +140,12 @@ class Lanes:
         self._free = self._zeros(slots).bool()
         self._length = self._zeros()
         self._stop = self._zeros().bool()
-        advance = self._advance
-        self._run: Callable[..., Any] = _captured(advance, self.sampler) if network.device.type == "cuda" else advance
+        self.known[:, 0], self.text[:, 0] = True, network.config.bos_id
+        self._graphs: _Graphs | None = None
+        if network.device.type == "cuda":
+            with torch.cuda.device(network.device):
+                self._graphs = _Graphs()
+        self._drafts = [0] * count
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.long) -> Tensor:
         return torch.zeros(self.count, *shape, dtype=dtype, device=self.network.device)
@@ -155,6 +159,7 @@ class Lanes:
         text[:, 0], known[:, 0] = self.network.config.bos_id, True
         for row, (lane, one) in enumerate(tasks.items()):
             self.sampler.set(lane, one.decoding)
+            self._drafts[lane] = one.decoding.draft
             given = torch.tensor(one.given, dtype=torch.long)
             at[row, : len(given)] = given
             tokens[row, : len(given)] = text[row, given] = torch.tensor(one.tokens, dtype=torch.long)[given - 1]
@@ -174,7 +179,8 @@ class Lanes:
 
     def release(self, lane: int) -> None:
         """Leave a lane idle."""
-        self._length[lane] = 0
+        self._length[lane], self._drafts[lane] = 0, 0
+        self.sampler.set(lane, Decoding())
 
     def finished(self) -> Tensor:
         """Lanes [B] whose text is there: every position, or all up to the first EOS where that is the end."""
@@ -187,7 +193,14 @@ class Lanes:
 
     def step(self) -> Step:
         """Go on with every lane."""
-        return Step(*self._run())
+        return self._run()
+
+    def _run(self, *inputs: Tensor) -> Step:
+        """``_advance``, as a CUDA graph on a GPU."""
+        if self._graphs is None:
+            return Step(*self._advance(*inputs))
+        with torch.cuda.device(self.network.device):
+            return Step(*self._graphs.run(self._advance, inputs, (*self.sampler.kinds, max(self._drafts))))
 
     def _start(self, lane: int, one: Task, last: int) -> None:
         """Set up a lane of which all given tokens but the one at position ``last`` (0: BOS) have been fed."""
@@ -237,13 +250,15 @@ class Strided(Lanes):
             rows.append((blocks[number - 1], blocks[number]) if number < len(blocks) else ([], []))
             self._next[lane] += number < len(blocks)
         fed, wanted = (max(1, *(len(row[side]) for row in rows)) for side in (0, 1))
+        if self._graphs is not None:  # one graph for all steps
+            fed = wanted = self.width
         plan = torch.zeros(self.count, fed + wanted, dtype=torch.long)
         plan[:, :fed] = -1
         for lane, (context, targets) in enumerate(rows):
             plan[lane, : len(context)] = torch.tensor(context)
             plan[lane, fed : fed + len(targets)] = torch.tensor(targets)
         plan = plan.to(self.text.device, non_blocking=True)
-        return Step(*self._run(plan[:, :fed], plan[:, fed:]))
+        return self._run(plan[:, :fed], plan[:, fed:])
 
     def _advance(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         at, targets = inputs
@@ -290,10 +305,10 @@ class Exact(Lanes):
 
     def release(self, lane: int) -> None:
         super().release(lane)
-        self._total[lane] = 0
+        self._total[lane], self._draft[lane] = 0, 0
 
     def _advance(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        width, slots = self.width, self.slots
+        width, slots = max(1, *self._drafts), self.slots
         column = torch.arange(2 * width + 1, device=self.text.device)
         there = (self._written + column < self._total) & (column <= 2 * self._draft)
         positions = self._order.gather(1, self._written + column).where(there, 0)
@@ -301,9 +316,10 @@ class Exact(Lanes):
         now = self._pass[..., None].clamp(max=slots)
         draws = self._draws.gather(1, now.expand(-1, 1, width + 1))[:, 0]
         judge = self._judge.gather(1, now.expand(-1, 1, width))[:, 0]
+        proposed = self._proposal[:, :width]
 
         # Context: the last token that is certain, and the draft. Target i sees the draft before it, and itself.
-        tokens = draw(self._proposal, draws[:, :width])
+        tokens = draw(proposed, draws[:, :width])
         context = torch.cat([self.text.gather(1, self._last), tokens], dim=1)
         at = torch.cat([self._last, positions[:, :width].where(drafted, 0)], dim=1)
         keep = torch.cat([there[:, :1], drafted], dim=1)
@@ -320,20 +336,20 @@ class Exact(Lanes):
         score = self.sampler.probabilities(self.network.predict(hidden))
 
         # Accept, and draw one token more.
-        p, q = (rows.gather(-1, tokens[..., None])[..., 0] for rows in (self._proposal, score[:, :width]))
+        p, q = (rows.gather(-1, tokens[..., None])[..., 0] for rows in (proposed, score[:, :width]))
         kept = (drafted & accept(p, q, judge)).long().cumprod(dim=1).bool()
         accepted = kept.sum(dim=1, keepdim=True)
         vocab = (-1, -1, score.shape[-1])
         inside = accepted.clamp(max=width - 1)
         refused = drafted.gather(1, inside) & (accepted < width)
         fresh = score.gather(1, accepted[..., None].expand(vocab))
-        old = self._proposal.gather(1, inside[..., None].expand(vocab))
+        old = proposed.gather(1, inside[..., None].expand(vocab))
         more = draw(self._rest(fresh, old, refused[..., None]), draws.gather(1, self._draft))
         self.network.absorb(context, at, torch.cat([there[:, :1], kept], dim=1), self.cache)
 
         following = accepted + 1 + column[:width]
         proposal = score.gather(1, following[..., None].expand(vocab))
-        self._proposal.copy_(proposal.where(there.gather(1, following)[..., None], 0))
+        proposed.copy_(proposal.where(there.gather(1, following)[..., None], 0))
         tokens = torch.cat([tokens, more], dim=1).scatter(1, accepted, more)
         chosen = torch.cat([kept, torch.zeros_like(refused)], dim=1).scatter(1, accepted, there.gather(1, accepted))
         positions = positions[:, : width + 1].where(chosen, 0)
@@ -394,29 +410,33 @@ class Frontier:
         return fresh
 
 
-def _captured(work: Callable[..., tuple[Tensor, Tensor]], sampler: Sampler) -> Callable[..., tuple[Tensor, Tensor]]:
-    """``work`` (tensors in, tensors out, other state changed in place) as a CUDA graph for each shape of its inputs.
+class _Graphs:
+    """Work on a GPU (tensors in, tensors out, other state changed in place) as CUDA graphs, one for each kind.
 
     The first call of a kind runs as it is and prepares the libraries; the second is recorded, all are replayed after.
     """
-    graphs: dict[Any, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], tuple[Tensor, Tensor]] | None] = {}
 
-    def run(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        kind = (tuple(tensor.shape for tensor in inputs), sampler.kinds)
-        if kind not in graphs:
-            graphs[kind] = None
+    def __init__(self) -> None:
+        self._kept: dict[Any, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], tuple[Tensor, Tensor]] | None] = {}
+        self._stream = torch.cuda.Stream()
+
+    def run(
+        self, work: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Tensor, ...], kind: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """``work(*inputs)``; ``kind``: what it depends on beside tensors."""
+        kind = (tuple(tensor.shape for tensor in inputs), *kind)
+        if kind not in self._kept:
+            self._kept[kind] = None
             return work(*inputs)
-        entry = graphs[kind]
+        entry = self._kept[kind]
         if entry is None:
             graph, held = torch.cuda.CUDAGraph(), tuple(tensor.clone() for tensor in inputs)
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self._stream):
                 results = work(*held)
-            entry = graphs[kind] = (graph, held, results)
+            entry = self._kept[kind] = (graph, held, results)
         graph, held, results = entry
         for tensor, value in zip(held, inputs, strict=True):
             tensor.copy_(value)
         graph.replay()
         positions, tokens = results
         return positions.clone(), tokens.clone()
-
-    return run

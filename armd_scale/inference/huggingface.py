@@ -41,6 +41,7 @@ class ARMDForCausalLM(PreTrainedModel):
 
     config_class = ARMDHubConfig
     base_model_prefix = "model"
+    accepts_loss_kwargs = False  # the loss is a mean: a trainer divides by its accumulation steps
 
     def __init__(self, config: ARMDHubConfig) -> None:
         super().__init__(config)
@@ -55,13 +56,16 @@ class ARMDForCausalLM(PreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        **_: Any,
+        **more: Any,
     ) -> CausalLMOutput:
         """Logits [B, N, V] of the token behind each of ``input_ids`` [B, N], BOS first; padding may follow a text.
 
         ``labels`` [B, N]: -100 is not scored. Raises ``InputError``.
         """
         c = self.model.config
+        unknown = [name for name, value in more.items() if value and name not in ("return_dict", "use_cache")]
+        if unknown:
+            raise InputError(f"{unknown[0]} is not offered here: give input_ids, attention_mask and labels")
         if not 1 <= input_ids.shape[1] <= c.length or not bool((input_ids[:, 0] == c.bos_id).all()):
             raise InputError(f"input_ids must be BOS ({c.bos_id}) and up to {c.length - 1} tokens behind it")
         if attention_mask is not None and not bool(attention_mask[:, 0].all()):
@@ -96,9 +100,11 @@ class ARMDForCausalLM(PreTrainedModel):
         """
         known = {field.name for field in dataclasses.fields(Decoding)}
         usual = {"max_new_tokens", "max_length", "do_sample"}
-        given: dict[str, Any] = {name: getattr(generation_config, name, None) for name in known | usual} | settings
+        chosen = generation_config or self.generation_config
+        given: dict[str, Any] = (chosen.to_diff_dict() if chosen else {}) | settings
         given = {name: value for name, value in given.items() if value is not None}
         ignored = {"pad_token_id", "eos_token_id", "bos_token_id", "use_cache", "tokenizer", "assistant_tokenizer"}
+        ignored |= {"transformers_version", "_from_model_config", "return_dict_in_generate"}
         unknown = sorted(given.keys() - known - usual - ignored)
         if unknown:
             raise InputError(f"unknown setting {unknown[0]}: choose from {', '.join(sorted(known | usual))}")

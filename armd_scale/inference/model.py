@@ -24,7 +24,7 @@ Texts: TypeAlias = Tensor | Sequence[int] | Sequence[Sequence[int]]
 """Token ids: one text, or several, which may differ in length."""
 
 _LOGIT_ROWS = 2048  # rows whose logits are held at a time
-_LOOK = 16  # steps between looks at what an accelerator has finished
+_LOOK = 4  # steps between looks at what an accelerator has finished
 
 
 class ARMD(Network):

@@ -317,14 +317,15 @@ class Network(nn.Module):
         query = _linear(rows, layer.attention["query"].weight)
         query = _rotate(query.unflatten(-1, (c.heads, -1)).transpose(1, 2), rope)
         keys, values = keys_values
-        out = F.scaled_dot_product_attention(
-            query,
-            keys,
-            values,
-            attn_mask=mask[:, None] if isinstance(mask, Tensor) else None,
-            is_causal=isinstance(mask, str),
-            enable_gqa=c.heads != c.kv_heads,
-        )
+        if isinstance(mask, str):
+            out = F.scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=c.heads != c.kv_heads)
+        else:
+            # Heads of a group become rows of one: the fast kernels take no mask beside grouped heads.
+            group, count = c.heads // c.kv_heads, rows.shape[1]
+            folded = query.reshape(query.shape[0], c.kv_heads, group * count, -1)
+            if mask is not None:
+                mask = (mask if mask.shape[1] == 1 else mask.repeat(1, group, 1))[:, None]
+            out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask).reshape(query.shape)
         return _linear(out.transpose(1, 2).flatten(2), layer.attention["output"].weight)
 
     def _mlp(self, layer: nn.Module, rows: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ each, V vocabulary.
 import dataclasses
 import hashlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Decoding:
     streams: int = 1
     """Number of streams, 1 is left to right."""
     draft: int = 0
-    """Exact parallel decoding: tokens drafted at a time, at least 2; 0 is off."""
+    """Exact parallel decoding: tokens drafted at a time; 0 is off."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the likeliest token."""
     top_k: int = 0
@@ -46,10 +46,8 @@ class Decoding:
             whole = name in ("streams", "draft", "top_k")
             number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
             if not number or not low <= value <= high:
-                limits = f"from {low} to {high:g}" if high < float("inf") else f"at least {low}"
+                limits = f"from {low} to {high:g}" if high < 2**31 else f"of at least {low}"
                 raise InputError(f"{name} must be {'a whole number' if whole else 'a number'} {limits}, not {value!r}")
-        if self.draft == 1:
-            raise InputError("draft must be 0 (off) or at least 2")
 
     @property
     def strategy(self) -> str:
@@ -58,10 +56,10 @@ class Decoding:
 
 
 _RANGES = (
-    ("streams", 1, float("inf")),
+    ("streams", 1, 2**31),
     ("draft", 0, 64),
     ("temperature", 0, 1e6),
-    ("top_k", 0, float("inf")),
+    ("top_k", 0, 2**31),
     ("top_p", 1e-6, 1),
     ("min_p", 0, 1),
 )
@@ -115,7 +113,11 @@ class Sampler:
         if greedy:
             likeliest = torch.zeros_like(out).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1)
             out = torch.where(temperature == 0, likeliest, out)
-        return out / out.sum(dim=-1, keepdim=True) if ranks or cut else out
+        if not (ranks or cut):
+            return out
+        # Rows that nothing is cut from keep their bits, whatever their neighbours.
+        truncated = (top_k < float("inf")) | (top_p < 1) | (min_p > 0)
+        return out / out.sum(dim=-1, keepdim=True).where(truncated, 1)
 
     def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """Tokens [B, T] from logits [B, T, V] and uniform numbers [B, T]."""
@@ -148,9 +150,12 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
 def seeds(seed: int | Sequence[int], count: int) -> list[tuple[int, int]]:
     """Keys of ``count`` sequences: (seed, row) from one seed, (seed, 0) from a seed for each. Raises ``InputError``."""
     try:
-        return [(operator.index(seed), row) for row in range(count)]  # type: ignore[arg-type]
-    except TypeError:
-        keys = [(operator.index(one), 0) for one in seed]  # type: ignore[union-attr]
+        if isinstance(seed, Iterable):
+            keys = [(operator.index(one), 0) for one in seed]
+        else:
+            keys = [(operator.index(seed), row) for row in range(count)]
+    except TypeError as error:
+        raise InputError(f"a seed must be a whole number, or one for each sequence, not {seed!r}") from error
     if len(keys) != count:
         raise InputError(f"{len(keys)} seeds for {count} sequences: give one for each, or a single one")
     return keys
@@ -159,5 +164,6 @@ def seeds(seed: int | Sequence[int], count: int) -> list[tuple[int, int]]:
 def uniform(key: tuple[int, int], *shape: int) -> Tensor:
     """Uniform numbers in [0, 1) of a sequence's own stream, float64."""
     digest = hashlib.sha256(repr(key).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    return torch.rand(*shape, generator=generator, dtype=torch.float64)
+    # A generator keeps 32 bits of its seed: two of them, so that thousands of texts do not share a stream.
+    parts = [torch.Generator().manual_seed(int.from_bytes(digest[at : at + 4], "little")) for at in (0, 4)]
+    return sum((torch.rand(*shape, generator=part, dtype=torch.float64) for part in parts), torch.zeros(())).frac()

@@ -6,7 +6,6 @@
 
 import os
 import shutil
-from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
@@ -38,7 +37,10 @@ class ARMDTokenizer(PreTrainedTokenizer):
         kinds = (model.SentencePiece.NORMAL, model.SentencePiece.USER_DEFINED)
         pieces = [p.piece.replace(_SPACE, " ").encode("utf-8") for p in model.pieces if p.type in kinds]
         self._held = {piece[at : at + 2] for piece in pieces for at in range(len(piece) - 1)}
-        self._encode = lru_cache(1 << 16)(self._encode_segment)
+        text, kind = model.normalizer_spec, model.trainer_spec
+        changed = text.precompiled_charsmap or text.add_dummy_prefix or text.remove_extra_whitespaces
+        known = kind.model_type in (kind.UNIGRAM, kind.BPE) and not kind.treat_whitespace_as_suffix
+        self._by_segments = bool(not changed and known and kind.byte_fallback)  # as armd_scale.tokenizer decides
         settings.setdefault("bos_token", self._processor.id_to_piece(self._processor.bos_id()))
         settings.setdefault("eos_token", self._processor.id_to_piece(self._processor.eos_id()))
         settings.setdefault("pad_token", settings["eos_token"])
@@ -52,23 +54,25 @@ class ARMDTokenizer(PreTrainedTokenizer):
         return {self._processor.id_to_piece(index): index for index in range(self.vocab_size)}
 
     def _tokenize(self, text: str, **_: Any) -> list[str]:
+        if not self._by_segments:
+            return self._processor.encode(text, out_type=str)
         ids: list[int] = []
         start = 0
         for at in range(1, len(text) + 1):
             pair = text[at - 1 : at + 1].encode("utf-8", "surrogatepass") if at < len(text) else b""
             width = len(text[at - 1].encode("utf-8", "surrogatepass"))
             if pair[width - 1 : width + 1] not in self._held or not pair:
-                ids += self._encode(text[start:at])
+                ids += self._encode_segment(text[start:at])
                 start = at
         return [self._processor.id_to_piece(index) for index in ids]
 
-    def _encode_segment(self, segment: str) -> tuple[int, ...]:
+    def _encode_segment(self, segment: str) -> list[int]:
         out: list[int] = []
         for number, part in enumerate(segment.split(_SPACE)):
             if number:
                 out += [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode("utf-8")]
             out += self._processor.encode(part)
-        return tuple(out)
+        return out
 
     def _convert_token_to_id(self, token: str) -> int:
         return self._processor.piece_to_id(token)

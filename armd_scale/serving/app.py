@@ -3,11 +3,10 @@
 ``POST /v1/completions`` takes ``prompt`` (text or tokens, one or several), ``max_tokens``, ``n``, ``temperature``,
 ``top_p``, ``stop``, ``seed``, ``echo``, ``stream`` and ``suffix`` (the gap between prompt and suffix is filled), and
 beyond the interface ``top_k``, ``min_p``, ``streams``, ``draft`` and ``order`` (with ``stream``: every chunk tells
-which positions a step wrote). What is wrong with a request is one line, with status 400, 413, 415 or 429.
+which positions a step wrote). What is wrong with a request is one line, with status 400, 408, 413, 415 or 429.
 """
 
 import asyncio
-import contextlib
 import itertools
 import json
 import secrets
@@ -15,26 +14,43 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from armd_scale.inference import ARMD, FREE, Decoding, InputError, Task
 from armd_scale.inference.decoding import width
-from armd_scale.serving.engine import Busy, Engine, Event, Job
+from armd_scale.serving.engine import STOPPING as _STOPPING
+from armd_scale.serving.engine import Busy, Engine, Event, Job, Stopping
 from armd_scale.tokenizer import Tokenizer
 
 BODY = 1 << 20
 """Most bytes of a request."""
 _PATIENCE = 30  # seconds that a request may take to arrive
 _PAGE = Path(__file__).with_name("page.html")
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+    "frame-ancestors 'none'"
+)
+
+
+_Token = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells beside the text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool = False
 
 
 class Completion(BaseModel):
@@ -42,13 +58,13 @@ class Completion(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: str | list[str] | list[int] | list[list[int]] = ""
+    prompt: str | list[str] | list[_Token] | list[list[_Token]] = ""
     suffix: str | None = None
-    max_tokens: int = Field(16, ge=0)
+    max_tokens: int = Field(16, ge=1, le=2**31)
     n: int = Field(1, ge=1, le=128)
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0
+    top_k: int = Field(0, ge=0, le=2**31)
     min_p: float = 0.0
     streams: int = 1
     draft: int = 0
@@ -59,13 +75,20 @@ class Completion(BaseModel):
     order: bool = False
     model: str | None = None
     user: str | None = None
+    stream_options: StreamOptions | None = None
     # Of the interface, but not offered: only the values that ask for nothing.
     best_of: Literal[1] | None = None
     logprobs: None = None
     logit_bias: None = None
     presence_penalty: float | None = Field(0, ge=0, le=0)
     frequency_penalty: float | None = Field(0, ge=0, le=0)
-    stream_options: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_left_out(cls, fields: Any) -> Any:
+        return (
+            {name: value for name, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
+        )
 
 
 class Refused(Exception):
@@ -145,16 +168,14 @@ class Server:
             Route("/v1/completions", self._completions, methods=["POST"]),
         ]
 
-    def app(self) -> Starlette:
-        """The ASGI application."""
+    def app(self, hosts: list[str] | None = None) -> Starlette:
+        """The ASGI application; ``hosts``: names by which it may be asked for (None: any).
 
-        @contextlib.asynccontextmanager
-        async def lifespan(_: Starlette) -> AsyncIterator[None]:
-            yield
-            await asyncio.to_thread(self.engine.close)
-
+        Without them a foreign page could reach a server on this machine by a name of its own (DNS rebinding).
+        """
         handlers: Any = {HTTPException: self._wrong_path}
-        return Starlette(routes=self._routes, lifespan=lifespan, exception_handlers=handlers)
+        guard = Middleware(TrustedHostMiddleware, allowed_hosts=hosts or ["*"], www_redirect=False)
+        return Starlette(routes=self._routes, middleware=[guard], exception_handlers=handlers)
 
     async def _page(self, _: Request) -> Response:
         headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"}
@@ -196,7 +217,10 @@ class Server:
             return self._error(400, str(error))
         except Busy:
             return self._error(429, "too many requests are waiting: try again in a moment")
+        except Stopping:
+            return self._error(503, _STOPPING)
         except ClientDisconnect:
+            self._answers.labels(499).inc()
             return Response(status_code=499)
         texts = [Text(self.tokenizer, self._before(job.task), stops) for job in jobs]
         head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
@@ -222,11 +246,13 @@ class Server:
             wanted = Completion.model_validate_json(bytes(body))
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"][:1])
+            where = "".join(repr(part)[1:-1][:60] for part in first["loc"][:1] if isinstance(part, str))
             known = f"; there are {', '.join(Completion.model_fields)}" if first["type"] == "extra_forbidden" else ""
             raise Refused(400, f"{where or 'the request'}: {first['msg'].lower()}{known}") from error
         if wanted.model not in (None, self.name):
-            raise Refused(400, f"model: this server has '{self.name}', not '{wanted.model}'")
+            raise Refused(400, f"model: this server has '{self.name}', not {wanted.model[:100]!r}")
+        if wanted.order and not wanted.stream:
+            raise Refused(400, "order: only a stream tells it; set stream as well")
         stops = [wanted.stop] if isinstance(wanted.stop, str) else wanted.stop or []
         if len(stops) > 4 or not all(0 < len(stop) <= 256 for stop in stops):
             raise Refused(400, "stop: up to 4 strings of 1 to 256 characters")
@@ -250,10 +276,10 @@ class Server:
             raise Refused(400, f"this server decodes up to {self.engine.width} tokens a step (streams, draft)")
         if len(prompts) * wanted.n > self.engine.queue:
             raise Refused(400, f"a request may ask for up to {self.engine.queue} texts")
-        after = self._encode(wanted.suffix) if wanted.suffix is not None else []
+        after = self.tokenizer.encode(wanted.suffix) if wanted.suffix is not None else []
         rows = []
         for one in prompts:
-            tokens = self._encode(one) if isinstance(one, str) else list(one)
+            tokens = self.tokenizer.encode(one) if isinstance(one, str) else list(one)
             if any(token < 0 for token in tokens):
                 raise Refused(400, f"prompt: token {min(tokens)} is not in the vocabulary")
             size = len(tokens) + wanted.max_tokens + len(after)
@@ -263,18 +289,9 @@ class Server:
                     f"prompt, suffix and max_tokens are {size} tokens together, this model takes up to "
                     f"{self.model.config.length}",
                 )
-            if not wanted.max_tokens or not size:
-                raise Refused(400, "max_tokens must be at least 1")
             rows += [tokens + [FREE] * wanted.max_tokens + after] * wanted.n
         seed = secrets.randbits(62) if wanted.seed is None else wanted.seed
         return self.model.plan(rows, decoding, seed)
-
-    def _encode(self, text: str) -> list[int]:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise Refused(400, "the text is not Unicode: it holds half of a surrogate pair") from error
-        return self.tokenizer.encode(text)
 
     def _before(self, task: Task) -> list[int]:
         """Tokens before the first generated one."""
@@ -295,9 +312,10 @@ class Server:
             if not all(part.done() for part in parts):
                 self._answers.labels(499).inc()
                 return Response(status_code=499)
+            failed = [part.exception() for part in parts if part.exception()]
+            if failed:
+                return self._error(503 if str(failed[0]) == _STOPPING else 500, str(failed[0]))
             results = [part.result() for part in parts]
-        except RuntimeError as error:
-            return self._error(500, str(error))
         finally:
             for pending in (watcher, together, *parts):
                 pending.cancel()
@@ -306,12 +324,14 @@ class Server:
             _choice(index, self._echo(wanted, job) + text, reason)
             for index, (job, (text, reason, _)) in enumerate(zip(jobs, results, strict=True))
         ]
-        asked = sum(len(self._before(job.task)) for job in jobs[:: wanted.n])
-        made = sum(count for _, _, count in results)
-        usage = {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
+        usage = self._usage(wanted, jobs, sum(count for _, _, count in results))
         self._answers.labels(200).inc()
         self._seconds.observe(time.perf_counter() - jobs[0].submitted)
         return JSONResponse({**head, "choices": choices, "usage": usage})
+
+    def _usage(self, wanted: Completion, jobs: list[Job], made: int) -> dict[str, int]:
+        asked = sum(len(self._before(job.task)) for job in jobs[:: wanted.n])
+        return {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
 
     async def _collect(self, job: Job, text: Text) -> tuple[str, str, int]:
         """A job's text, why it ended, and its tokens. Raises ``RuntimeError`` when it failed."""
@@ -347,7 +367,7 @@ class Server:
 
         readers = [asyncio.create_task(forward(index, job)) for index, job in enumerate(jobs)]
         open_, status = set(range(len(jobs))), 499
-        started, first = jobs[0].submitted, True
+        started, first, made = jobs[0].submitted, True, 0
         try:
             if wanted.echo:
                 for index, job in enumerate(jobs):
@@ -360,6 +380,7 @@ class Server:
                     status = 500
                     yield _line({"error": {"message": event.error, "type": "server_error"}})
                     return
+                made += len(event.fresh)
                 text = texts[index].add(event.fresh, event.done)
                 over = event.done or texts[index].stopped
                 choice = _choice(index, text, self._reason(jobs[index], texts[index]) if over else None)
@@ -373,6 +394,8 @@ class Server:
                         self._first.observe(time.perf_counter() - started)
                         first = False
                     yield _line({**head, "choices": [choice]})
+            if wanted.stream_options and wanted.stream_options.include_usage:
+                yield _line({**head, "choices": [], "usage": self._usage(wanted, jobs, made)})
             status = 200
             yield "data: [DONE]\n\n"
         finally:

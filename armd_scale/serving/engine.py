@@ -17,9 +17,15 @@ import torch
 from armd_scale.inference import ARMD, Frontier, Task
 from armd_scale.inference.decoding import STRATEGIES, Lanes
 
+STOPPING = "the server is shutting down"
+
 
 class Busy(Exception):
     """The queue is full."""
+
+
+class Stopping(Exception):
+    """Nothing is taken any more."""
 
 
 class Event(NamedTuple):
@@ -67,14 +73,14 @@ class Engine:
         self._running: dict[str, dict[int, Job]] = {strategy: {} for strategy in STRATEGIES}
         self._places: dict[str, Lanes] = {}
         self._wake = threading.Condition()
-        self._stopping = False
+        self._draining = self._stopping = False
         self._thread = threading.Thread(target=self._work, name="decoding", daemon=True)
         self._thread.start()
 
     @property
     def alive(self) -> bool:
         """Whether jobs are being decoded."""
-        return self._thread.is_alive() and not self._stopping
+        return self._thread.is_alive() and not self._draining
 
     @property
     def waiting(self) -> int:
@@ -87,10 +93,12 @@ class Engine:
         return sum(map(len, self._running.values()))
 
     def submit(self, tasks: list[Task]) -> list[Job]:
-        """Jobs for tasks, all or none; from within an event loop. Raises ``Busy``."""
+        """Jobs for tasks, all or none; from within an event loop. Raises ``Busy`` and ``Stopping``."""
         loop = asyncio.get_running_loop()
         jobs = [Job(task, self.model.config.eos_id, loop) for task in tasks]
         with self._wake:
+            if not self.alive:
+                raise Stopping
             if len(self._waiting) + len(jobs) > self.queue:
                 raise Busy
             self._waiting.extend(jobs)
@@ -107,14 +115,18 @@ class Engine:
                 self._waiting.remove(job)
             self._wake.notify()
 
-    def close(self) -> None:
-        """End the thread; jobs that are not complete fail."""
+    def close(self, grace: float) -> None:
+        """Take no more jobs, end the thread when all are done or after ``grace`` seconds; what is left fails."""
+        self._draining = True
+        end = time.perf_counter() + grace
+        while (self._waiting or self.running) and time.perf_counter() < end:
+            time.sleep(0.02)
         with self._wake:
             self._stopping = True
             self._wake.notify()
         self._thread.join(timeout=60)
         for job in [*self._waiting, *(job for jobs in self._running.values() for job in jobs.values())]:
-            job.put(Event([], [], False, "the server is shutting down"))
+            job.put(Event([], [], False, STOPPING))
 
     @torch.no_grad()
     def _work(self) -> None:
@@ -129,7 +141,8 @@ class Engine:
                     self._admit(strategy)
                     self._step(strategy)
                 except Exception as error:  # one strategy's jobs fail, the server goes on
-                    self._fail(strategy, f"decoding failed: {error}")
+                    self._fail(strategy, self._running[strategy], error)
+                    self._places.pop(strategy, None)  # whatever state it was in
 
     def _admit(self, strategy: str) -> None:
         """Free the lanes of cancelled jobs, and fill free lanes from the queue."""
@@ -150,7 +163,11 @@ class Engine:
         if strategy not in self._places:
             slots = self.model.config.length + 1
             self._places[strategy] = STRATEGIES[strategy](self.model, self.lanes, slots, self.width)
-        self._places[strategy].admit({lane: job.task for lane, job in fresh.items()})
+        try:
+            self._places[strategy].admit({lane: job.task for lane, job in fresh.items()})
+        except Exception as error:  # those in other lanes go on
+            self._fail(strategy, fresh, error)
+            return
         for lane, job in fresh.items():
             if job.frontier.ended:  # nothing was free
                 self._report(strategy, lane, [], [])
@@ -175,8 +192,9 @@ class Engine:
         job.put(Event(written, fresh, done))
         return len(written)
 
-    def _fail(self, strategy: str, reason: str) -> None:
-        for job in self._running[strategy].values():
+    def _fail(self, strategy: str, jobs: dict[int, Job], error: Exception) -> None:
+        """Tell jobs that they failed, and forget them."""
+        reason = "decoding failed: " + " ".join(str(error).split())[:300]
+        for lane, job in list(jobs.items()):
             job.put(Event([], [], False, reason))
-        self._running[strategy].clear()
-        self._places.pop(strategy, None)  # whatever state it was in
+            del self._running[strategy][lane]

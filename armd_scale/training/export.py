@@ -160,12 +160,13 @@ def to_training(model_dir: Path, config: RunConfig) -> Path:
         rows = full.model.padded_vocab - found.vocab_size
         weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, rows))
     state = {"identity": configs.identity(full), "samples": 0, "losses": []}
+    state["tokenizer_sha256"] = tokenizers.digest(tokenizer)
     return checkpoint.begin(checkpoints, weights, state, averaged=config.optimizer.ema > 0)
 
 
 def _training_facts(config: RunConfig, source: Path) -> dict[str, Any]:
     """What the model card says of the training up to a checkpoint."""
-    step = manifest.step_of(source)
+    step = manifest.read(source)["step"]
     scores = [record for record in read_metrics(config.directory) if "heldout_left_to_right_bits_per_byte" in record]
     kinds = {
         "left to right": "left_to_right",

@@ -125,7 +125,8 @@ def test_the_command(model_dir, tmp_path):
     for bad, line in (
         ("width=3", "unknown field 'width'"),
         ("streams=x", "'x' is not a number"),
-        ("draft=1", "draft must"),
+        ("draft=-1", "draft must"),
+        ("stop=1", "leave out stop"),
     ):
         done = subprocess.run(list(map(str, [*words, "--ways", bad])), cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)

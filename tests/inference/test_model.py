@@ -149,6 +149,8 @@ def test_bad_input_is_one_line():
         (lambda: model.generate([1.5]), "texts must be whole numbers"),
         (lambda: model.generate([[1], 2]), "texts must be whole numbers"),
         (lambda: model.generate(seed=[1, 2], batch=3), "2 seeds for 3 sequences"),
+        (lambda: model.generate(seed=1.5), "a seed must be a whole number"),
+        (lambda: model.generate(seed=None), "a seed must be a whole number"),
         (lambda: model.fill([1, -2, 3]), "token -2 is not in the vocabulary"),
         (lambda: model.fill([FREE] * 17), "a text of 17 tokens does not fit"),
         (lambda: model.fill([1, FREE, FREE], order=[2, 2]), "each of the 2 free positions once"),
@@ -168,7 +170,7 @@ def test_bad_input_is_one_line():
     ("field", "values"),
     [
         ("streams", (0, -1, 1.0, True)),
-        ("draft", (1, -1, 65, 2.0)),
+        ("draft", (-1, 65, 2.0)),
         ("temperature", (-1.0, float("nan"), float("inf"), "hot")),
         ("top_k", (-1, 1.5)),
         ("top_p", (0, 1.1, float("nan"))),
