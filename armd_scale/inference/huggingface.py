@@ -102,7 +102,8 @@ class ARMDForCausalLM(PreTrainedModel):
         usual = {"max_new_tokens", "max_length", "do_sample"}
         chosen = generation_config or self.generation_config
         given: dict[str, Any] = (chosen.to_diff_dict() if chosen else {}) | settings
-        given = {name: value for name, value in given.items() if value is not None}
+        # What is off asks for nothing: a saved generation_config lists much that is.
+        given = {name: v for name, v in given.items() if v is not None and (v is not False or name in known | usual)}
         ignored = {"pad_token_id", "eos_token_id", "bos_token_id", "use_cache", "tokenizer", "assistant_tokenizer"}
         ignored |= {"transformers_version", "_from_model_config", "return_dict_in_generate"}
         unknown = sorted(given.keys() - known - usual - ignored)
