@@ -54,8 +54,8 @@ def main() -> None:
         raise UserError(f"{args.host}:{args.port} cannot be listened on: {reason}") from error
     server = Server(model, tokenizer, name, args.lanes, args.queue, args.width)
     port = listening.getsockname()[1]
-    # Asked by its address; "[" is what begins one of IPv6. On an address for others, by any name.
-    hosts = ["localhost", "127.0.0.1", "["] if ipaddress.ip_address(address[0]).is_loopback else None
+    # Asked by its address; on an address for others, by any name.
+    hosts = ["localhost", "127.0.0.1", "::1", "[::1]"] if ipaddress.ip_address(address[0]).is_loopback else None
     shown = f"[{args.host}]" if ":" in args.host else args.host
     print(f"{name} on http://{shown}:{port}  (page, /v1/completions, /v1/models, /health, /metrics)", flush=True)
     config = uvicorn.Config(

@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 class Running:
     process: subprocess.Popen
     port: int
+    told: bool = False
+    """Whether a test has told it to end."""
 
     def get(self, path):
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
@@ -62,9 +64,11 @@ def serving(model_dir, *words):
         line = process.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
         assert found, (line, process.stderr.read() if process.poll() is not None else "")
-        yield Running(process, int(found[1]))
-        assert process.poll() is None, process.stderr.read()
-        process.send_signal(signal.SIGTERM)
+        running = Running(process, int(found[1]))
+        yield running
+        if not running.told:
+            assert process.poll() is None, process.stderr.read()
+            process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
         assert "Traceback" not in errors, errors
     finally:
@@ -241,6 +245,49 @@ def test_wrong_places(server):
     assert json.loads(server.get("/v1/models"))["data"][0]["max_tokens"] == 64
     assert "<title>armd_scale</title>" in server.get("/")
     assert server.metric('armd_requests_total{status="404"}') >= 1
+
+
+def test_only_its_own_address_is_answered(server):
+    """A foreign page that gives this machine a name of its own gets nothing, and none may frame the page."""
+
+    async def status(host):
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(f"GET /health HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        found = await _status(reader)
+        writer.close()
+        return found
+
+    for host, wanted in (("localhost", 200), (f"127.0.0.1:{server.port}", 200), ("[::1]:80", 200), ("evil.test", 400)):
+        assert asyncio.run(status(host)) == wanted
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/") as answer:
+        assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
+
+
+def test_usage_at_the_end_of_a_stream(server):
+    body = {"prompt": "Return ", "max_tokens": 9, "seed": 3, "n": 2, "temperature": None}
+    *events, last = _events(server, {**body, "stream_options": {"include_usage": True}})
+    assert last["choices"] == []
+    assert last["usage"] == server.post(body)[1]["usage"]
+    assert len([e for e in events if e["choices"][0]["finish_reason"]]) == 2
+
+
+def test_texts_end_before_the_server_does(model_dir, own):
+    """SIGTERM: what is in lanes is finished and answered; nothing new is taken."""
+    body = {"prompt": "a", "max_tokens": 60, "seed": 5, "n": 40}
+    expected = _expected(own, "a", 60, Decoding(stop=True), 5, rows=40)
+
+    async def leave(server):
+        reader, writer = await _send(server.port, json.dumps(body).encode())
+        while server.metric("armd_running") == 0:
+            await asyncio.sleep(0.005)
+        server.process.send_signal(signal.SIGTERM)
+        head, _, rest = (await asyncio.wait_for(reader.read(), 60)).partition(b"\r\n\r\n")
+        writer.close()
+        return int(head.split()[1]), [choice["text"] for choice in json.loads(rest)["choices"]]
+
+    with serving(model_dir, "--lanes", 4) as server:
+        server.told = True
+        assert asyncio.run(leave(server)) == (200, expected)
 
 
 def test_wrong_starts_are_one_line(model_dir, tmp_path):
