@@ -330,7 +330,7 @@ def test_bad_checkpoints_and_exports_are_one_line(finished, tmp_path):
     shutil.copytree(run / "export", full)
     refused(command("tools/generate.py", full, "--prompt", "word " * 200), r"the prompt has \d+ tokens")
     refused(command("tools/generate.py", full, "--length", 999), "this model takes up to 32")
-    refused(command("tools/generate.py", full, "--streams", 0), "streams must be a whole number at least 1")
+    refused(command("tools/generate.py", full, "--streams", 0), "streams must be a whole number of at least 1")
     refused(command("tools/generate.py", full, "--device", "cuda", CUDA_VISIBLE_DEVICES=""), "device cuda is not there")
     refused(command("tools/generate.py", full, "--device", "abacus"), "device abacus is not there")
     refused(command("tools/eval_zeroshot.py", full, "--text", again, "--json", "/nowhere/x.json"), "No such file")
