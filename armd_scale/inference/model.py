@@ -56,15 +56,18 @@ class ARMD(Network):
         """-log p of the tokens at ``targets`` given those at ``given``, in nats: [B, len(targets)].
 
         Positions count from 1. The targets are generated one after the other in the order in which they are named;
-        their sum is the joint -log p in that order. Positions in neither are unknown. Raises ``InputError``.
+        their sum is the joint -log p in that order. Positions in neither are unknown, and may hold -1. Raises
+        ``InputError``.
         """
-        rows, targets, given = self._rows(tokens), list(targets), sorted(given)
+        rows, targets, given = self._rows(tokens, free=True), list(targets), sorted(given)
         count = min(len(row) for row in rows)
         used = [*given, *targets]
         if not targets or len({len(row) for row in rows}) > 1:
             raise InputError("name at least one target" if not targets else "the texts must be of one length")
         if len(set(used)) < len(used) or not all(1 <= position <= count for position in used):
             raise InputError(f"targets and given must be different positions from 1 to {count}")
+        if any(row[position - 1] == FREE for row in rows for position in used):
+            raise InputError("targets and given must have tokens; only other positions may hold -1")
         order = torch.tensor(used, device=self.device).expand(len(rows), -1)
         known = torch.tensor(rows, device=self.device).gather(1, order - 1)
         blocks = torch.arange(1, len(used) + 1, device=self.device).expand_as(order)

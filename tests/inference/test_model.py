@@ -160,6 +160,7 @@ def test_bad_input_is_one_line():
         (lambda: model.conditional_nll([1, 2, 3], [1, 4]), "different positions from 1 to 3"),
         (lambda: model.conditional_nll([1, 2, 3], [1], given=[1]), "different positions from 1 to 3"),
         (lambda: model.conditional_nll([[1, 2], [3]], [1]), "of one length"),
+        (lambda: model.conditional_nll([1, FREE, 3], [2], given=[1]), "targets and given must have tokens"),
     ]
     for call, line in cases:
         with pytest.raises(InputError, match=line):
