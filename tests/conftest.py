@@ -112,6 +112,11 @@ def pytest_addoption(parser):
     parser.addoption("--parity", action="store_true", help="every layout with every model, see make parity")
 
 
+def pytest_collection_modifyitems(items):
+    """The modules that take minutes go first, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: item.path.parent.name not in ("launchers", "training"))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
     """Run a test marked ``one_process`` in a forked process with Megatron-Core's groups of one.
