@@ -76,17 +76,14 @@ def main() -> None:
             seeds = [args.seed + len(tokens) + row for row in range(min(args.batch, args.samples - len(tokens)))]
             started = time.perf_counter()
             tasks = model.plan([[inference.FREE] * length] * len(seeds), decoding, seeds)
-            texts = [[0] * (length + 1) for _ in seeds]
+            frontiers = [inference.Frontier(task, model.config.eos_id) for task in tasks]
             for step in model.decode(tasks):
                 passes += 1
-                for row, (positions, chosen) in enumerate(
-                    zip(step.positions.tolist(), step.tokens.tolist(), strict=True)
-                ):
-                    for position, token in zip(positions, chosen, strict=True):
-                        texts[row][position] = token
+                for frontier, *written in zip(frontiers, step.positions.tolist(), step.tokens.tolist(), strict=True):
+                    frontier.push(*written)
             seconds += time.perf_counter() - started
             made += length
-            tokens += [text[1:] for text in texts]
+            tokens += [frontier.tokens for frontier in frontiers]
         figures = generation.quality([tokenizer.decode(one) for one in tokens], tokens, judge)
         row = {
             "way": way,

@@ -145,7 +145,6 @@ class Lanes:
         if network.device.type == "cuda":
             with torch.cuda.device(network.device):
                 self._graphs = _Graphs()
-        self._drafts = [0] * count
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.long) -> Tensor:
         return torch.zeros(self.count, *shape, dtype=dtype, device=self.network.device)
@@ -159,7 +158,6 @@ class Lanes:
         text[:, 0], known[:, 0] = self.network.config.bos_id, True
         for row, (lane, one) in enumerate(tasks.items()):
             self.sampler.set(lane, one.decoding)
-            self._drafts[lane] = one.decoding.draft
             given = torch.tensor(one.given, dtype=torch.long)
             at[row, : len(given)] = given
             tokens[row, : len(given)] = text[row, given] = torch.tensor(one.tokens, dtype=torch.long)[given - 1]
@@ -179,7 +177,7 @@ class Lanes:
 
     def release(self, lane: int) -> None:
         """Leave a lane idle."""
-        self._length[lane], self._drafts[lane] = 0, 0
+        self._length[lane] = 0
         self.sampler.set(lane, Decoding())
 
     def finished(self) -> Tensor:
@@ -200,7 +198,7 @@ class Lanes:
         if self._graphs is None:
             return Step(*self._advance(*inputs))
         with torch.cuda.device(self.network.device):
-            return Step(*self._graphs.run(self._advance, inputs, (*self.sampler.kinds, max(self._drafts))))
+            return Step(*self._graphs.run(self._advance, inputs, (*self.sampler.kinds, self.sampler.draft)))
 
     def _start(self, lane: int, one: Task, last: int) -> None:
         """Set up a lane of which all given tokens but the one at position ``last`` (0: BOS) have been fed."""
@@ -308,7 +306,7 @@ class Exact(Lanes):
         self._total[lane], self._draft[lane] = 0, 0
 
     def _advance(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        width, slots = max(1, *self._drafts), self.slots
+        width, slots = max(1, self.sampler.draft), self.slots
         column = torch.arange(2 * width + 1, device=self.text.device)
         there = (self._written + column < self._total) & (column <= 2 * self._draft)
         positions = self._order.gather(1, self._written + column).where(there, 0)

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from armd_scale.inference.decoding import Task
 from armd_scale.inference.model import ARMD
 from armd_scale.inference.network import ARMDConfig, InputError
 from armd_scale.inference.sampling import Decoding
@@ -125,10 +124,8 @@ class ARMDForCausalLM(PreTrainedModel):
             raise InputError(f"{new} new tokens do not fit: 0 to {most} do behind these texts")
         if seed is None:
             seed = int(torch.randint(2**62, ()))
-        tasks: list[Task] = self.model.plan([row[1:] + [-1] * new for row in prompts], decoding, seed) if new else []
-        texts = self.model.complete(tasks) if tasks else []
-        made = [text[len(row) - 1 :] for row, text in zip(prompts, texts, strict=False)]
-        behind = torch.full((len(prompts), new), c.eos_id, device=input_ids.device)
-        for row, tokens in enumerate(made):
-            behind[row, : min(new, len(tokens))] = tokens[:new].to(behind.device)
-        return torch.cat([input_ids, behind], dim=1)
+        if not new:
+            return input_ids
+        texts = self.model.generate([row[1:] for row in prompts], decoding=decoding, seed=seed, new_tokens=new)
+        behind = [text[len(row) - 1 :][:new] for row, text in zip(prompts, texts, strict=True)]
+        return torch.cat([input_ids, torch.stack(behind).to(input_ids.device)], dim=1)

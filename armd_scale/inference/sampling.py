@@ -91,6 +91,11 @@ class Sampler:
             any(one.min_p for one in ones),
         )
 
+    @property
+    def draft(self) -> int:
+        """Largest draft of a sequence."""
+        return max(one.draft for one in self._decodings)
+
     def probabilities(self, logits: Tensor) -> Tensor:
         """Probabilities [B, T, V] from logits, in float32 or better, after temperature and truncation."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

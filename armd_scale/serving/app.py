@@ -28,8 +28,7 @@ from starlette.routing import Route
 
 from armd_scale.inference import ARMD, FREE, Decoding, InputError, Task
 from armd_scale.inference.decoding import width
-from armd_scale.serving.engine import STOPPING as _STOPPING
-from armd_scale.serving.engine import Busy, Engine, Event, Job, Stopping
+from armd_scale.serving.engine import STOPPING, Busy, Engine, Event, Job, Stopping
 from armd_scale.tokenizer import Tokenizer
 
 BODY = 1 << 20
@@ -82,6 +81,11 @@ class Completion(BaseModel):
     logit_bias: None = None
     presence_penalty: float | None = Field(0, ge=0, le=0)
     frequency_penalty: float | None = Field(0, ge=0, le=0)
+
+    @property
+    def stops(self) -> list[str]:
+        """Strings before which the text ends."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @model_validator(mode="before")
     @classmethod
@@ -209,7 +213,6 @@ class Server:
         try:
             wanted = await self._read(request)
             tasks = self._tasks(wanted)
-            stops = [wanted.stop] if isinstance(wanted.stop, str) else wanted.stop or []
             jobs = self.engine.submit(tasks)
         except Refused as error:
             return self._error(error.status, str(error))
@@ -218,11 +221,11 @@ class Server:
         except Busy:
             return self._error(429, "too many requests are waiting: try again in a moment")
         except Stopping:
-            return self._error(503, _STOPPING)
+            return self._error(503, STOPPING)
         except ClientDisconnect:
             self._answers.labels(499).inc()
             return Response(status_code=499)
-        texts = [Text(self.tokenizer, self._before(job.task), stops) for job in jobs]
+        texts = [Text(self.tokenizer, self._before(job.task), wanted.stops) for job in jobs]
         head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
         head["object"] = "text_completion"
         if wanted.stream:
@@ -253,8 +256,7 @@ class Server:
             raise Refused(400, f"model: this server has '{self.name}', not {wanted.model[:100]!r}")
         if wanted.order and not wanted.stream:
             raise Refused(400, "order: only a stream tells it; set stream as well")
-        stops = [wanted.stop] if isinstance(wanted.stop, str) else wanted.stop or []
-        if len(stops) > 4 or not all(0 < len(stop) <= 256 for stop in stops):
+        if len(wanted.stops) > 4 or not all(0 < len(stop) <= 256 for stop in wanted.stops):
             raise Refused(400, "stop: up to 4 strings of 1 to 256 characters")
         return wanted
 
@@ -314,7 +316,7 @@ class Server:
                 return Response(status_code=499)
             failed = [part.exception() for part in parts if part.exception()]
             if failed:
-                return self._error(503 if str(failed[0]) == _STOPPING else 500, str(failed[0]))
+                return self._error(503 if str(failed[0]) == STOPPING else 500, str(failed[0]))
             results = [part.result() for part in parts]
         finally:
             for pending in (watcher, together, *parts):
