@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from armd_scale.errors import UserError
 from armd_scale.files import write_atomically
 
+Objective = Literal["armd", "ar", "mdm"]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1, le=10**9)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -58,6 +59,8 @@ class PrefixConfig(_Section):
 class ModelConfig(_Section):
     """The network (design section 2)."""
 
+    objective: Objective = "armd"
+    """The run's ``objective``, which fills this in: it decides how many streams there are and what they see."""
     layers: Positive = 12
     """Number of transformer layers, L."""
     hidden: Positive = 768
@@ -71,7 +74,10 @@ class ModelConfig(_Section):
     length: Annotated[int, Field(ge=2)] = 1024
     """Tokens in a sequence without BOS, N; also the length of a packed sample."""
     two_stream_layers: Positive | None = None
-    """Leading layers with two streams; null: half of the layers, as in the paper."""
+    """Leading layers with two streams; null: half of the layers, as in the paper. For ``armd``."""
+    target_mlp: bool = True
+    """Whether the target stream passes through the MLP of two-stream layers as well; the last of them always has it
+    [D]."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation before attention, MLP and head; scale only, no bias [D]."""
     mlp: Literal["gelu", "swiglu"] = "gelu"
@@ -103,6 +109,9 @@ class ModelConfig(_Section):
 
     @property
     def two_stream(self) -> int:
+        """Layers with two streams; 0 where the objective has one stream."""
+        if self.objective != "armd":
+            return 0
         return self.two_stream_layers or max(1, self.layers // 2)
 
     @property
@@ -116,8 +125,18 @@ class ModelConfig(_Section):
     @property
     def padded_vocab(self) -> int:
         """Rows of the embedding table: the vocabulary rounded up to 128, whatever the layout."""
+        return -(-self.symbols // 128) * 128
+
+    @property
+    def streams(self) -> int:
+        """Largest number of streams in a layer."""
+        return 2 if self.two_stream > 1 else 1
+
+    @property
+    def symbols(self) -> int:
+        """Entries of the vocabulary, and the mask token behind them where the objective has one."""
         assert self.vocab_size is not None
-        return -(-self.vocab_size // 128) * 128
+        return self.vocab_size + (self.objective == "mdm")
 
     @model_validator(mode="after")
     def _fits(self) -> typing.Self:
@@ -131,7 +150,8 @@ class ModelConfig(_Section):
 
 
 class OrderConfig(_Section):
-    """Training phases: left to right, progressive permutation, strided fine-tuning (paper sections 3.4 and 4)."""
+    """Training phases of ``armd``: left to right, progressive permutation, strided fine-tuning (paper sections 3.4 and
+    4). The other objectives have no orders and leave this section aside."""
 
     ar_steps: Count = 9_000
     """Steps trained left to right only, i_AR."""
@@ -139,6 +159,8 @@ class OrderConfig(_Section):
     """Step at which the number of shuffled tokens reaches rho, i_perm."""
     rho: Count = 32
     """Tokens shuffled in each sequence from i_perm on; the model's length for fully random orders."""
+    shuffle: Literal["scattered", "window"] = "scattered"
+    """Which tokens are shuffled: drawn from the whole sequence, or a run of neighbours [D]."""
     strided_steps: Count = 0
     """Strided fine-tuning steps after the base training, i_SBP."""
     streams: list[Positive] = [1, 2, 4]
@@ -153,6 +175,14 @@ class OrderConfig(_Section):
         if self.strided_steps and not self.streams:
             raise ValueError("strided_steps needs at least one number in streams")
         return self
+
+
+class DiffusionConfig(_Section):
+    """Noise of ``mdm``: a token is masked with probability t at time t, and never again (MDLM, arXiv 2406.07524)."""
+
+    loss_form: Literal["time", "any-order"] = "time"
+    """``time``: mask every token with probability t and weigh by 1 / t (MDLM; with t for lambda also RADD's);
+    ``any-order``: mask k tokens for a uniform k and weigh by N / k. Equal in expectation (RADD, arXiv 2406.03736)."""
 
 
 class MixtureConfig(_Section):
@@ -394,8 +424,14 @@ class RunConfig(_Section):
     """Run folder; null: ``runs/<name>``."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of initial weights, data order and generation orders."""
+    objective: Objective = "armd"
+    """What is trained on the same data, layers, optimiser and layout. ``armd``: auto-regressive masked diffusion;
+    ``ar``: left to right with one causal stream (a GPT-2); ``mdm``: absorbing masked diffusion, one stream that sees
+    everything."""
     model: ModelConfig = ModelConfig()
     """The network."""
+    diffusion: DiffusionConfig = DiffusionConfig()
+    """Noise."""
     orders: OrderConfig = OrderConfig()
     """Training phases."""
     data: DataConfig = DataConfig()
@@ -421,7 +457,8 @@ class RunConfig(_Section):
 
     @property
     def total_steps(self) -> int:
-        return self.train.steps + self.orders.strided_steps
+        """Steps of all phases; strided fine-tuning is ``armd``'s alone."""
+        return self.train.steps + (self.orders.strided_steps if self.objective == "armd" else 0)
 
     @property
     def data_parallel(self) -> int:
@@ -432,9 +469,20 @@ class RunConfig(_Section):
         """Micro-batches that one rank accumulates in a step."""
         return self.train.global_batch // (self.data_parallel * self.train.micro_batch)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _pass_on_objective(cls, values: Any) -> Any:
+        """Let the network know the objective."""
+        if not isinstance(values, dict) or not isinstance(values.get("model", {}), dict):
+            return values
+        objective = values.get("objective", "armd")
+        return {**values, "model": {"objective": objective, **values.get("model", {})}}
+
     @model_validator(mode="after")
     def _fits(self) -> typing.Self:
         tensor, model = self.parallel.tensor, self.model
+        if model.objective != self.objective:
+            raise ValueError(f"model.objective follows objective = {self.objective}: set objective alone")
         self._check_layout()
         for name, value in (("heads", model.heads), ("kv_heads", model.key_heads), ("ffn", model.ffn_width)):
             if value % tensor:
@@ -458,13 +506,18 @@ class RunConfig(_Section):
             )
         if self.cluster.gpus_per_node and self.cluster.gpus_per_node != self.cluster.tasks_per_node:
             raise ValueError("cluster.tasks_per_node must equal cluster.gpus_per_node: one process per GPU")
+        if self.objective == "armd":
+            self._check_orders()
+        return self
+
+    def _check_orders(self) -> None:
+        model = self.model
         if self.orders.rho > model.length:
             raise ValueError(f"orders.rho = {self.orders.rho} exceeds model.length = {model.length}")
         if self.orders.permutation_steps > self.train.steps:
             raise ValueError(
                 f"orders.permutation_steps = {self.orders.permutation_steps} exceeds train.steps = {self.train.steps}"
             )
-        return self
 
     def _check_layout(self) -> None:
         processes, tensor, parallel = self.cluster.processes, self.parallel.tensor, self.parallel

@@ -51,6 +51,16 @@ def shuffled(length: int, count: int, *key: int) -> Layout:
     return Layout(order, block_ids)
 
 
+def window(length: int, count: int, *key: int) -> Layout:
+    """Left to right, but a run of ``count`` neighbours, placed at random, is permuted."""
+    order, block_ids = left_to_right(length)
+    if count > 1:
+        words = random_words(1 + count, "window", *key)
+        first = int(words[0] % np.uint64(length - count + 1))
+        order[first : first + count] = first + 1 + np.argsort(words[1:], kind="stable")
+    return Layout(order, block_ids)
+
+
 def strided(length: int, streams: int) -> Layout:
     """S contiguous streams interleaved by relative position: strided block-parallel order.
 

@@ -225,7 +225,7 @@ class _Launcher:
                 ended = all(j.done() for j in running) if running else not jobs.states([submitted])
                 new = metrics.read() if training else []
                 for record in new:
-                    if "heldout_left_to_right" in record:
+                    if any(name.startswith("heldout_") for name in record):
                         self._say(_heldout(record))
                 waiting = f"{submitted.step} ... {time.monotonic() - started:.0f} s"
                 line = status.progress(metrics.records, config) if training else waiting
@@ -317,8 +317,11 @@ def _prepare_folder(config: Any) -> None:
 
 
 def _heldout(record: dict[str, Any]) -> str:
-    kinds = (("left to right", "left_to_right"), ("shuffled", "permutation"), ("strided", "strided"))
-    figures = ", ".join(f"{label} {record[f'heldout_{kind}_bits_per_byte']:.3f}" for label, kind in kinds)
+    figures = ", ".join(
+        f"{name.removeprefix('heldout_').removesuffix('_bits_per_byte').replace('_', ' ')} {value:.3f}"
+        for name, value in record.items()
+        if name.endswith("_bits_per_byte")
+    )
     return f"step {record['step']}: held-out bits/byte: {figures}"
 
 

@@ -57,7 +57,7 @@ def progress(records: list[dict[str, Any]], config: RunConfig) -> str:
     record, total = steps[-1], config.total_steps
     seconds = (total - record["step"]) * sorted(r["seconds_per_step"] for r in steps)[len(steps) // 2]
     mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
-    detail = f" S={record['streams']}" if record["phase"] == "strided" else f" k={record['shuffled']}"
+    detail = {"strided": f" S={record['streams']}", "permutation": f" k={record['shuffled']}"}.get(record["phase"], "")
     return (
         f"step {record['step']}/{total}  {record['step'] / total:4.0%}  {record['phase']}{detail}  "
         f"loss {record['loss']:.4f}  {record['bits_per_byte']:.3f} bits/byte  "

@@ -20,6 +20,7 @@ from armd_scale.evaluation import likelihood
 from armd_scale.files import write_atomically
 from armd_scale.model.flops import FORMULA, training_flops_per_token
 from armd_scale.tokenizer import Tokenizer
+from armd_scale.training import objectives
 from armd_scale.training.telemetry import environment, read_metrics
 from data_pipeline.shards import PackedDataset
 
@@ -37,12 +38,11 @@ def write(config: RunConfig, export: Path) -> dict[str, Any]:
     tokens = np.concatenate(chunks)
     # All of the split: its exact bytes. A part of it: its share of them.
     size = heldout.index["bytes"] * len(tokens) / heldout.index["tokens"]
-    names = [
-        "left-to-right",
-        f"shuffled:{config.orders.rho}",
-        *(f"strided:{s}" for s in config.report.generate_streams if s > 1),
-    ]
-    scores = [likelihood.score(model, chunks, name, size) for name in names if name != "shuffled:0"]
+    names = ["bound" if config.objective == "mdm" else "left-to-right"]
+    if config.objective == "armd":
+        names += [f"shuffled:{config.orders.rho}"] if config.orders.rho else []
+        names += [f"strided:{s}" for s in config.report.generate_streams if s > 1]
+    scores = [likelihood.score(model, chunks, name, size) for name in names]
     samples = _samples(config, model, tokenizer)
     made = json.loads((export / "config.json").read_text(encoding="utf-8"))
     metrics = read_metrics(run_dir)
@@ -95,9 +95,12 @@ def _samples(config: RunConfig, model: inference.ARMD, tokenizer: Tokenizer) -> 
     free = model.config.length - len(prompt)
     model.generate([prompt])  # warm-up
     samples = []
-    for streams in config.report.generate_streams:
+    for streams in config.report.generate_streams if config.objective != "ar" else [1]:
+        decoding = inference.Decoding(streams=streams)
+        if config.objective == "mdm":  # as many tokens a step, on average
+            decoding = inference.Decoding(steps=-(-free // streams))
         started = time.perf_counter()
-        [task] = model.plan([prompt + [inference.FREE] * free], inference.Decoding(streams=streams), config.seed)
+        [task] = model.plan([prompt + [inference.FREE] * free], decoding, config.seed)
         [text] = model.complete([task])
         seconds = time.perf_counter() - started
         samples.append(
@@ -113,9 +116,14 @@ def _samples(config: RunConfig, model: inference.ARMD, tokenizer: Tokenizer) -> 
 
 
 def _samples_page(config: RunConfig, samples: list[dict[str, Any]]) -> str:
+    how = {
+        "armd": "S streams are written side by side, S tokens a step.",
+        "ar": "One token is written after the other.",
+        "mdm": "A token is revealed in one of N / S steps drawn at random, S tokens a step on average.",
+    }
     parts = [
         f"# Samples of {config.name}\n\n{config.model.length} tokens, prompt {config.report.prompt!r}, "
-        f"temperature 1, seed {config.seed}. S streams are written side by side, S tokens a step.\n"
+        f"temperature 1, seed {config.seed}. {how[config.objective]}\n"
     ]
     for sample in samples:
         fence = "````"
@@ -134,13 +142,12 @@ def plot(config: RunConfig, metrics: list[dict[str, Any]], summary: dict[str, An
     from matplotlib import pyplot
 
     training = [record for record in metrics if "bits_per_byte" in record]
-    heldout = [record for record in metrics if "heldout_left_to_right_bits_per_byte" in record]
+    kinds = objectives.labels(config)
+    heldout = [record for record in metrics if f"heldout_{next(iter(kinds))}_bits_per_byte" in record]
     figure, axes = pyplot.subplots(figsize=(9, 5), dpi=120)
     axes.plot(
         [r["step"] for r in training], [r["bits_per_byte"] for r in training], color="0.7", lw=1, label="training"
     )
-    kinds = {"left_to_right": "left to right", "permutation": f"{config.orders.rho} tokens shuffled"}
-    kinds["strided"] = f"strided, {config.train.eval_streams} streams"
     for kind, label in kinds.items():
         axes.plot(
             [r["step"] for r in heldout],
@@ -170,6 +177,8 @@ def plot(config: RunConfig, metrics: list[dict[str, Any]], summary: dict[str, An
 
 
 def _mark_phases(axes: Any, config: RunConfig) -> None:
+    if config.objective != "armd":
+        return
     edges = [0, config.orders.ar_steps, config.train.steps, config.total_steps]
     names = ["left to right", "progressive permutation", "strided"]
     for start, stop, name, colour in zip(edges, edges[1:], names, ("C0", "C1", "C2"), strict=False):

@@ -3,6 +3,7 @@
 - ``strided_blocks``: the plan of S streams;
 - ``Lockstep``: sequences with one plan; rows are appended to the caches and no mask is needed;
 - ``Strided``, ``Exact``: sequences that differ in length, plan and settings, and come and go;
+- ``Ancestral``: the same for masked diffusion, which has no cache;
 - ``Frontier``: tokens in the order of their positions, as these become complete.
 
 A step is one pass: it feeds the tokens just written (rows of X) and predicts the next ones (rows of G) with one set of
@@ -12,7 +13,7 @@ positions 0..M - 1.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from armd_scale.inference.sampling import Decoding, Sampler, draw, uniform
 
 FREE = -1
 """Stands for a token that is to be generated."""
+
+_LOGIT_ROWS = 2048  # rows whose logits are held at a time
 
 
 class Step(NamedTuple):
@@ -52,12 +55,15 @@ class Task:
 
 
 def task(tokens: list[int], key: tuple[int, int], decoding: Decoding, order: Sequence[int] | None = None) -> Task:
-    """Plan a text: by streams over its free positions, or one after the other in an ``order`` of them.
+    """Plan a text: by streams over its free positions, by the steps in which masked diffusion reveals them, or one
+    after the other in an ``order`` of them.
 
     Raises ``InputError`` when ``order`` is not one of the free positions.
     """
     free = [position for position, token in enumerate(tokens, start=1) if token == FREE]
     blocks = strided_blocks(free, decoding.streams)
+    if decoding.steps:
+        blocks = ancestral_blocks(free, decoding.steps, key)
     if order is not None:
         if decoding.streams > 1:
             raise InputError("an order of its own has no streams: leave out streams")
@@ -84,6 +90,20 @@ def _streams(count: int, streams: int) -> list[tuple[int, int]]:
     streams = min(streams, count)
     stops = [(count // streams) * (part + 1) + min(part + 1, count % streams) for part in range(streams)]
     return list(zip([0, *stops], stops, strict=False))
+
+
+def ancestral_blocks(free: Sequence[int], steps: int, key: tuple[int, int]) -> list[list[int]]:
+    """Free positions by the step in which the ancestral sampler reveals them; steps that reveal none are left out.
+
+    From time 1 to 0 in K equal steps, a masked token is revealed in a step from t to s with probability (t - s) / t,
+    whatever the text: each of the K steps is as likely for each position (MDLM, arXiv 2406.07524, equation 6). As the
+    network does not see the time, a step that reveals nothing needs no pass.
+    """
+    reveal = (uniform((*key, 1), len(free)) * steps).long().clamp(max=steps - 1).tolist()
+    blocks: dict[int, list[int]] = {}
+    for position, step in sorted(zip(free, reveal, strict=True), key=lambda pair: pair[1]):
+        blocks.setdefault(step, []).append(position)
+    return list(blocks.values())
 
 
 class Lockstep:
@@ -130,9 +150,11 @@ class Lanes:
     lane's text depends on nothing in the other lanes. ``width``: most targets of a step.
     """
 
+    cached: ClassVar[bool] = True
+
     def __init__(self, network: Network, count: int, slots: int, width: int) -> None:
         self.network, self.count, self.slots, self.width = network, count, slots, width
-        self.cache = Cache(network, count, slots)
+        self.cache = Cache(network, count, slots if self.cached else 0)
         self.sampler = Sampler(count, network.device)
         # One slot more takes what belongs nowhere.
         self.text = self._zeros(slots + 1)
@@ -170,7 +192,7 @@ class Lanes:
         self._length[lanes] = torch.tensor([len(one.tokens) for one in tasks.values()], device=device)
         self._stop[lanes] = torch.tensor([one.decoding.stop for one in tasks.values()], device=device)
         self.cache.prefix[lanes], self.cache.rows[lanes] = 0, 0
-        if rows:
+        if rows and self.cached:
             self.network.prefill(tokens.to(device), at.to(device), (at > 0).to(device), self.cache, lanes)
         for lane, one in tasks.items():
             self._start(lane, one, max(one.given, default=0))
@@ -265,6 +287,36 @@ class Strided(Lanes):
         sight = Sight(seen, seen, self._known_targets(targets)[:, None])
         hidden = self.network.step(self.text.gather(1, at), at, targets, self.cache, keep, sight)
         tokens = self.sampler.draw(self.network.predict(hidden), self._uniform.gather(1, targets))
+        self._write(targets, tokens)
+        return targets, tokens
+
+
+class Ancestral(Strided):
+    """Masked diffusion: every step predicts from the whole text, masked in part, and keeps its own block."""
+
+    cached = False
+
+    def __init__(self, network: Network, count: int, slots: int, width: int) -> None:
+        super().__init__(network, count, slots, slots - 1)
+        self._sizes = [0] * count
+
+    def _start(self, lane: int, one: Task, last: int) -> None:
+        super()._start(lane, one, last)
+        self._sizes[lane] = len(one.tokens)
+
+    def _advance(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        _, targets = inputs
+        text = self.text.where(self.known, self.network.config.vocab_size)[:, 1 : self.slots]
+        there = None
+        if self._graphs is not None or set(self._sizes) != {self.slots - 1}:
+            place = torch.arange(1, self.slots, device=text.device)
+            there = place <= self._length.clamp(min=1)[:, None]  # an idle lane sees something, too
+        hidden = self.network.denoise(text, there)
+        hidden = hidden.gather(1, (targets - 1).clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
+        numbers = self._uniform.gather(1, targets)
+        size = max(1, _LOGIT_ROWS // self.count)
+        parts = zip(hidden.split(size, dim=1), numbers.split(size, dim=1), strict=True)
+        tokens = torch.cat([self.sampler.draw(self.network.predict(rows), part) for rows, part in parts], dim=1)
         self._write(targets, tokens)
         return targets, tokens
 
@@ -370,7 +422,7 @@ def accept(p: Tensor, q: Tensor, uniform: Tensor) -> Tensor:
     return uniform * p < q
 
 
-STRATEGIES: dict[str, type[Lanes]] = {"strided": Strided, "exact": Exact}
+STRATEGIES: dict[str, type[Lanes]] = {"strided": Strided, "exact": Exact, "ancestral": Ancestral}
 
 
 def width(decoding: Decoding) -> int:

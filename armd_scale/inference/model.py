@@ -1,8 +1,9 @@
-"""The standalone ARMD model: likelihoods in any order, and text in several streams at once.
+"""The standalone model: likelihoods in any order, and text in several streams at once.
 
 - ``load``: a model folder (``config.json``, safetensors) -> ``ARMD``;
 - ``ARMD.nll``, ``ARMD.logits``: one pass over whole texts, any generation order and blocks;
 - ``ARMD.conditional_nll``: any part of a text given any other;
+- ``ARMD.bound``: what masked diffusion has instead of a likelihood;
 - ``ARMD.generate``, ``ARMD.fill``, ``ARMD.decode``: text after prompts, text in gaps, and both step by step.
 """
 
@@ -16,19 +17,21 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from armd_scale.inference.decoding import FREE, STRATEGIES, Lockstep, Step, Strided, Task, task, width
+from armd_scale.inference.decoding import _LOGIT_ROWS, FREE, STRATEGIES, Lockstep, Step, Strided, Task, task, width
 from armd_scale.inference.network import ARMDConfig, InputError, Network
-from armd_scale.inference.sampling import Decoding, seeds
+from armd_scale.inference.sampling import Decoding, seeds, uniform
 
 Texts: TypeAlias = Tensor | Sequence[int] | Sequence[Sequence[int]]
 """Token ids: one text, or several, which may differ in length."""
 
-_LOGIT_ROWS = 2048  # rows whose logits are held at a time
 _LOOK = 4  # steps between looks at what an accelerator has finished
 
 
 class ARMD(Network):
-    """Auto-regressive masked diffusion language model."""
+    """Auto-regressive masked diffusion language model, or a left-to-right or masked-diffusion one of its shape.
+
+    ``ar`` scores and writes left to right only; ``mdm`` has ``bound`` for a likelihood, and writes by ``steps``.
+    """
 
     # Likelihood ------------------------------------------------------------------------------------------------
 
@@ -59,6 +62,7 @@ class ARMD(Network):
         their sum is the joint -log p in that order. Positions in neither are unknown, and may hold -1. Raises
         ``InputError``.
         """
+        self._orders()
         rows, targets, given = self._rows(tokens, free=True), list(targets), sorted(given)
         count = min(len(row) for row in rows)
         used = [*given, *targets]
@@ -71,7 +75,42 @@ class ARMD(Network):
         order = torch.tensor(used, device=self.device).expand(len(rows), -1)
         known = torch.tensor(rows, device=self.device).gather(1, order - 1)
         blocks = torch.arange(1, len(used) + 1, device=self.device).expand_as(order)
+        if self.config.objective == "ar":
+            self._left_to_right(order, blocks)
         return self._nll(known, order, blocks)[:, len(given) :]
+
+    @torch.no_grad()
+    def bound(self, tokens: Tensor, draws: int = 1, seed: int | Sequence[int] = 0) -> Tensor:
+        """Unbiased estimates of masked diffusion's bound of -log p, in nats: [B], the mean over ``draws`` of noise.
+
+        ``tokens`` [B, N]: text order, no BOS. Each draw masks k tokens and sums N / k times the NLL of the masked ones
+        (RADD, arXiv 2406.03736); the k of a text are spread evenly over 1..N. A text's draws follow from its seed.
+        Raises ``InputError``.
+        """
+        if self.config.objective != "mdm":
+            raise InputError("only masked diffusion is scored by a bound: this model has an exact nll")
+        if draws < 1:
+            raise InputError(f"draws must be at least 1, not {draws}")
+        tokens = self._texts(tokens)
+        batch, count = tokens.shape
+        masked, sizes = [], []
+        for key in seeds(seed, batch):
+            times = (torch.arange(draws) + uniform((*key, 2), 1)) / draws
+            sizes.append(1 + (times * count).long().clamp(max=count - 1))
+            masked.append(uniform((*key, 3), draws, count).argsort(dim=1).argsort(dim=1) < sizes[-1][:, None])
+        hidden_BKN = torch.stack(masked).to(self.device)
+        texts = tokens[:, None].expand(-1, draws, -1)
+        total = torch.zeros(batch, draws, dtype=torch.float64)
+        rows = max(1, _LOGIT_ROWS // count)
+        for part in torch.cartesian_prod(torch.arange(batch), torch.arange(draws)).split(rows):
+            at = tuple(part.to(self.device).t())
+            hidden, wanted = hidden_BKN[at], texts[at]
+            states = self.denoise(wanted.masked_fill(hidden, self.config.vocab_size))
+            scores = self.predict(states[hidden]).to(self.precise).log_softmax(dim=-1)
+            nll = torch.zeros(hidden.shape, dtype=torch.float64, device=self.device)
+            nll[hidden] = -scores.gather(1, wanted[hidden][:, None])[:, 0].double()
+            total[tuple(part.t())] = nll.sum(1).cpu()
+        return (total * count / torch.stack(sizes)).mean(1)
 
     def _nll(self, tokens: Tensor, at: Tensor, blocks: Tensor) -> Tensor:
         """-log p along the order, [B, N]."""
@@ -132,6 +171,10 @@ class ARMD(Network):
         """Tasks for ``decode``: texts in which -1 is to be generated. Raises ``InputError``."""
         decoding = decoding or Decoding()
         rows = self._rows(texts, free=True)
+        if self.config.objective != "armd":
+            decoding = self._decoding(rows, decoding, order)
+        elif decoding.steps:
+            raise InputError("steps are masked diffusion's: this model has streams and draft")
         return [task(row, key, decoding, order) for row, key in zip(rows, seeds(seed, len(rows)), strict=True)]
 
     @torch.no_grad()
@@ -188,13 +231,40 @@ class ARMD(Network):
 
     # Checks ----------------------------------------------------------------------------------------------------
 
-    def _layout(self, tokens: Tensor, order: Tensor | None, block_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _orders(self) -> None:
+        """``InputError`` for a model that has no likelihood in orders at all."""
+        if self.config.objective == "mdm":
+            raise InputError("masked diffusion has no exact likelihood: use bound")
+
+    def _decoding(self, rows: list[list[int]], decoding: Decoding, order: Sequence[int] | None) -> Decoding:
+        """What a model without streams makes of a request. Raises ``InputError``."""
+        left_to_right = self.config.objective == "ar"
+        kind = "a left-to-right model" if left_to_right else "masked diffusion"
+        if decoding.streams > 1 or decoding.draft:
+            raise InputError(f"{kind} has neither streams nor draft" + ("" if left_to_right else ": choose steps"))
+        if not left_to_right:
+            return dataclasses.replace(decoding, steps=decoding.steps or max(1, *(row.count(FREE) for row in rows)))
+        if decoding.steps:
+            raise InputError(f"{kind} has no steps: it writes one token after the other")
+        if any(FREE in row and any(token != FREE for token in row[row.index(FREE) :]) for row in rows):
+            raise InputError(f"{kind} cannot fill gaps: leave the free tokens at the end")
+        if order is not None and sorted(order) != list(order):
+            raise InputError(f"{kind} has no other order")
+        return decoding
+
+    def _texts(self, tokens: Tensor) -> Tensor:
         if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise InputError(f"tokens must be whole numbers [batch, length], not {tokens.dtype} {list(tokens.shape)}")
         tokens, count = tokens.to(self.device, torch.long), tokens.shape[1]
         self._check_length(count)
         if tokens.numel():
             self._check_tokens(int(tokens.min()), int(tokens.max()))
+        return tokens
+
+    def _layout(self, tokens: Tensor, order: Tensor | None, block_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        self._orders()
+        tokens = self._texts(tokens)
+        count = tokens.shape[1]
         natural = torch.arange(1, count + 1, device=self.device)
         order = _like(tokens, order, natural, "order")
         blocks = _like(tokens, block_ids, natural, "block_ids")
@@ -202,7 +272,15 @@ class ARMD(Network):
             raise InputError(f"order must be a permutation of 1..{count} in every row")
         if bool((blocks[:, :1] < 1).any()) or bool((blocks[:, 1:] < blocks[:, :-1]).any()):
             raise InputError("block_ids must start at 1 or more and never decrease along the order")
+        if self.config.objective == "ar":
+            self._left_to_right(order, blocks)
         return tokens, order, blocks
+
+    def _left_to_right(self, at: Tensor, blocks: Tensor) -> None:
+        """``InputError`` unless rows are a text's first tokens in their order, one a block."""
+        natural = torch.arange(1, at.shape[1] + 1, device=at.device)
+        if not bool((at == natural).all()) or bool((blocks[:, 1:] == blocks[:, :-1]).any()):
+            raise InputError("a left-to-right model scores left to right only, one token a block")
 
     def _prompts(
         self, prompts: Texts | None, length: int | None, batch: int, new_tokens: int | None
@@ -338,6 +416,7 @@ _CHOICES = {
     "prefix_kernel": ("gaussian", "sinusoid", "learned"),
     "prefix_scale": ("none", "sqrt", "mean"),
     "model_type": ("armd",),
+    "objective": ("armd", "ar", "mdm"),
 }
 
 
@@ -355,11 +434,12 @@ def read_config(path: Path) -> ARMDConfig:
         accepted = (int, float) if kind is float else kind
         right = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
         if right and kind in (int, float):
-            right = value >= 0 if name in ("bos_id", "eos_id") else value > 0
+            right = value >= 0 if name in ("bos_id", "eos_id", "two_stream_layers") else value > 0
         if not right or value not in _CHOICES.get(name, (value,)):
             raise InputError(f"{wrong}: {name} is {value!r}")
     c = config
     fits = c.hidden % (2 * c.heads) == c.heads % c.kv_heads == c.prefix_dim % 2 == 0
+    fits &= (c.two_stream_layers > 0) == (c.objective == "armd")
     if not fits or c.two_stream_layers > c.layers or max(c.bos_id, c.eos_id) >= c.vocab_size:
         raise InputError(f"{wrong}: its sizes contradict each other")
     return config

@@ -5,6 +5,8 @@
 - ``Cache``: what decoding carries from step to step.
 
 X holds known tokens and sees its own block; G predicts and sees earlier blocks only (arXiv 2601.16971, section 3).
+The other objectives have G alone: its rows begin as the embedding of the token before (``ar``) or of the token itself,
+masked or not (``mdm``).
 Shapes: B sequences, R rows, d hidden, H query and G key heads, D head width, V vocabulary, M cache slots.
 """
 
@@ -58,6 +60,11 @@ class ARMDConfig:
     prefix_scale: str
     """``none``, ``sqrt`` or ``mean``."""
     prefix_target_position: bool
+    target_mlp: bool = True
+    """Whether G passes through the MLP of two-stream layers but the last."""
+    objective: str = "armd"
+    """``armd``; ``ar``: one causal stream, left to right; ``mdm``: masked diffusion, one stream that sees
+    everything, with a mask token behind the vocabulary. Both have no two-stream layers."""
     model_type: str = "armd"
 
 
@@ -87,7 +94,9 @@ class Cache:
         self.slots = slots
         # Zeros: a masked key still meets a weight of zero, which only a finite value survives.
         self.key_values = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.prefix = torch.zeros(batch, c.prefix_dim, c.hidden, dtype=network.precise, device=like.device)
+        # Only this objective has prefix aggregation.
+        width = c.prefix_dim if c.objective == "armd" else 0
+        self.prefix = torch.zeros(batch, width, c.hidden, dtype=network.precise, device=like.device)
         self.rows = torch.zeros(batch, 1, 1, dtype=network.precise, device=like.device)
         """Context rows in ``prefix``."""
         self._filled = [0] * c.layers
@@ -153,15 +162,15 @@ class Network(nn.Module):
     def __init__(self, config: ARMDConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = _weight(config.vocab_size, config.hidden)
+        self.embedding = _weight(config.vocab_size + (config.objective == "mdm"), config.hidden)
         self.layers = nn.ModuleList([_Layer(config) for _ in range(config.layers)])
         self.norm = _weight(config.hidden)
         if not config.tied_head:
             self.head = _weight(config.vocab_size, config.hidden)
-        prefix = {}
-        if config.prefix_kernel == "learned":
+        prefix, aggregates = {}, config.objective == "armd"
+        if aggregates and config.prefix_kernel == "learned":
             prefix["table"] = nn.Parameter(torch.empty(config.length + 1, config.prefix_dim))
-        if config.prefix_target_position:
+        if aggregates and config.prefix_target_position:
             prefix["target_projection"] = nn.Parameter(torch.empty(config.hidden, config.prefix_dim))
         self.prefix = nn.ParameterDict(prefix)
         self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
@@ -185,6 +194,8 @@ class Network(nn.Module):
         first = torch.zeros_like(at[:, :1])
         x = self._embed(torch.cat([first + self.config.bos_id, tokens[:, :-1]], dim=1))
         at_x, block_x = (torch.cat([first, rows[:, :-1]], dim=1) for rows in (at, blocks))
+        if self.config.objective == "ar":
+            return self._run(x[:, :0], x, at_x[:, :0], at_x, CAUSAL, None)
         if bool((blocks[:, 1:] > blocks[:, :-1]).all()):
             sight = CAUSAL
             strict = torch.ones(at.shape[1], at.shape[1], dtype=torch.bool, device=self.device).tril()
@@ -197,6 +208,16 @@ class Network(nn.Module):
         g = self._finish_seed(seed, query, strict.sum(-1, keepdim=True))
         return self._run(x, g, at_x, at, sight, None)
 
+    def denoise(self, tokens: Tensor, there: Tensor | None = None) -> Tensor:
+        """One pass over texts that are masked in part (token V): activations of every position [B, N, d].
+
+        ``there`` [B, N]: the positions that a text has, where texts differ in length.
+        """
+        at = torch.arange(1, tokens.shape[1] + 1, device=tokens.device).expand_as(tokens)
+        g = self._embed(tokens)
+        sight = EVERYTHING if there is None else Sight(None, None, there[:, None])
+        return self._run(g[:, :0], g, at[:, :0], at, sight, None)
+
     def prefill(self, tokens: Tensor, at: Tensor, keep: Tensor, cache: Cache, lanes: Tensor | None) -> None:
         """Give known tokens to a cache, one a block in the order of their columns.
 
@@ -208,6 +229,12 @@ class Network(nn.Module):
         first = torch.zeros_like(at[:, :1])
         at_x = torch.cat([first, at[:, :-1]], dim=1)
         x = self._embed(torch.cat([first + self.config.bos_id, tokens[:, :-1]], dim=1))
+        store: Store = cache.append
+        if lanes is not None:
+            store = cache.scatter(at_x.where(keep, cache.slots), at.where(keep, cache.slots), lanes)
+        if self.config.objective == "ar":
+            self._run(x[:, :0], x, at_x[:, :0], at_x, CAUSAL, store)
+            return
         table = self._positions()
         query, key = table[at], table[at_x] * keep[..., None]
         precise = x.to(self.precise)
@@ -218,10 +245,8 @@ class Network(nn.Module):
         rows = keep.sum(1)[:, None, None].to(self.precise)
         if lanes is None:
             cache.rows += rows
-            store: Store = cache.append
         else:
             cache.rows[lanes] = rows
-            store = cache.scatter(at_x.where(keep, cache.slots), at.where(keep, cache.slots), lanes)
         self._run(x, g, at_x, at, CAUSAL, store)
 
     def step(
@@ -242,6 +267,11 @@ class Network(nn.Module):
         not yet part of the prefix (``absorb`` them when they stay).
         """
         x = self._embed(tokens)
+        store: Store = cache.append
+        if keep is not None:
+            store = cache.scatter(at.where(keep, cache.slots), targets.where(targets > 0, cache.slots))
+        if self.config.objective == "ar":
+            return self._run(x[:, :0], x, at[:, :0], at, sight, store)
         table = self._positions()
         key, query = table[at], table[targets]
         precise = x.to(self.precise)
@@ -255,9 +285,6 @@ class Network(nn.Module):
             seed = query @ cache.prefix + ((query @ key.transpose(1, 2)) * before) @ precise
             size = cache.rows + before.sum(-1, keepdim=True)
         g = self._finish_seed(seed, query, size)
-        store: Store = cache.append
-        if keep is not None:
-            store = cache.scatter(at.where(keep, cache.slots), targets.where(targets > 0, cache.slots))
         return self._run(x, g, at, targets, sight, store)
 
     def absorb(self, tokens: Tensor, at: Tensor, keep: Tensor, cache: Cache) -> None:
@@ -267,7 +294,7 @@ class Network(nn.Module):
 
     def predict(self, hidden: Tensor) -> Tensor:
         """Logits of activations [..., d]."""
-        head = self.embedding.weight if self.config.tied_head else self.head.weight
+        head = self.embedding.weight[: self.config.vocab_size] if self.config.tied_head else self.head.weight
         return _linear(self._norm(hidden, self.norm), head)
 
     # Layers ----------------------------------------------------------------------------------------------------
@@ -301,7 +328,11 @@ class Network(nn.Module):
                         dim=1,
                     )
             h = h + attended
-            h = h + self._mlp(layer, self._norm(h, layer.mlp_norm))
+            if self.config.target_mlp or index >= self.config.two_stream_layers - 1:
+                h = h + self._mlp(layer, self._norm(h, layer.mlp_norm))
+            else:
+                x = h[:, :context]
+                h = torch.cat([x + self._mlp(layer, self._norm(x, layer.mlp_norm)), h[:, context:]], dim=1)
         return h
 
     def _keys(self, index: int, rows: Tensor, rope: Tensor, store: Store | None) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,8 @@ class Decoding:
     """How a text is generated.
 
     By default S = ``streams`` contiguous streams of the free positions are written side by side, S tokens a step.
-    ``draft`` makes the result exactly that of one token a step in the same order. Raises ``InputError``.
+    ``draft`` makes the result exactly that of one token a step in the same order. Masked diffusion takes ``steps``
+    instead. Raises ``InputError``.
     """
 
     streams: int = 1
@@ -37,13 +38,15 @@ class Decoding:
     """Only the likeliest tokens that together have this probability; 1 is off."""
     min_p: float = 0.0
     """Only tokens at least this probable relative to the likeliest; 0 is off."""
+    steps: int = 0
+    """Masked diffusion: equal steps of time from 1 to 0 in which tokens are revealed; 0: as many as free tokens."""
     stop: bool = False
     """A text ends at its first EOS by position: what streams wrote behind it is left out."""
 
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
             value = getattr(self, name)
-            whole = name in ("streams", "draft", "top_k")
+            whole = name in ("streams", "draft", "top_k", "steps")
             number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
             if not number or not low <= value <= high:
                 limits = f"from {low} to {high:g}" if high < 2**31 else f"of at least {low}"
@@ -51,7 +54,9 @@ class Decoding:
 
     @property
     def strategy(self) -> str:
-        """``strided`` or ``exact``."""
+        """``strided``, ``exact`` or ``ancestral``."""
+        if self.steps:
+            return "ancestral"
         return "exact" if self.draft else "strided"
 
 
@@ -62,6 +67,7 @@ _RANGES = (
     ("top_k", 0, 2**31),
     ("top_p", 1e-6, 1),
     ("min_p", 0, 1),
+    ("steps", 0, 2**31),
 )
 
 
@@ -166,7 +172,7 @@ def seeds(seed: int | Sequence[int], count: int) -> list[tuple[int, int]]:
     return keys
 
 
-def uniform(key: tuple[int, int], *shape: int) -> Tensor:
+def uniform(key: tuple[int, ...], *shape: int) -> Tensor:
     """Uniform numbers in [0, 1) of a sequence's own stream, float64."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     # A generator keeps 32 bits of its seed: two of them, so that thousands of texts do not share a stream.

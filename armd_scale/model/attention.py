@@ -2,7 +2,8 @@
 
 Every mask of the model has one form: rows are in generation order and blocks never decrease, so a query sees
 a *prefix* of the keys. ``visible`` holds its length per query row; None means causal (row n sees n + 1 keys),
-which is what both streams need with one token a block, whatever the permutation (design section 2).
+which is what both streams need with one token a block, whatever the permutation (design section 2). Masked diffusion
+sees every key: ``causal`` is False, and there is no mask.
 
 - ``attend``: the seam; picks a backend.
 - ``sdpa``: causal: streams folded into the query heads of one grouped-query call, no mask at all;
@@ -22,19 +23,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attend(q_SBHND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, visible_SBN: Tensor | None = None) -> Tensor:
-    """Softmax attention of each query over its visible prefix of keys -> [S, B, H, N, D]."""
+def attend(
+    q_SBHND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, visible_SBN: Tensor | None = None, causal: bool = True
+) -> Tensor:
+    """Softmax attention of each query over its visible prefix of keys, or over all of them -> [S, B, H, N, D]."""
     if visible_SBN is not None and q_SBHND.is_cuda:
         return flex(q_SBHND, k_BGMD, v_BGMD, visible_SBN)
-    return sdpa(q_SBHND, k_BGMD, v_BGMD, visible_SBN)
+    return sdpa(q_SBHND, k_BGMD, v_BGMD, visible_SBN, causal)
 
 
-def sdpa(q_SBHND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, visible_SBN: Tensor | None = None) -> Tensor:
+def sdpa(
+    q_SBHND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, visible_SBN: Tensor | None = None, causal: bool = True
+) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention``: flash kernels where the hardware has them."""
     if visible_SBN is None:
         q_BHND, shape = _streams_to_heads(q_SBHND, k_BGMD.shape[1])
         grouped = q_BHND.shape[1] != k_BGMD.shape[1]
-        out = F.scaled_dot_product_attention(q_BHND, k_BGMD, v_BGMD, is_causal=True, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(q_BHND, k_BGMD, v_BGMD, is_causal=causal, enable_gqa=grouped)
         return _heads_to_streams(out, shape)
     q_BHRD, visible_BR = _streams_to_rows(q_SBHND, visible_SBN)
     mask_B1RM = (torch.arange(k_BGMD.shape[2], device=visible_BR.device) < visible_BR[..., None])[:, None]
@@ -54,13 +59,16 @@ def flex(q_SBHND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, visible_SBN: Tensor) -
     return _rows_to_streams(out, q_SBHND.shape[0])
 
 
-def dense(q_SBHND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, visible_SBN: Tensor | None = None) -> Tensor:
+def dense(
+    q_SBHND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, visible_SBN: Tensor | None = None, causal: bool = True
+) -> Tensor:
     """The slow, obvious reference; every backend equals it within rounding."""
     streams, batch, heads, rows, width = q_SBHND.shape
     k_BHMD = k_BGMD.repeat_interleave(heads // k_BGMD.shape[1], dim=1)
     v_BHMD = v_BGMD.repeat_interleave(heads // v_BGMD.shape[1], dim=1)
     if visible_SBN is None:
-        visible_SBN = torch.arange(1, rows + 1, device=q_SBHND.device).expand(streams, batch, rows)
+        seen = torch.arange(1, rows + 1) if causal else torch.full((rows,), k_BGMD.shape[2])
+        visible_SBN = seen.to(q_SBHND.device).expand(streams, batch, rows)
     scores_SBHNM = torch.einsum("sbhnd,bhmd->sbhnm", q_SBHND, k_BHMD) / width**0.5
     hidden_SB1NM = torch.arange(k_BGMD.shape[2], device=q_SBHND.device) >= visible_SBN[:, :, None, :, None]
     weights = scores_SBHNM.masked_fill(hidden_SB1NM, -torch.inf).softmax(dim=-1)

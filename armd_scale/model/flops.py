@@ -13,6 +13,7 @@ FORMULA = (
     "3 x 2 x (projections + MLP of both streams, K and V of one; causal attention N d per stream and layer; "
     "prefix aggregation; head) per token"
 )
+"""Of ``armd``. ``ar`` has one stream and no prefix aggregation; so has ``mdm``, whose attention costs 2 N d."""
 
 # Dense bf16 peak in FLOP/s, from the makers' data sheets (without sparsity).
 PEAKS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12}
@@ -29,12 +30,15 @@ def layer_macs(config: ModelConfig, index: int) -> float:
     d, kv = config.hidden, config.key_heads * config.head_dim
     mlp = (3 if config.mlp == "swiglu" else 2) * d * config.ffn_width
     streams = 2 if index < config.two_stream - 1 else 1  # the last two-stream layer computes G alone
-    attention = config.length * d  # scores and sums over N / 2 keys on average
-    return streams * (2 * d * d + mlp + attention) + 2 * d * kv
+    # Scores and sums over N / 2 keys on average, or over all of them.
+    attention = config.length * d * (2 if config.objective == "mdm" else 1)
+    return streams * (2 * d * d + attention) + (streams if config.target_mlp else 1) * mlp + 2 * d * kv
 
 
 def embedding_macs(config: ModelConfig) -> float:
     """Multiply-adds of prefix aggregation for one target token; looking embeddings up costs none."""
+    if config.objective != "armd":
+        return 0.0
     return CHUNK * (config.prefix_dim + config.hidden) + 2 * config.prefix_dim * config.hidden
 
 

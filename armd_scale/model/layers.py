@@ -6,6 +6,7 @@
 - ``Linears``: which linears those are: TransformerEngine's on CUDA where it is installed, else Megatron-Core's own.
 - ``Layer``: the pre-norm block. One class serves the three kinds of the model, which differ only in the number of
   streams that come in and go out: two-stream 2 -> 2, last two-stream 2 -> 1 (X's output is not needed), causal 1 -> 1.
+The left-to-right and the masked-diffusion models are made of 1 -> 1 alone.
 
 Activations are [N, S * B, d], sequence first as Megatron's sequence parallelism wants; the S streams lie behind each
 other in the batch dimension, X first, so that one matrix product serves both (paper section 3.3; design section 2).
@@ -97,6 +98,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, parallel: TransformerConfig, kinds: Linears, recompute: bool) -> None:
         super().__init__()
         self.recompute = recompute
+        self.causal = config.objective != "mdm"
         self.heads = config.heads // parallel.tensor_model_parallel_size
         self.key_heads = config.key_heads // parallel.tensor_model_parallel_size
         self.head_dim = config.head_dim
@@ -117,7 +119,7 @@ class Attention(nn.Module):
         k_NBGD = key_rope.rotate(k_NBGD)
         streams = q_NRHD.shape[1] // k_NBGD.shape[1]
         q_SBHND = q_NRHD.unflatten(1, (streams, -1)).permute(1, 2, 3, 0, 4)
-        inputs = (q_SBHND, k_NBGD.permute(1, 2, 0, 3), v_NBGD.permute(1, 2, 0, 3), visible_SBN)
+        inputs = (q_SBHND, k_NBGD.permute(1, 2, 0, 3), v_NBGD.permute(1, 2, 0, 3), visible_SBN, self.causal)
         if self.recompute and torch.is_grad_enabled():
             out_SBHND = checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -168,6 +170,7 @@ class Layer(nn.Module):
         self.attention = Attention(config, parallel, kinds, recompute)
         self.mlp_norm = Norm(config, parallel)
         self.mlp = MLP(config, parallel, kinds)
+        self.mlp_streams = streams_out if config.target_mlp else 1
 
     def forward(self, h: Tensor, query_rope: Rotary, key_rope: Rotary, visible_SBN: Tensor | None) -> Tensor:
         batch = h.shape[1] // self.streams_in
@@ -177,7 +180,10 @@ class Layer(nn.Module):
         queries = normed[:, dropped:].contiguous()
         context = normed[:, :batch].contiguous()
         h = h[:, dropped:] + self.attention(queries, context, query_rope, key_rope, visible_SBN)
-        return h + self.mlp(self.mlp_norm(h))
+        if self.mlp_streams == self.streams_out:
+            return h + self.mlp(self.mlp_norm(h))
+        x, g = h[:, :batch].contiguous(), h[:, batch:]
+        return torch.cat([x + self.mlp(self.mlp_norm(x)), g], dim=1)
 
 
 def _column(kinds: Linears, inputs: int, outputs: int, parallel: TransformerConfig) -> nn.Module:

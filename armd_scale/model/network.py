@@ -1,8 +1,11 @@
-"""The ARMD network, or one pipeline stage of it: a contiguous run of layers.
+"""The network, or one pipeline stage of it: a contiguous run of layers.
 
 The first stage embeds the context rows (stream X) and seeds the targets (stream G); layers below
 ``two_stream`` carry both streams, the rest G alone; the last stage scores the targets. What passes between stages is
 one tensor: [N, 2 B, d] while both streams live, [N, B, d] after that.
+
+The other objectives have one stream, the embeddings of the context rows: ``ar`` predicts the next row's token from each
+(the shift query), ``mdm`` the token that a row masks.
 """
 
 import torch
@@ -54,7 +57,7 @@ class Stage(nn.Module):
             self.embedding = mark_partitioned(
                 VocabParallelEmbedding(vocab, config.hidden, init_method=lambda weight: weight, config=parallel), 0
             )
-        if self.is_first:
+        if self.is_first and config.objective == "armd":
             self.prefix = PrefixAggregation(config, parallel)
         # Names carry the global layer number, so that a checkpoint does not depend on the cut.
         self.layers = nn.ModuleDict(
@@ -85,11 +88,14 @@ class Stage(nn.Module):
         self._received = received[0] if isinstance(received, list) else received
 
     def forward(self, rows: Rows) -> Tensor:
-        """NLL of every target in nats [B, N], generation order, float32; before the last stage: its activations."""
+        """NLL of every target in nats [B, N], generation order, float32, times its weight where rows have one; before
+        the last stage: its activations."""
         h = self.hidden(rows)
         if self.is_last:
-            return self.nll(h, rows.target_tokens)
-        if self.config.virtual_pipeline_model_parallel_size and h.shape[1] == len(rows.target_tokens):
+            nll = self.nll(h, rows.target_tokens)
+            return nll if rows.weights is None else nll * rows.weights
+        missing = self.model.streams * len(rows.target_tokens) - h.shape[1]
+        if self.config.virtual_pipeline_model_parallel_size and missing:
             h = torch.cat([h, torch.zeros_like(h)], dim=1)  # interleaved stages exchange tensors of one size
         return h
 
@@ -103,7 +109,9 @@ class Stage(nn.Module):
         of_target = self._rotary(rows.target_positions)
         of_both = of_context.repeat(of_target)
         for layer in self.layers.values():
-            if layer.streams_in == 1:
+            if self.model.objective != "armd":
+                inputs = (of_context, of_context, None)
+            elif layer.streams_in == 1:
                 inputs = (of_target, of_target, rows.visible and rows.visible.target_of_target[None])
             elif layer.streams_out == 1:
                 inputs = (of_target, of_context, rows.visible and rows.visible.context_of_target[None])
@@ -130,10 +138,10 @@ class Stage(nn.Module):
         return vocab_parallel_cross_entropy(self.logits(h), target_tokens_BN.t().contiguous()).t()
 
     def _enter(self, rows: Rows) -> Tensor:
-        x = self.embedding(rows.context_tokens).transpose(0, 1).contiguous()
-        seen = rows.visible and rows.visible.context_of_target
-        g = self.prefix(x, rows.context_positions, rows.target_positions, seen)
-        h = torch.cat([x, g], dim=1)
+        h = self.embedding(rows.context_tokens).transpose(0, 1).contiguous()
+        if self.model.objective == "armd":
+            seen = rows.visible and rows.visible.context_of_target
+            h = torch.cat([h, self.prefix(h, rows.context_positions, rows.target_positions, seen)], dim=1)
         return scatter_to_sequence_parallel_region(h) if self.config.sequence_parallel else h
 
     def _rotary(self, positions_BN: Tensor) -> Rotary:

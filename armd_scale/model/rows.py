@@ -3,6 +3,8 @@
 - context rows 0..N-1: BOS, then the tokens of the order but the last; they feed the causal stream X;
 - target rows 1..N: the tokens to predict; they live in the strictly causal stream G;
 - positions of both, always the original ones; and how many rows each row may see.
+
+``arrange`` makes them for orders, ``corrupt`` for masked diffusion, whose context rows are the text itself.
 """
 
 from typing import NamedTuple
@@ -34,18 +36,22 @@ class Rows(NamedTuple):
     target_positions: Tensor
     visible: Visible | None
     """None with one token a block: every mask is then the ordinary causal one."""
+    weights: Tensor | None = None
+    """Factors of the NLL of the targets, [B, N] float32; None: all 1."""
 
     def to(self, device: torch.device | str) -> "Rows":
         """The same rows on ``device``."""
         visible = self.visible and Visible(*(t.to(device, non_blocking=True) for t in self.visible))
         tokens = {name: getattr(self, name).to(device, non_blocking=True) for name in self._fields[:4]}
-        return Rows(**tokens, visible=visible)
+        weights = self.weights if self.weights is None else self.weights.to(device, non_blocking=True)
+        return Rows(**tokens, visible=visible, weights=weights)
 
     def fill(self, batch: int) -> "Rows":
         """The rows repeated from the first on until there are ``batch`` texts."""
         index = torch.arange(batch) % len(self.target_tokens)
         visible = self.visible and Visible(*(t[index] for t in self.visible))
-        return Rows(**{name: getattr(self, name)[index] for name in self._fields[:4]}, visible=visible)
+        weights = self.weights if self.weights is None else self.weights[index]
+        return Rows(**{name: getattr(self, name)[index] for name in self._fields[:4]}, visible=visible, weights=weights)
 
 
 def arrange(tokens_BN: np.ndarray, layout: Layout, bos_id: int) -> Rows:
@@ -69,6 +75,21 @@ def arrange(tokens_BN: np.ndarray, layout: Layout, bos_id: int) -> Rows:
         target_tokens=_tensor(targets),
         target_positions=_tensor(order),
         visible=visible,
+    )
+
+
+def corrupt(tokens_BN: np.ndarray, masked_BN: np.ndarray, weight_B: np.ndarray, mask_id: int) -> Rows:
+    """Texts in which some tokens are masked, to be predicted from all others; the NLL of a masked token counts
+    ``weight_B`` times, that of the others not at all.
+    """
+    positions = np.broadcast_to(np.arange(1, tokens_BN.shape[1] + 1), tokens_BN.shape)
+    return Rows(
+        context_tokens=_tensor(np.where(masked_BN, mask_id, tokens_BN)),
+        context_positions=_tensor(positions),
+        target_tokens=_tensor(tokens_BN),
+        target_positions=_tensor(positions),
+        visible=None,
+        weights=torch.from_numpy((masked_BN * weight_B[:, None]).astype(np.float32)),
     )
 
 

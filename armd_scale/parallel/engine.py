@@ -312,7 +312,7 @@ class Engine:
             num_microbatches=len(micro_batches),
             seq_length=self.config.model.length,
             # Interleaved stages exchange tensors of one size: both streams, see Stage.
-            micro_batch_size=self.config.train.micro_batch * min(2, len(self.chunks)),
+            micro_batch_size=self.config.train.micro_batch * (self.config.model.streams if len(self.chunks) > 1 else 1),
             forward_only=forward_only,
         )
 

@@ -160,11 +160,11 @@ def run(config: RunConfig, first: int, last: int, gpu: GPU) -> Chunk:
             index = torch.zeros(batch, length, dtype=torch.int64)
             rows = Rows(index, index, index, index, visible=None)
             if not stage.is_first:
-                streams = 2 if config.parallel.chunks > 1 else streams_of(config.model, first)[0]
+                streams = model.streams if config.parallel.chunks > 1 else streams_of(config.model, first)[0]
                 rank_rows = length // config.parallel.tensor if config.parallel.sequence else length
             sharing = config.parallel.sequence and config.parallel.tensor > 1
             gathered = parallel_state.get_global_memory_buffer().get_tensor(
-                [length, 2 * batch, model.hidden] if sharing else [0], dtype, "mpu"
+                [length, model.streams * batch, model.hidden] if sharing else [0], dtype, "mpu"
             )
             watch = _Watch(gpu, low=dtype is torch.bfloat16)
             with watch:

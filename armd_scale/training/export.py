@@ -26,9 +26,10 @@ from armd_scale.config import ModelConfig, ParallelConfig, RunConfig
 from armd_scale.errors import UserError
 from armd_scale.inference import ARMDConfig, folder
 from armd_scale.model.network import Stage
-from armd_scale.model.rows import Rows, arrange
+from armd_scale.model.rows import Rows, arrange, corrupt
 from armd_scale.parallel import groups
-from armd_scale.training import checkpoint, manifest
+from armd_scale.tokenizer import Tokenizer
+from armd_scale.training import checkpoint, manifest, objectives
 from armd_scale.training.telemetry import read_metrics
 from data_pipeline.shards import PackedDataset
 
@@ -84,6 +85,8 @@ def standalone_config(model: ModelConfig, eos_id: int) -> ARMDConfig:
         prefix_dim=model.prefix_dim,
         prefix_scale=prefix.scale,
         prefix_target_position=prefix.target_position,
+        target_mlp=model.target_mlp,
+        objective=model.objective,
     )
 
 
@@ -111,7 +114,7 @@ def export(
         shutil.rmtree(place, ignore_errors=True)
     partial.mkdir(parents=True)
     weights = checkpoint.Weights(source, averaged)
-    parameters = _write_weights(weights, shape.vocab_size, partial, file_bytes)
+    parameters = _write_weights(weights, config.model, partial, file_bytes)
     facts: dict[str, Any] = {"tokenizer_sha256": tokenizers.digest(tokenizer), "checkpoint": source.name}
     folder.write_config(partial, shape, facts)
     tokenizers.copy(tokenizer, partial)
@@ -133,6 +136,18 @@ def export(
     os.replace(partial, out)
     shutil.rmtree(old, ignore_errors=True)
     return facts
+
+
+def in_memory(config: RunConfig, source: Path, averaged: bool = True) -> tuple[inference.ARMD, Tokenizer]:
+    """The standalone model of checkpoint ``source``, and its tokenizer, without a folder. Raises ``UserError``."""
+    manifest.check_identity(source, config)
+    tokenizer = tokenizers.load(config.data_directory / "tokenizer", config.model.vocab_size)
+    weights = checkpoint.Weights(source, averaged)
+    with torch.device("meta"):
+        model = inference.ARMD(standalone_config(config.model, tokenizer.eos_id))
+    shapes = standalone_shapes(weights, config.model)
+    model.load_state_dict({name: weights.read(name)[: shape[0]] for name, shape in shapes.items()}, assign=True)
+    return model.requires_grad_(False).eval(), tokenizer
 
 
 def to_training(model_dir: Path, config: RunConfig) -> Path:
@@ -157,7 +172,7 @@ def to_training(model_dir: Path, config: RunConfig) -> Path:
         raise UserError(f"{config.directory} has checkpoints already: choose another run_dir")
     weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
     for name in weights.keys() & {"embedding.weight", "head.weight"}:
-        rows = full.model.padded_vocab - found.vocab_size
+        rows = full.model.padded_vocab - len(weights[name])
         weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, rows))
     state = {"identity": configs.identity(full), "samples": 0, "losses": []}
     state["tokenizer_sha256"] = tokenizers.digest(tokenizer)
@@ -167,12 +182,9 @@ def to_training(model_dir: Path, config: RunConfig) -> Path:
 def _training_facts(config: RunConfig, source: Path) -> dict[str, Any]:
     """What the model card says of the training up to a checkpoint."""
     step = manifest.read(source)["step"]
-    scores = [record for record in read_metrics(config.directory) if "heldout_left_to_right_bits_per_byte" in record]
-    kinds = {
-        "left to right": "left_to_right",
-        f"{config.orders.rho} tokens shuffled": "permutation",
-        f"{config.train.eval_streams} streams": "strided",
-    }
+    known_by = f"heldout_{objectives.HELDOUT[config.objective][0]}_bits_per_byte"
+    scores = [record for record in read_metrics(config.directory) if known_by in record]
+    kinds = {label: kind for kind, label in objectives.labels(config).items()}
     newest = max((one for one in scores if one["step"] <= step), key=lambda one: one["step"], default=None)
     heldout = {kind: newest[f"heldout_{name}_bits_per_byte"] for kind, name in kinds.items()} if newest else {}
     return {
@@ -207,11 +219,16 @@ def _flush(place: Path) -> None:
             os.close(handle)
 
 
-def _write_weights(weights: checkpoint.Weights, vocab_size: int, place: Path, file_bytes: int) -> int:
+def standalone_shapes(weights: checkpoint.Weights, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of a checkpoint's weights without the padding of the vocabulary."""
+    assert model.vocab_size is not None
+    rows = {"embedding.weight": model.symbols, "head.weight": model.vocab_size}
+    return {name: (rows.get(name, shape[0]), *shape[1:]) for name, shape in weights.shapes.items()}
+
+
+def _write_weights(weights: checkpoint.Weights, model: ModelConfig, place: Path, file_bytes: int) -> int:
     """Write safetensors files named as transformers does; returns the number of parameters."""
-    shapes = dict(weights.shapes)
-    for name in shapes.keys() & {"embedding.weight", "head.weight"}:
-        shapes[name] = (vocab_size, *shapes[name][1:])
+    shapes = standalone_shapes(weights, model)
     sizes = {name: 4 * int(np.prod(shape)) for name, shape in shapes.items()}
     files: list[list[str]] = [[]]
     for name, size in sizes.items():
@@ -234,20 +251,30 @@ def largest_difference(config: RunConfig, weights: checkpoint.Weights, out: Path
     """Largest absolute difference between the logits of the training model and of the exported one, both float32.
 
     The training model is built on one process from the Megatron-Core layers, one layer after the other, and given the
-    weights of the checkpoint; both score one held-out sample in a left-to-right, a shuffled and a strided order.
+    weights of the checkpoint; both score one held-out sample in a left-to-right, a shuffled and a strided order, as
+    far as the objective has them; masked diffusion one of which half is masked.
     """
     model, length = config.model, config.model.length
     assert model.bos_id is not None
     tokens = PackedDataset(config.data_directory / "heldout").read([0])
-    layouts = [orders.left_to_right(length), orders.shuffled(length, length, 0), orders.strided(length, 4)]
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    batches = [arrange(tokens, layout, model.bos_id).to(device) for layout in layouts]
     exported = inference.load(out)  # on the CPU, where its weights are mapped files
+    texts = torch.from_numpy(tokens)
+    if model.objective == "mdm":
+        noise = objectives.noise(length, 0.5, "any-order", 0)
+        batches = [corrupt(tokens, noise.masked[None], np.ones(1), model.symbols - 1)]
+        found = [exported.predict(exported.denoise(batches[0].context_tokens))[0]]
+    else:
+        layouts = [orders.left_to_right(length)]
+        if model.objective == "armd":
+            layouts += [orders.shuffled(length, length, 0), orders.strided(length, 4)]
+        batches = [arrange(tokens, layout, model.bos_id) for layout in layouts]
+        named = [[torch.from_numpy(np.array(field)) for field in layout] for layout in layouts]
+        found = [exported.logits(texts, order, blocks)[0, order - 1] for order, blocks in named]
     differences = []
-    for layout, along_order in zip(layouts, _trained_logits(model, weights, batches, device), strict=True):
-        order, blocks = (torch.from_numpy(np.array(field)) for field in layout)
-        logits = exported.logits(torch.from_numpy(tokens), order, blocks)[0, order - 1]
-        differences.append((logits - along_order.cpu()).abs().max())
+    batches = [rows.to(device) for rows in batches]
+    for logits, trained in zip(found, _trained_logits(model, weights, batches, device), strict=True):
+        differences.append((logits - trained.cpu()).abs().max())
     return float(torch.stack(differences).max())  # a tensor's maximum keeps a NaN
 
 

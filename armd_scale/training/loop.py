@@ -17,15 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from armd_scale import orders
 from armd_scale.config import RunConfig, identity, with_vocabulary
 from armd_scale.errors import UserError
 from armd_scale.model.flops import peak_flops, run_costs, run_edges, training_flops_per_token
-from armd_scale.model.rows import Rows, arrange
-from armd_scale.orders import Layout
+from armd_scale.model.rows import Rows
 from armd_scale.parallel import groups
 from armd_scale.parallel.engine import Engine, Step
-from armd_scale.training import checkpoint, manifest, schedules
+from armd_scale.training import checkpoint, manifest, objectives, schedules
 from armd_scale.training.health import REQUEUE, STOP, Heartbeat, Signals, Spikes, Watchdog, slow_ranks
 from armd_scale.training.samples import Samples
 from armd_scale.training.telemetry import Lines, Telemetry, say
@@ -232,26 +230,23 @@ class _Trainer:
         share = train.global_batch // config.data_parallel
         first = self.engine.data_rank * share
         tokens = self.samples.read(step * train.global_batch + first, share)
-        layouts = [schedules.layout(step, first + slot, config) for slot in range(share)]
-        return self._arrange(tokens, layouts)
+        return [
+            objectives.training_rows(config, tokens[part], step, range(first + part.start, first + part.stop))
+            for part in self._parts(share)
+        ]
 
     def evaluate(self) -> dict[str, Any]:
-        """Held-out loss in nats and bits per byte under the three kinds of order, with the averaged weights."""
-        config = self.config
-        length, ranks = config.model.length, config.data_parallel
+        """Held-out loss in nats and bits per byte of every kind of the objective, with the averaged weights."""
+        config, ranks = self.config, self.config.data_parallel
         # Spread over the split: neighbours come from one document.
         count = min(len(self.heldout), config.train.eval_samples)
         numbers = (np.arange(count) * len(self.heldout) // count)[self.engine.data_rank :: ranks]
-        tokens = self.heldout.read(numbers)
-        kinds = {
-            "left_to_right": [orders.left_to_right(length)] * len(numbers),
-            "permutation": [orders.shuffled(length, config.orders.rho, 0, int(n)) for n in numbers],
-            "strided": [orders.strided(length, config.train.eval_streams)] * len(numbers),
-        }
+        tokens, parts = self.heldout.read(numbers), self._parts(len(numbers))
         record: dict[str, Any] = {}
         with self.engine.averaged_weights():
-            for kind, layouts in kinds.items():
-                total, count = self.engine.evaluate(self._arrange(tokens, layouts))
+            for kind in objectives.HELDOUT[config.objective]:
+                rows = [objectives.heldout_rows(config, kind, tokens[p], numbers[p].tolist()) for p in parts]
+                total, count = self.engine.evaluate(rows)
                 record[f"heldout_{kind}"] = total / count
                 record[f"heldout_{kind}_bits_per_byte"] = total / count / _LN2 / self.heldout.bytes_per_token
         return record
@@ -267,13 +262,10 @@ class _Trainer:
         }
         self.checkpointer.save(self.step, self.updates, state)
 
-    def _arrange(self, tokens: np.ndarray, layouts: Sequence[Layout]) -> list[Rows]:
-        bos = self.config.model.bos_id
-        assert bos is not None
+    def _parts(self, count: int) -> list[slice]:
+        """``count`` samples as micro-batches."""
         size = self.config.train.micro_batch
-        parts = [slice(start, start + size) for start in range(0, len(tokens), size)]
-        stacked = [Layout(*(np.stack(field) for field in zip(*layouts[part], strict=True))) for part in parts]
-        return [arrange(tokens[part], layout, bos) for part, layout in zip(parts, stacked, strict=True)]
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     def _record(self, done: int, rate: float, seconds: float) -> dict[str, Any]:
         """The record of the steps since the last one; ``done``: the last of them; collective."""

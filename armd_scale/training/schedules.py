@@ -19,7 +19,9 @@ def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float
 
 
 def phase(step: int, config: RunConfig) -> str:
-    """``left-to-right``, ``permutation`` or ``strided``."""
+    """``left-to-right``, ``permutation`` or ``strided``; ``masked`` for masked diffusion."""
+    if config.objective != "armd":
+        return "masked" if config.objective == "mdm" else "left-to-right"
     if step >= config.train.steps:
         return "strided"
     return "left-to-right" if step < config.orders.ar_steps else "permutation"
@@ -33,8 +35,8 @@ def streams(step: int, config: RunConfig) -> int:
 
 
 def shuffled_tokens(step: int, config: RunConfig) -> int:
-    """Tokens shuffled in each sequence of ``step``; 0 in strided fine-tuning."""
-    if step >= config.train.steps:
+    """Tokens shuffled in each sequence of ``step``; 0 in strided fine-tuning and for other objectives."""
+    if step >= config.train.steps or config.objective != "armd":
         return 0
     return orders.shuffled_tokens(
         step,
@@ -49,4 +51,5 @@ def layout(step: int, slot: int, config: RunConfig) -> Layout:
     length = config.model.length
     if step >= config.train.steps:
         return orders.strided(length, streams(step, config))
-    return orders.shuffled(length, shuffled_tokens(step, config), config.seed, step, slot)
+    draw = orders.window if config.orders.shuffle == "window" else orders.shuffled
+    return draw(length, shuffled_tokens(step, config), config.seed, step, slot)
