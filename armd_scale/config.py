@@ -28,7 +28,9 @@ Positive = Annotated[int, Field(ge=1, le=10**9)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a configuration file: typed, documented, an unknown key is an error."""
+
     model_config = ConfigDict(
         extra="forbid",
         strict=True,
@@ -39,7 +41,7 @@ class _Section(BaseModel):
     )
 
 
-class PrefixConfig(_Section):
+class PrefixConfig(Section):
     """Prefix aggregation, the seed of the strictly causal stream (paper section 3.2; design section 2)."""
 
     kernel: Literal["gaussian", "sinusoid", "learned"] = "gaussian"
@@ -56,7 +58,7 @@ class PrefixConfig(_Section):
     """Add a learned projection of the target's own position embedding [D]."""
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The network (design section 2)."""
 
     objective: Objective = "armd"
@@ -149,7 +151,7 @@ class ModelConfig(_Section):
         return self
 
 
-class OrderConfig(_Section):
+class OrderConfig(Section):
     """Training phases of ``armd``: left to right, progressive permutation, strided fine-tuning (paper sections 3.4 and
     4). The other objectives have no orders and leave this section aside."""
 
@@ -177,7 +179,7 @@ class OrderConfig(_Section):
         return self
 
 
-class DiffusionConfig(_Section):
+class DiffusionConfig(Section):
     """Noise of ``mdm``: a token is masked with probability t at time t, and never again (MDLM, arXiv 2406.07524)."""
 
     loss_form: Literal["time", "any-order"] = "time"
@@ -185,7 +187,7 @@ class DiffusionConfig(_Section):
     ``any-order``: mask k tokens for a uniform k and weigh by N / k. Equal in expectation (RADD, arXiv 2406.03736)."""
 
 
-class MixtureConfig(_Section):
+class MixtureConfig(Section):
     """Another prepared data set that is read beside the run's own."""
 
     directory: str
@@ -194,7 +196,7 @@ class MixtureConfig(_Section):
     """Samples of it for each ``data.weight`` samples of the run's own data."""
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Text, tokenizer and shards."""
 
     directory: str | None = None
@@ -250,7 +252,7 @@ class DataConfig(_Section):
         return self
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """AdamW with warm-up and an exponential moving average of the weights (SEDD's settings by default)."""
 
     lr: Annotated[float, Field(gt=0.0)] = 3e-4
@@ -275,7 +277,7 @@ class OptimizerConfig(_Section):
     """Decay of the average of the weights that is evaluated and exported; 0 keeps none."""
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """The loop."""
 
     steps: Positive = 400_000
@@ -315,7 +317,7 @@ class TrainConfig(_Section):
     """Write the numbers of all samples that are trained on into ``samples/``, a file a rank."""
 
 
-class ParallelConfig(_Section):
+class ParallelConfig(Section):
     """Layout of the processes. What tensor and pipeline parallelism leave is data parallel."""
 
     tensor: Positive = 1
@@ -342,7 +344,7 @@ class ParallelConfig(_Section):
         return " x ".join(parts)
 
 
-class ReportConfig(_Section):
+class ReportConfig(Section):
     """What is done with the trained model at the end of the main job, and what it is logged to."""
 
     heldout_samples: Positive = 256
@@ -355,7 +357,7 @@ class ReportConfig(_Section):
     """``auto``: Weights & Biases, online when WANDB_API_KEY is set, else offline in the run folder."""
 
 
-class StageConfig(_Section):
+class StageConfig(Section):
     """Resources of a job of one stage; null: those of a training task."""
 
     cpus: Positive | None = None
@@ -370,7 +372,7 @@ class StageConfig(_Section):
     """Slurm partition; null: ``cluster.partition``."""
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     """Where the processes run."""
 
     nodes: Positive = 1
@@ -415,7 +417,7 @@ class ClusterConfig(_Section):
         return self.nodes * self.tasks_per_node
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything that defines a run."""
 
     name: str = "armd"

@@ -52,7 +52,7 @@ class Step(NamedTuple):
 def steps(config: RunConfig, only: str | None = None, start: str | None = None) -> list[Step]:
     """The steps that are left; what is complete and valid is left out, unless ``only`` or ``start`` names a stage."""
     wanted = (only,) if only else STAGES[STAGES.index(start) :] if start else STAGES
-    trained = _trained(config)
+    trained = is_trained(config)
     found = []
     if "tokenise" in wanted and not (trained and only != "tokenise"):
         complete = (config.data_directory / "complete.json").is_file()
@@ -72,7 +72,7 @@ def steps(config: RunConfig, only: str | None = None, start: str | None = None) 
     return found
 
 
-def _trained(config: RunConfig) -> bool:
+def is_trained(config: RunConfig) -> bool:
     """Whether the last checkpoint of the run is there already."""
     newest = manifest.newest_good(config.directory / "checkpoints")
     return newest is not None and manifest.step_of(newest) >= config.total_steps

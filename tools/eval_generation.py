@@ -2,13 +2,12 @@
 
 python tools/eval_generation.py MODEL_DIR --judge JUDGE_DIR [--samples 256] [--json OUT.json] [--plot OUT.png]
 
-The judge is a model folder of this project (scored left to right) or of transformers.
+The judge is a model or a run of this project (scored left to right), or a model folder of transformers.
 """
 
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,15 @@ WAYS = [
     "streams=4,draft=4",
     "streams=8,draft=8",
 ]
-"""Ways of decoding that are measured unless others are named."""
+STEPS = ["steps=1024", "steps=256", "steps=64", "steps=16"]
+"""Ways of decoding that are measured unless others are named: of ARMD, and of masked diffusion."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", type=Path, help="model folder, as made by tools/convert_ckpt.py")
-    parser.add_argument("--judge", type=Path, required=True, help="folder of the model that scores the texts")
-    parser.add_argument("--ways", nargs="+", default=WAYS, metavar="field=value,...", help="fields of Decoding")
+    parser.add_argument("model", type=Path, help="model folder, run folder, or a checkpoint in one")
+    parser.add_argument("--judge", type=Path, required=True, help="folder of the model or run that scores the texts")
+    parser.add_argument("--ways", nargs="+", metavar="field=value,...", help="fields of Decoding")
     parser.add_argument("--samples", type=int, default=256, help="texts of each way (default 256)")
     parser.add_argument("--batch", type=int, default=1, help="texts decoded at a time (default 1)")
     parser.add_argument("--length", type=int, help="tokens of a text (default: the model's length)")
@@ -54,11 +54,10 @@ def main() -> None:
             raise UserError(f"{path} cannot be written: there is no folder {path.parent}")
 
     from armd_scale import inference
-    from armd_scale import tokenizer as tokenizers
     from armd_scale.evaluation import generation
+    from armd_scale.evaluation.models import open_model
 
-    model = inference.load(args.model, args.device)
-    tokenizer = tokenizers.load(args.model, model.config.vocab_size)
+    model, tokenizer = open_model(args.model, args.device)
     judge = generation.load_judge(args.judge)
     length = model.config.length if args.length is None else args.length
     print(
@@ -67,29 +66,16 @@ def main() -> None:
     )
     print(f"{'':<28}{'tokens/s':>10}{'tokens/pass':>12}{'judge ppl':>16}{'entropy (nats)':>18}{'distinct-2':>12}")
     rows: list[dict[str, Any]] = []
-    for way in args.ways:
+    for way in args.ways or {"armd": WAYS, "ar": WAYS[:1], "mdm": STEPS}[model.config.objective]:
         decoding = inference.Decoding(**_fields(way))
         model.generate(length=length, decoding=decoding, batch=args.batch)  # warm-up
-        tokens: list[list[int]] = []
-        seconds, passes, made = 0.0, 0, 0
-        while len(tokens) < args.samples:
-            seeds = [args.seed + len(tokens) + row for row in range(min(args.batch, args.samples - len(tokens)))]
-            started = time.perf_counter()
-            tasks = model.plan([[inference.FREE] * length] * len(seeds), decoding, seeds)
-            frontiers = [inference.Frontier(task, model.config.eos_id) for task in tasks]
-            for step in model.decode(tasks):
-                passes += 1
-                for frontier, *written in zip(frontiers, step.positions.tolist(), step.tokens.tolist(), strict=True):
-                    frontier.push(*written)
-            seconds += time.perf_counter() - started
-            made += length
-            tokens += [frontier.tokens for frontier in frontiers]
-        figures = generation.quality([tokenizer.decode(one) for one in tokens], tokens, judge)
+        made = generation.sample(model, decoding, args.samples, length, args.batch, args.seed)
+        figures = generation.quality([tokenizer.decode(one) for one in made.tokens], made.tokens, judge)
         row = {
             "way": way,
-            "strategy": decoding.strategy,
-            "tokens_per_second": len(tokens) * length / seconds,
-            "tokens_per_pass": made / passes,
+            "strategy": decoding.strategy,  # of masked diffusion every way names its steps
+            "tokens_per_second": made.tokens_per_second,
+            "tokens_per_pass": made.tokens_per_pass,
             **figures.as_dict(),
         }
         rows.append(row)
@@ -133,6 +119,7 @@ def plot(rows: list[dict[str, Any]], judge: str, path: Path) -> None:
 
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), dpi=120)
     kinds = [("strided", "C0", "strided, S streams"), ("exact", "C1", "exact parallel, by S streams")]
+    kinds.append(("ancestral", "C2", "masked diffusion"))
     for axes, field, title in zip(
         panels, ("perplexity", "entropy"), (f"perplexity under {judge}", "entropy of a text, nats"), strict=True
     ):

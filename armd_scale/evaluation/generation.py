@@ -1,10 +1,11 @@
-"""Quality of generated texts: perplexity under a judge, entropy and repetition, with their standard errors.
+"""Quality of generated texts: perplexity under a judge, entropy, repetition and sameness, with their standard errors.
 
 Protocol (design section 6): texts are generated from nothing at temperature 1 without truncation; the judge is named; a
 low perplexity counts only beside an entropy like that of real text.
 """
 
 import math
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,10 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from armd_scale import inference
-from armd_scale import tokenizer as tokenizers
 from armd_scale.errors import UserError
 from armd_scale.evaluation.likelihood import cut
+from armd_scale.evaluation.models import open_model
+from armd_scale.inference import ARMD, FREE, Decoding, Frontier
 
 
 class Judge(Protocol):
@@ -30,13 +31,15 @@ class Judge(Protocol):
         ...
 
 
-class ARMDJudge:
-    """A standalone model of this project, left to right, which is exact."""
+class OwnJudge:
+    """A model of this project, left to right, which is exact: ``armd`` or, as a rule, ``ar``."""
 
-    def __init__(self, folder: Path) -> None:
-        self.name = f"{folder.name} (ARMD, left to right)"
-        self._model = inference.load(folder)
-        self._tokenizer = tokenizers.load(folder, self._model.config.vocab_size)
+    def __init__(self, path: Path) -> None:
+        self._model, self._tokenizer = open_model(path)
+        objective = self._model.config.objective
+        if objective == "mdm":
+            raise UserError(f"{path} is a masked diffusion model, which has no exact likelihood: name another judge")
+        self.name = f"{path.name} ({objective.upper()}, left to right)"
 
     def nll(self, text: str) -> tuple[float, int]:
         chunks = cut(self._tokenizer.encode(text), self._model.config.length)
@@ -75,11 +78,41 @@ class HuggingFaceJudge:
         return total, len(tokens)
 
 
-def load_judge(folder: Path) -> Judge:
-    """The judge in a folder, of this project or of transformers. Raises ``UserError``."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"there is no judge in {folder}: name a model folder")
-    return ARMDJudge(folder) if (folder / "modeling_armd.py").is_file() else HuggingFaceJudge(folder)
+def load_judge(path: Path) -> Judge:
+    """The judge in a folder: a model or a run of this project, or a model of transformers. Raises ``UserError``."""
+    if not any((path / name).is_file() for name in ("config.json", "config.yaml")):
+        raise UserError(f"there is no judge in {path}: name a model folder or a run folder")
+    foreign = (path / "config.json").is_file() and not (path / "modeling_armd.py").is_file()
+    return HuggingFaceJudge(path) if foreign else OwnJudge(path)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Texts of one way of decoding."""
+
+    tokens: list[list[int]]
+    tokens_per_second: float
+    tokens_per_pass: float
+    """Tokens of one text written in a pass."""
+
+
+def sample(model: ARMD, decoding: Decoding, count: int, length: int, batch: int, seed: int = 0) -> Sample:
+    """``count`` texts of ``length`` tokens from nothing, ``batch`` at a time; text n has the seed ``seed`` + n."""
+    tokens: list[list[int]] = []
+    seconds, passes, made = 0.0, 0, 0
+    while len(tokens) < count:
+        keys = [seed + len(tokens) + row for row in range(min(batch, count - len(tokens)))]
+        started = time.perf_counter()
+        tasks = model.plan([[FREE] * length] * len(keys), decoding, keys)
+        frontiers = [Frontier(task, model.config.eos_id) for task in tasks]
+        for step in model.decode(tasks):
+            passes += 1
+            for frontier, *written in zip(frontiers, step.positions.tolist(), step.tokens.tolist(), strict=True):
+                frontier.push(*written)
+        seconds += time.perf_counter() - started
+        made += length
+        tokens += [frontier.tokens for frontier in frontiers]
+    return Sample(tokens, len(tokens) * length / seconds, made / passes)
 
 
 @dataclass(frozen=True)
@@ -97,6 +130,10 @@ class Quality:
     distinct_2: float
     distinct_3: float
     """Different n-grams of a text over its n-grams, mean over texts."""
+    self_bleu: float | None
+    """BLEU-4 of a text against others of the set, from 0 to 100, mean over texts: how alike they are. None without
+    sacrebleu."""
+    self_bleu_se: float | None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"entropy_bits": self.entropy / math.log(2)}
@@ -116,13 +153,32 @@ def quality(texts: Sequence[str], tokens: Sequence[Sequence[int]], judge: Judge)
     distinct = [float(np.mean([_distinct(one, n) for one in tokens])) for n in (1, 2, 3)]
     perplexity = math.exp(min(mean, 700.0))
     entropy_error = float(entropies.std() / math.sqrt(len(entropies)))
-    return Quality(len(texts), perplexity, perplexity * error, float(entropies.mean()), entropy_error, *distinct)
+    means = perplexity, perplexity * error, float(entropies.mean()), entropy_error
+    return Quality(len(texts), *means, *distinct, *_self_bleu(texts))
 
 
 def _entropy(tokens: Sequence[int]) -> float:
     counts = np.array(list(Counter(tokens).values()), dtype=float)
     shares = counts / counts.sum()
     return float(-(shares * np.log(shares)).sum())
+
+
+_ALIKE = 64
+"""Texts that are compared with each other."""
+
+
+def _self_bleu(texts: Sequence[str]) -> tuple[float, float] | tuple[None, None]:
+    """Mean BLEU of the first texts, each against all others of them, and its standard error."""
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError:
+        return None, None
+    some = [text for text in texts if text.strip()][:_ALIKE]
+    if len(some) < 2:
+        return None, None
+    bleu = BLEU(effective_order=True)
+    scores = [bleu.sentence_score(one, some[:at] + some[at + 1 :]).score for at, one in enumerate(some)]
+    return float(np.mean(scores)), float(np.std(scores, ddof=1) / math.sqrt(len(scores)))
 
 
 def _distinct(tokens: Sequence[int], n: int) -> float:

@@ -64,8 +64,8 @@ def parse_order(name: str) -> tuple[str, int]:
     if kind in ("shuffled", "strided") and number.isascii() and number.isdigit() and int(number) >= 1:
         return kind, int(number)
     raise UserError(
-        f"unknown order '{name}': use left-to-right, shuffled:K or strided:S, with K and S at least 1, or bound (masked "
-        "diffusion)"
+        f"unknown order '{name}': use left-to-right, shuffled:K or strided:S, with K and S at least 1, or bound for "
+        "masked diffusion"
     )
 
 
