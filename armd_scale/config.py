@@ -61,7 +61,7 @@ class PrefixConfig(Section):
 class ModelConfig(Section):
     """The network (design section 2)."""
 
-    objective: Objective = "armd"
+    objective: Annotated[Objective, Field(exclude=True)] = "armd"
     """The run's ``objective``, which fills this in: it decides how many streams there are and what they see."""
     layers: Positive = 12
     """Number of transformer layers, L."""
@@ -622,7 +622,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
     for name in ("directory", "verify", "workers", "jobs", "max_bad_fraction", "skip_steps", "damaged_shards"):
         values["data"].pop(name)
     return {
-        **{name: values[name] for name in ("seed", "model", "data")},
+        **{name: values[name] for name in ("objective", "seed", "model", "data")},
         **{f"train.{name}": values["train"][name] for name in ("global_batch", "dtype")},
     }
 

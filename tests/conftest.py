@@ -51,9 +51,19 @@ MODERN = ModelConfig(
     init_std=0.2,
 )
 LEARNED = MODERN.model_copy(
-    update={"two_stream_layers": 3, "prefix": PrefixConfig(dim=8, kernel="learned", scale="sqrt")}
+    update={
+        "two_stream_layers": 3,
+        "target_mlp": False,
+        "prefix": PrefixConfig(dim=8, kernel="learned", scale="sqrt"),
+    }
 )
 MODELS = {"paper": PAPER, "modern": MODERN, "learned": LEARNED}
+BASELINES = {
+    "ar": PAPER.model_copy(update={"objective": "ar"}),
+    "ar modern": MODERN.model_copy(update={"objective": "ar"}),
+    "mdm": PAPER.model_copy(update={"objective": "mdm"}),
+    "mdm modern": MODERN.model_copy(update={"objective": "mdm"}),
+}
 
 
 def standalone(config: ModelConfig, seed: int = 0) -> inference.ARMD:

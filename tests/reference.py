@@ -16,8 +16,16 @@ from armd_scale.inference import ARMDConfig
 def log_probabilities(
     weights: dict[str, Tensor], c: ARMDConfig, tokens: list[int], order: list[int], blocks: list[int]
 ):
-    """Log-probabilities of every target along the order, [N, V] float64."""
+    """Log-probabilities of every target along the order, [N, V] float64.
+
+    ``ar``: the order is left to right. ``mdm``: of every token of the text, some of which are the mask token V.
+    """
     w = {name: tensor.double() for name, tensor in weights.items()}
+    if c.objective == "ar":
+        ids, places = [c.bos_id, *tokens[:-1]], range(len(tokens))
+        return _one_stream(w, c, ids, places, [[key <= query for key in places] for query in places])
+    if c.objective == "mdm":
+        return _one_stream(w, c, tokens, range(1, len(tokens) + 1), [[True for _ in tokens] for _ in tokens])
     length = len(order)  # positions that are in no order are unknown
     position = [0, *order]
     ids = [c.bos_id, *(tokens[p - 1] for p in order)]
@@ -40,14 +48,27 @@ def log_probabilities(
     for index in range(c.layers):
         layer = {name: w[f"layers.{index}.{name}.weight"] for name in _LAYER}
         if index < c.two_stream_layers:
+            mlp = c.target_mlp or index == c.two_stream_layers - 1
             x, g = (
                 _block(layer, c, x, x, position, at_most),
-                _block(layer, c, g, x, position, before),
+                _block(layer, c, g, x, position, before, mlp),
             )
         else:
             g = _block(layer, c, g, g, position, at_most & targets_only)
+    return _predict(w, c, g[1:])
+
+
+def _one_stream(w, c: ARMDConfig, ids, positions, mask) -> Tensor:
+    h = torch.stack([w["embedding.weight"][i] for i in ids])
+    for index in range(c.layers):
+        layer = {name: w[f"layers.{index}.{name}.weight"] for name in _LAYER}
+        h = _block(layer, c, h, h, list(positions), torch.tensor(mask))
+    return _predict(w, c, h)
+
+
+def _predict(w, c: ARMDConfig, rows: Tensor) -> Tensor:
     head = w["embedding.weight"] if c.tied_head else w["head.weight"]
-    return (_norm(g[1:], w["norm.weight"], c) @ head.t()).log_softmax(-1)
+    return (_norm(rows, w["norm.weight"], c) @ head[: c.vocab_size].t()).log_softmax(-1)
 
 
 _LAYER = (
@@ -78,7 +99,9 @@ def _position_row(w: dict[str, Tensor], c: ARMDConfig, p: int) -> Tensor:
     return torch.tensor(row, dtype=torch.float64)
 
 
-def _block(layer, c: ARMDConfig, queries: Tensor, context: Tensor, position: list[int], mask: Tensor) -> Tensor:
+def _block(
+    layer, c: ARMDConfig, queries: Tensor, context: Tensor, position: list[int], mask: Tensor, mlp: bool = True
+) -> Tensor:
     """The whole pre-norm block: queries from one stream, keys and values from another."""
     width = c.hidden // c.heads
     a, b = (_norm(rows, layer["attention_norm"], c) for rows in (queries, context))
@@ -96,6 +119,8 @@ def _block(layer, c: ARMDConfig, queries: Tensor, context: Tensor, position: lis
             weight = (keys @ query / math.sqrt(width)).softmax(0)
             out[n, h] = weight @ torch.stack([kv[i, group, 1] for i in seen])
     h = queries + out.flatten(1) @ layer["attention.output"].t()
+    if not mlp:
+        return h
     inner = _norm(h, layer["mlp_norm"], c) @ layer["mlp.up"].t()
     if c.mlp == "swiglu":
         gate, value = inner[:, 0::2], inner[:, 1::2]

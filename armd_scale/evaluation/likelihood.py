@@ -3,16 +3,13 @@
 Protocol (design section 6): tokens + EOS of every document are concatenated and cut into chunks of the model's
 length; every token of a chunk is scored given BOS; no sliding window; the last partial chunk is scored too.
 
-Chunks are scored in units of neighbours (``units``), which may be spread over processes (``workers``): a unit's figures
-depend on nothing else, and they are added without rounding, so that the result is the same to the last bit.
+Chunks are scored in units of neighbours (``units``), which may be spread over processes: a unit's figures depend on
+nothing else, and they are added without rounding, so that the result is the same to the last bit.
 """
 
-import contextlib
 import math
-import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,7 +17,7 @@ import torch
 
 from armd_scale import orders
 from armd_scale.errors import UserError
-from armd_scale.evaluation.models import open_model
+from armd_scale.evaluation.models import Mapper
 from armd_scale.inference import ARMD
 from armd_scale.orders import Layout
 
@@ -140,48 +137,13 @@ def combine(order: str, scored: Sequence[Totals], tokens: int, text_bytes: float
     return Score(order, nll, error / tokens, perplexity, bits, tokens)
 
 
-Scorer: TypeAlias = Callable[[Sequence[np.ndarray], str, float], Score]
-"""Scores chunks of tokens that stand for so many bytes of text under an order."""
+def score(each: Mapper, chunks: Sequence[np.ndarray], order: str, text_bytes: float, repeats: int = REPEATS) -> Score:
+    """Score chunks of tokens (each up to the model's length) that stand for ``text_bytes`` bytes of text.
 
-
-def score(model: ARMD, chunks: Sequence[np.ndarray], order: str, text_bytes: float, repeats: int = REPEATS) -> Score:
-    """Score chunks of tokens (each up to the model's length) that stand for ``text_bytes`` bytes of text."""
-    scored = [score_unit(model, unit, order, repeats) for unit in units(chunks)]
-    return combine(order, scored, sum(map(len, chunks)), text_bytes)
-
-
-@contextlib.contextmanager
-def workers(path: Path, device: str, processes: int, repeats: int) -> Iterator[Scorer]:
-    """``processes`` processes, each with the model of ``path``, that share the units of a text.
-
-    On a CPU each has one thread: the figures depend on the number of threads of a process, and on nothing else.
+    ``each``: where the model is (``models.alone``, ``models.workers``).
     """
-    context = multiprocessing.get_context("spawn")
-    numbers = context.Value("i", 0)
-    with context.Pool(processes, _start, (path, device, numbers)) as pool:
-
-        def scored(chunks: Sequence[np.ndarray], order: str, text_bytes: float) -> Score:
-            jobs = [(unit, order, repeats) for unit in units(chunks)]
-            return combine(order, pool.starmap(_work, jobs, chunksize=1), sum(map(len, chunks)), text_bytes)
-
-        yield scored
-
-
-_MODEL: list[ARMD] = []
-"""The model of a worker process."""
-
-
-def _start(path: Path, device: str, numbers: Any) -> None:
-    torch.set_num_threads(1)
-    if device == "cuda" and torch.cuda.device_count():
-        with numbers.get_lock():
-            device = f"cuda:{numbers.value % torch.cuda.device_count()}"
-            numbers.value += 1
-    _MODEL[:] = [open_model(path, device)[0]]
-
-
-def _work(unit: Unit, order: str, repeats: int) -> Totals:
-    return score_unit(_MODEL[0], unit, order, repeats)
+    jobs = [(unit, order, repeats) for unit in units(chunks)]
+    return combine(order, each(score_unit, jobs), sum(map(len, chunks)), text_bytes)
 
 
 def cut(tokens: Sequence[int] | np.ndarray, length: int) -> list[np.ndarray]:

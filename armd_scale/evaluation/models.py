@@ -1,6 +1,12 @@
-"""The model to be scored, wherever it is: a standalone folder, or a training checkpoint of any layout."""
+"""The model to be scored, wherever it is: a standalone folder or a training checkpoint of any layout, in this process
+or in several.
+"""
 
+import contextlib
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 
@@ -30,3 +36,42 @@ def open_model(path: Path, device: str = "cpu", dtype: torch.dtype | None = None
         manifest.verify(source)
     model, tokenizer = export.in_memory(config, source)
     return model.to(device, dtype), tokenizer
+
+
+Mapper: TypeAlias = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
+"""Calls ``function(model, *job)`` for every job, and returns the results in the order of the jobs."""
+
+
+def alone(model: ARMD) -> Mapper:
+    """A model in this process."""
+    return lambda function, jobs: [function(model, *job) for job in jobs]
+
+
+@contextlib.contextmanager
+def workers(path: Path, device: str, processes: int) -> Iterator[Mapper]:
+    """``processes`` processes, each with the model of ``path``, that share the jobs.
+
+    On a CPU each has one thread: what comes out may depend on the threads of a process, and on nothing else. On
+    ``cuda`` each takes the next GPU.
+    """
+    context = multiprocessing.get_context("spawn")
+    numbers = context.Value("i", 0)
+    with context.Pool(processes, _start, (path, device, numbers)) as pool:
+        yield lambda function, jobs: pool.starmap(_work, [(function, job) for job in jobs], chunksize=1)
+
+
+_MODEL: list[ARMD] = []
+"""The model of a worker process."""
+
+
+def _start(path: Path, device: str, numbers: Any) -> None:
+    torch.set_num_threads(1)
+    if device == "cuda" and torch.cuda.device_count():
+        with numbers.get_lock():
+            device = f"cuda:{numbers.value % torch.cuda.device_count()}"
+            numbers.value += 1
+    _MODEL[:] = [open_model(path, device)[0]]
+
+
+def _work(function: Callable[..., Any], job: tuple[Any, ...]) -> Any:
+    return function(_MODEL[0], *job)

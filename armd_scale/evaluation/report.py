@@ -17,6 +17,7 @@ from armd_scale import inference
 from armd_scale import tokenizer as tokenizers
 from armd_scale.config import RunConfig
 from armd_scale.evaluation import likelihood
+from armd_scale.evaluation.models import alone
 from armd_scale.files import write_atomically
 from armd_scale.model.flops import FORMULA, training_flops_per_token
 from armd_scale.tokenizer import Tokenizer
@@ -42,7 +43,7 @@ def write(config: RunConfig, export: Path) -> dict[str, Any]:
     if config.objective == "armd":
         names += [f"shuffled:{config.orders.rho}"] if config.orders.rho else []
         names += [f"strided:{s}" for s in config.report.generate_streams if s > 1]
-    scores = [likelihood.score(model, chunks, name, size) for name in names]
+    scores = [likelihood.score(alone(model), chunks, name, size) for name in names]
     samples = _samples(config, model, tokenizer)
     made = json.loads((export / "config.json").read_text(encoding="utf-8"))
     metrics = read_metrics(run_dir)

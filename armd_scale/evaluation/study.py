@@ -18,7 +18,7 @@ from armd_scale import config as configs
 from armd_scale.config import Count, Objective, Positive, RunConfig, Section
 from armd_scale.errors import UserError
 from armd_scale.evaluation import generation, likelihood, suites
-from armd_scale.evaluation.models import open_model
+from armd_scale.evaluation.models import alone, open_model
 from armd_scale.inference import ARMD, Decoding
 from armd_scale.model.flops import training_flops_per_token
 from armd_scale.tokenizer import Tokenizer
@@ -132,22 +132,22 @@ def measure(study: Study, run: Run, folder: Path, judge: Path, suite: Path | Non
         "curve": [[record["step"], record[known_by]] for record in records if known_by in record],
         "checkpoints": {},
     }
-    for step in _steps(study, run, config):
+    equal = int(study.run["train"]["steps"])
+    for step in _steps(run, config, equal):
         place = config.directory / "checkpoints" / f"step-{step:08d}"
         model, tokenizer = open_model(place, device)
         found: dict[str, Any] = {"heldout": _heldout(study, run, config, model)}
         if run.variant in OBJECTIVES:
             found["texts"] = _texts(study, model, tokenizer, judge)
-        if run.variant in OBJECTIVES and suite and step == config.train.steps:
+        if run.variant in OBJECTIVES and suite and step in (equal, config.train.steps):
             found["suite"] = _suite(study, model, tokenizer, suite)
         out["checkpoints"][str(step)] = found
     out["parameters"] = sum(p.numel() for p in model.parameters())
     return out
 
 
-def _steps(study: Study, run: Run, config: RunConfig) -> list[int]:
+def _steps(run: Run, config: RunConfig, equal: int) -> list[int]:
     """Steps whose checkpoints are measured: at equal steps, the last, and between them those of strided fine-tuning."""
-    equal = int(study.run["train"]["steps"])
     kept = range(equal, config.total_steps + 1, config.train.keep_every or config.total_steps)
     between = kept if run.variant == "armd" else ()
     found = sorted({min(equal, config.total_steps), *between, config.total_steps})
@@ -165,7 +165,7 @@ def _heldout(study: Study, run: Run, config: RunConfig, model: ARMD) -> dict[str
         few, length = max(1, config.model.length // 16), config.model.length
         names = ["left-to-right", f"shuffled:{few}", f"shuffled:{length}"]
         names += [f"strided:{s}" for s in (study.streams if run.variant == "armd" else [4]) if s > 1]
-    return {name: likelihood.score(model, chunks, name, size).as_dict() for name in names}
+    return {name: likelihood.score(alone(model), chunks, name, size).as_dict() for name in names}
 
 
 def _texts(study: Study, model: ARMD, tokenizer: Tokenizer, judge: Path) -> list[dict[str, Any]]:
@@ -193,7 +193,7 @@ def _suite(study: Study, model: ARMD, tokenizer: Tokenizer, folder: Path) -> dic
         chunks = suites.chunks(documents, tokenizer, model.config.length, suites.Protocol())
         part = chunks[: study.suite_chunks]
         share = sum(map(len, part)) / sum(map(len, chunks))
-        out[text.name] = likelihood.score(model, part, order, size * share).as_dict()
+        out[text.name] = likelihood.score(alone(model), part, order, size * share).as_dict()
     return out
 
 

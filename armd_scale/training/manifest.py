@@ -140,8 +140,9 @@ def check_identity(found: Path, config: RunConfig) -> None:
     """``UserError`` when a checkpoint was made with another model, data, seed or batch than ``config`` asks for."""
     before, now = read(found).get("state", {}).get("identity", {}), identity(config)
     defaults = identity(RunConfig())
+    before = {"objective": defaults["objective"], **before}  # a field that did not exist then has its default
     for name, values in before.items():
-        if isinstance(values, dict):  # a field that did not exist then has its default
+        if isinstance(values, dict):
             before[name] = {**defaults[name], **values}
     differing = [name for name in now if before.get(name) != now[name]]
     if differing:

@@ -29,14 +29,14 @@ def phase(step: int, config: RunConfig) -> str:
 
 def streams(step: int, config: RunConfig) -> int:
     """Streams of a strided step, 1 in the base training."""
-    if step < config.train.steps:
+    if phase(step, config) != "strided":
         return 1
     return orders.draw_streams(config.orders.streams, config.seed, step)
 
 
 def shuffled_tokens(step: int, config: RunConfig) -> int:
     """Tokens shuffled in each sequence of ``step``; 0 in strided fine-tuning and for other objectives."""
-    if step >= config.train.steps or config.objective != "armd":
+    if phase(step, config) != "permutation":
         return 0
     return orders.shuffled_tokens(
         step,
@@ -49,7 +49,7 @@ def shuffled_tokens(step: int, config: RunConfig) -> int:
 def layout(step: int, slot: int, config: RunConfig) -> Layout:
     """Generation order and blocks of the sample in place ``slot`` of the global batch of ``step``."""
     length = config.model.length
-    if step >= config.train.steps:
+    if phase(step, config) == "strided":
         return orders.strided(length, streams(step, config))
     draw = orders.window if config.orders.shuffle == "window" else orders.shuffled
     return draw(length, shuffled_tokens(step, config), config.seed, step, slot)

@@ -39,6 +39,9 @@ def test_sdpa_equals_dense(streams, batch, heads, rows, seed):
         for a, b in zip(gradients, expected_gradients, strict=True):
             torch.testing.assert_close(a, b)
         torch.testing.assert_close(attention.attend(*tensors, limits), expected)
+    everything = torch.full_like(visible, rows)
+    torch.testing.assert_close(attention.attend(*tensors, None, causal=False), attention.dense(*tensors, everything))
+    torch.testing.assert_close(attention.dense(*tensors, None, causal=False), attention.dense(*tensors, everything))
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])

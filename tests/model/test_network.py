@@ -19,13 +19,13 @@ from armd_scale.model.flops import (
 )
 from armd_scale.model.layers import Linears, linears
 from armd_scale.model.network import Stage
-from armd_scale.model.rows import arrange
+from armd_scale.model.rows import arrange, corrupt
 from armd_scale.orders import Layout
 from armd_scale.parallel import groups
 from armd_scale.parallel.sharding import initialise
 from armd_scale.training.export import standalone_config
 from tests import reference
-from tests.conftest import MODELS, PAPER, layouts
+from tests.conftest import BASELINES, MODELS, PAPER, layouts
 
 
 def build(config, first=0, last=None, seed=3):
@@ -37,7 +37,7 @@ def build(config, first=0, last=None, seed=3):
 
 def weights(stage, config):
     out = {name: param.detach() for name, param in stage.named_parameters()}
-    return {n: t[: config.vocab_size] if n in ("embedding.weight", "head.weight") else t for n, t in out.items()}
+    return {n: t[: config.symbols] if n in ("embedding.weight", "head.weight") else t for n, t in out.items()}
 
 
 @pytest.mark.one_process
@@ -60,6 +60,46 @@ def test_equals_the_reference_in_every_layout(kind, length):
             )
             targets = torch.from_numpy(tokens[row][layout.order - 1])[:, None]
             torch.testing.assert_close(nll[row], -logp.gather(1, targets)[:, 0], atol=1e-4, rtol=1e-5, msg=name)
+
+
+@pytest.mark.one_process
+@pytest.mark.parametrize("kind", BASELINES)
+def test_baselines_equal_the_reference(kind):
+    """One stream: left to right by the shift query, or everything from what is not masked; weights of the NLL too."""
+    config = BASELINES[kind]
+    stage = build(config)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 11))
+    masked = np.random.default_rng(1).random((2, 11)) < 0.5
+    rows = arrange(tokens, orders.left_to_right(11), config.bos_id)
+    seen, factors = tokens, torch.ones(2, 11, dtype=torch.float64)
+    if config.objective == "mdm":
+        rows = corrupt(tokens, masked, np.array([2.0, 3.0]), mask_id=config.vocab_size)
+        seen = np.where(masked, config.vocab_size, tokens)
+        factors = torch.from_numpy(masked * np.array([[2.0], [3.0]]))
+    nll = stage(rows).detach().double()
+    shape = standalone_config(config, eos_id=2)
+    for row in range(2):
+        logp = reference.log_probabilities(
+            weights(stage, config), shape, seen[row].tolist(), range(1, 12), range(1, 12)
+        )
+        expected = -logp.gather(1, torch.from_numpy(tokens[row])[:, None])[:, 0] * factors[row]
+        torch.testing.assert_close(nll[row], expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.one_process
+@pytest.mark.parametrize("kind", BASELINES)
+def test_stages_of_baselines_in_a_row_are_the_network(kind):
+    config = BASELINES[kind]
+    whole = build(config)
+    stages = [build(config, 0, 1), build(config, 1, config.layers)]
+    tokens = np.random.default_rng(4).integers(0, config.vocab_size, (2, 16))
+    rows = arrange(tokens, orders.left_to_right(16), 1)
+    if config.objective == "mdm":
+        rows = corrupt(tokens, tokens % 2 == 0, np.ones(2), mask_id=config.vocab_size)
+    sent = stages[0](rows)
+    assert sent.shape == (16, 2, config.hidden)
+    stages[1].set_input_tensor([sent])
+    assert torch.equal(stages[1](rows), whole(rows))
 
 
 @pytest.mark.one_process
