@@ -8,6 +8,7 @@ are looked for in DIR (docs/data.md has the table of files), or on a hub with ``
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -50,6 +51,7 @@ def main() -> None:
     import torch
 
     from armd_scale.evaluation import accuracy, likelihood, suites
+    from armd_scale.evaluation.models import alone as in_process
     from armd_scale.evaluation.models import open_model, workers
     from armd_scale.files import write_atomically
 
@@ -81,12 +83,16 @@ def main() -> None:
     )
     cuda = args.device.startswith("cuda")
     processes = args.processes or (max(1, torch.cuda.device_count()) if cuda else len(os.sched_getaffinity(0)))
-    del model
     results: list[dict[str, Any]] = []
     sources = _suite(args, protocol, say) if args.suite else _texts(args)
-    with workers(args.model, args.device, processes) as each:
-        for name, where, digest, documents, size in sources:
-            chunks = suites.chunks(documents, tokenizer, length, protocol)
+    cut = [suites.chunks(documents, tokenizer, length, protocol) for *_, documents, _ in sources]
+    processes = min(processes, max(len(likelihood.units(chunks)) for chunks in cut))
+    if not cuda:
+        torch.set_num_threads(1)  # as the processes have: see models.workers
+    with contextlib.ExitStack() as stack:
+        several = processes > 1
+        each = stack.enter_context(workers(args.model, args.device, processes)) if several else in_process(model)
+        for (name, where, digest, documents, size), chunks in zip(sources, cut, strict=True):
             count = sum(map(len, chunks))
             say(f"\n{name}  {where}  SHA-256 {digest or 'unknown'}")
             say(f"{size:,} bytes, {len(documents):,} documents, {count:,} scored tokens")

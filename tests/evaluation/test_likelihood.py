@@ -9,9 +9,11 @@ import torch
 from armd_scale import orders
 from armd_scale.errors import UserError
 from armd_scale.evaluation import likelihood, report
+from armd_scale.evaluation.models import alone
+from armd_scale.inference import InputError
 from data_pipeline import shards
 from data_pipeline.shards import PackedDataset
-from tests.conftest import MODELS, standalone
+from tests.conftest import BASELINES, MODELS, standalone
 
 
 @pytest.mark.parametrize("order", ["left-to-right", "shuffled:5", "strided:4"])
@@ -21,7 +23,7 @@ def test_score_is_the_sum_over_all_chunks(order, tokens):
     text = np.random.default_rng(0).integers(0, 50, tokens)
     chunks = likelihood.cut(text, 16)
     assert np.array_equal(np.concatenate(chunks), text)
-    score = likelihood.score(model, chunks, order, text_bytes=100)
+    score = likelihood.score(alone(model), chunks, order, 100, repeats=1)
     total = 0.0
     for number, chunk in enumerate(chunks):
         n = len(chunk)
@@ -41,8 +43,33 @@ def test_score_is_the_sum_over_all_chunks(order, tokens):
 def test_orders_differ():
     model = standalone(MODELS["paper"])
     chunks = likelihood.cut(np.arange(48) % 50, 16)
-    figures = {likelihood.score(model, chunks, o, 1).nll for o in ("left-to-right", "shuffled:16", "strided:4")}
-    assert len(figures) == 3
+    kinds = ("left-to-right", "shuffled:16", "strided:4")
+    scores = [likelihood.score(alone(model), chunks, order, 1) for order in kinds]
+    assert len({score.nll for score in scores}) == 3
+    assert [score.nll_se > 0 for score in scores] == [False, True, False]
+
+
+def test_the_error_of_what_is_drawn():
+    """Bound and random orders: the mean over draws, and its spread over many repetitions."""
+    text = likelihood.cut(np.random.default_rng(1).integers(0, 50, 64), 16)
+    for config, order in ((BASELINES["mdm"], "bound"), (MODELS["paper"], "shuffled:16")):
+        model = standalone(config)
+        whole = likelihood.score(alone(model), text, order, 1, repeats=64)
+        few = likelihood.score(alone(model), text, order, 1, repeats=4)
+        assert abs(few.nll - whole.nll) < 5 * few.nll_se
+        assert whole.nll_se == pytest.approx(few.nll_se / 4, rel=0.9)
+
+
+def test_what_a_baseline_is_scored_in():
+    chunks = likelihood.cut(np.arange(32) % 50, 16)
+    assert likelihood.default_orders(standalone(BASELINES["ar"])) == ["left-to-right"]
+    assert likelihood.default_orders(standalone(BASELINES["mdm"])) == ["bound"]
+    with pytest.raises(InputError, match="use bound"):
+        likelihood.score(alone(standalone(BASELINES["mdm"])), chunks, "left-to-right", 1)
+    with pytest.raises(InputError, match="exact nll"):
+        likelihood.score(alone(standalone(BASELINES["ar"])), chunks, "bound", 1)
+    with pytest.raises(InputError, match="left to right only"):
+        likelihood.score(alone(standalone(BASELINES["ar"])), chunks, "strided:2", 1)
 
 
 @pytest.mark.parametrize("name", ["zigzag", "strided", "strided:0", "shuffled:-1", "shuffled:\u00b2"])
@@ -53,7 +80,7 @@ def test_unknown_orders(name):
 
 def test_nothing_to_score():
     with pytest.raises(UserError, match="nothing to score"):
-        likelihood.score(standalone(MODELS["paper"]), [], "left-to-right", 1)
+        likelihood.score(alone(standalone(MODELS["paper"])), [], "left-to-right", 1)
 
 
 def test_the_simple_models(tmp_path):
