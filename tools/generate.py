@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--order", choices=("left-to-right", "random"), default="left-to-right", help="of the gaps")
     parser.add_argument("--streams", type=int, default=1, help="tokens generated a step (default 1)")
     parser.add_argument("--draft", type=int, default=0, help="exact parallel decoding: tokens drafted at a time")
+    parser.add_argument("--steps", type=int, default=0, help="of masked diffusion (default: as many as tokens)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token")
     parser.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens (default: all)")
     parser.add_argument("--top-p", type=float, default=1.0, help="only the likeliest tokens of this probability")
@@ -55,7 +56,7 @@ def main() -> None:
     if not encodable(args.infill or args.prompt):
         raise UserError("the prompt is not UTF-8 text: check the encoding of the terminal")
     decoding = inference.Decoding(
-        args.streams, args.draft, args.temperature, args.top_k, args.top_p, args.min_p, args.stop
+        args.streams, args.draft, args.temperature, args.top_k, args.top_p, args.min_p, args.steps, args.stop
     )
     longest = model.config.length
     if args.infill is None:
@@ -89,7 +90,7 @@ def main() -> None:
     print(
         f"\n{made} tokens in {count} forward passes ({made / max(count, 1):.2f} a pass), {seconds:.2f} s, "
         f"{made / max(seconds, 1e-9):.0f} tokens/s "
-        f"({decoding.strategy}, streams {args.streams}, seed {args.seed}, temperature {args.temperature:g})",
+        f"({task.decoding.strategy}, streams {args.streams}, seed {args.seed}, temperature {args.temperature:g})",
         file=sys.stderr,
     )
 

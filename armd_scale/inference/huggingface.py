@@ -62,6 +62,8 @@ class ARMDForCausalLM(PreTrainedModel):
         ``labels`` [B, N]: -100 is not scored. Raises ``InputError``.
         """
         c = self.model.config
+        if c.objective == "mdm":
+            raise InputError("masked diffusion predicts no next token: use model.bound and generate")
         unknown = [name for name, value in more.items() if value and name not in ("return_dict", "use_cache")]
         if unknown:
             raise InputError(f"{unknown[0]} is not offered here: give input_ids, attention_mask and labels")
@@ -94,7 +96,7 @@ class ARMDForCausalLM(PreTrainedModel):
         """``input_ids`` and the tokens generated behind them, filled up with EOS.
 
         Settings: ``max_new_tokens`` or ``max_length`` (default: the model's length), ``do_sample``, ``temperature``,
-        ``top_k``, ``top_p``, ``min_p`` as usual, ``streams`` and ``draft`` as in ``Decoding``. Without a
+        ``top_k``, ``top_p``, ``min_p`` as usual, ``streams``, ``draft`` and ``steps`` as in ``Decoding``. Without a
         ``seed``, PyTorch's own state decides. Raises ``InputError``.
         """
         known = {field.name for field in dataclasses.fields(Decoding)}

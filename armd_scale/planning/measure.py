@@ -289,8 +289,10 @@ class _Watch(Live):
             backward = name.endswith("_backward")
             query, key = args[1 if backward else 0], args[2 if backward else 1]
             batch, heads, rows, width = query.shape
-            # Two products forward, five backward, over the half of the scores that is not masked.
-            flops = (5 if backward else 2) * 2 * batch * heads * rows * key.shape[2] * width / 2
+            place = 7 if backward else 4
+            causal = args[place] if len(args) > place else kwargs.get("is_causal", False)
+            # Two products forward, five backward; of causal attention over the half of the scores that is not masked.
+            flops = (5 if backward else 2) * 2 * batch * heads * rows * key.shape[2] * width / (2 if causal else 1)
         self.counts.flops += flops
         moved = sum(tensor.nbytes for tensor in inputs) + sum(tensor.nbytes for tensor in outputs)
         self.counts.seconds += self.gpu.operation(flops, moved, self._rate(inputs))

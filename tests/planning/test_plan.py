@@ -13,7 +13,7 @@ from armd_scale.model.flops import training_flops_per_token
 from armd_scale.planning import measure
 from armd_scale.planning.hardware import GPUS
 from armd_scale.planning.plan import Planner, alternatives
-from tests.conftest import MODERN, PAPER, run_processes
+from tests.conftest import BASELINES, MODERN, PAPER, run_processes
 from tests.planning import test_memory as memory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +23,7 @@ H100 = GPUS["h100"]
 def on_gpus(model, processes=8, micro_batch=1, global_batch=64, **parallel):
     return RunConfig.model_validate(
         {
+            "objective": model.objective,
             "model": model.model_dump(),
             "orders": {"ar_steps": 1, "permutation_steps": 1, "rho": 8},
             "train": {"steps": 10, "global_batch": global_batch, "micro_batch": micro_batch},
@@ -47,7 +48,11 @@ def test_a_run_of_layers_is_extrapolated(first, last, recompute):
                 assert value == pytest.approx(vars(two)[name], rel=0.05 if name == "peak" else 1e-9), name
 
 
-@pytest.mark.parametrize("model", [PAPER, MODERN], ids=["paper", "modern"])
+@pytest.mark.parametrize(
+    "model",
+    [PAPER, MODERN, PAPER.model_copy(update={"target_mlp": False}), BASELINES["ar"], BASELINES["mdm modern"]],
+    ids=["paper", "modern", "without a target MLP", "ar", "mdm"],
+)
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_dispatched_flops_are_those_of_the_formula(model, tensor):
     """MFU's formula counts what PyTorch is really asked to multiply."""
