@@ -1,8 +1,9 @@
 """Quality against speed: texts of a standalone model under every way of decoding, scored by a judge.
 
-python tools/eval_generation.py MODEL_DIR --judge JUDGE_DIR [--samples 256] [--json OUT.json] [--plot OUT.png]
+python tools/eval_generation.py MODEL [--judge JUDGE] [--samples 256] [--json OUT.json] [--plot OUT.png]
 
-The judge is a model or a run of this project (scored left to right), or a model folder of transformers.
+The judge is a model or a run of this project (scored left to right), or a model folder of transformers; by default the
+best run with objective=ar that lies beside the model's own.
 """
 
 import argparse
@@ -35,7 +36,9 @@ STEPS = ["steps=1024", "steps=256", "steps=64", "steps=16"]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, help="model folder, run folder, or a checkpoint in one")
-    parser.add_argument("--judge", type=Path, required=True, help="folder of the model or run that scores the texts")
+    parser.add_argument(
+        "--judge", type=Path, help="model or run that scores the texts (default: best ar run beside it)"
+    )
     parser.add_argument("--ways", nargs="+", metavar="field=value,...", help="fields of Decoding")
     parser.add_argument("--samples", type=int, default=256, help="texts of each way (default 256)")
     parser.add_argument("--batch", type=int, default=1, help="texts decoded at a time (default 1)")
@@ -58,7 +61,7 @@ def main() -> None:
     from armd_scale.evaluation.models import open_model
 
     model, tokenizer = open_model(args.model, args.device)
-    judge = generation.load_judge(args.judge)
+    judge = generation.load_judge(args.judge or generation.find_judge(args.model))
     length = model.config.length if args.length is None else args.length
     print(
         f"{args.samples} texts of {length} tokens from nothing, {args.batch} at a time; temperature 1 unless named; "

@@ -14,11 +14,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import yaml
 
 from armd_scale.errors import UserError
 from armd_scale.evaluation.likelihood import cut
 from armd_scale.evaluation.models import open_model
 from armd_scale.inference import ARMD, FREE, Decoding, Frontier
+from armd_scale.training import manifest
+from armd_scale.training.telemetry import read_metrics
 
 
 class Judge(Protocol):
@@ -84,6 +87,23 @@ def load_judge(path: Path) -> Judge:
         raise UserError(f"there is no judge in {path}: name a model folder or a run folder")
     foreign = (path / "config.json").is_file() and not (path / "modeling_armd.py").is_file()
     return HuggingFaceJudge(path) if foreign else OwnJudge(path)
+
+
+def find_judge(model: Path) -> Path:
+    """The best left-to-right run beside the run that a model comes from; ``UserError`` when there is none.
+
+    ``model``: a run folder, or a folder inside one.
+    """
+    place = next((place for place in (model, *model.resolve().parents[:2]) if (place / "config.yaml").is_file()), None)
+    scores: dict[Path, float] = {}
+    for settings in place.resolve().parent.glob("*/config.yaml") if place else ():
+        found = [r for r in read_metrics(settings.parent) if "heldout_left_to_right" in r]
+        chosen = yaml.safe_load(settings.read_text(encoding="utf-8")) or {}
+        if found and chosen.get("objective") == "ar" and manifest.complete(settings.parent / "checkpoints"):
+            scores[settings.parent] = found[-1]["heldout_left_to_right_bits_per_byte"]
+    if not scores:
+        raise UserError("there is no judge beside the model: train one with objective=ar, or name one with --judge")
+    return min(scores, key=lambda run: scores[run])
 
 
 @dataclass(frozen=True)

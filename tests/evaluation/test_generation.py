@@ -14,6 +14,7 @@ from armd_scale import inference
 from armd_scale import tokenizer as tokenizers
 from armd_scale.errors import UserError
 from armd_scale.evaluation import generation
+from armd_scale.training import manifest
 from tests.conftest import PAPER, model_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +73,23 @@ def test_judges(model_dir, gpt2_dir):
     assert (nats, count) == (pytest.approx(expected, rel=1e-5), len(text))
     with pytest.raises(UserError, match="there is no judge in"):
         generation.load_judge(model_dir / "nothing")
+
+
+def test_the_judge_beside_a_model(tmp_path):
+    """The best finished left-to-right run in the same folder; another objective or an unfinished run is none."""
+    runs = {"a": ("ar", 2.0, True), "b": ("ar", 1.5, True), "c": ("armd", 1.0, True), "d": ("ar", 1.2, False)}
+    for name, (objective, score, finished) in runs.items():
+        checkpoint = tmp_path / name / "checkpoints" / "step-00000001"
+        checkpoint.mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text(f"objective: {objective}\n")
+        line = {"step": 1, "heldout_left_to_right": score, "heldout_left_to_right_bits_per_byte": score}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        if finished:
+            manifest.write(checkpoint, {"step": 1})
+    for place in ("c", "c/checkpoints/step-00000001", "a"):
+        assert generation.find_judge(tmp_path / place).name == "b"
+    with pytest.raises(UserError, match="no judge beside"):
+        generation.find_judge(tmp_path)
 
 
 class _Fixed:
