@@ -182,9 +182,11 @@ class OrderConfig(Section):
 class DiffusionConfig(Section):
     """Noise of ``mdm``: a token is masked with probability t at time t, and never again (MDLM, arXiv 2406.07524)."""
 
-    loss_form: Literal["time", "any-order"] = "time"
-    """``time``: mask every token with probability t and weigh by 1 / t (MDLM; with t for lambda also RADD's);
-    ``any-order``: mask k tokens for a uniform k and weigh by N / k. Equal in expectation (RADD, arXiv 2406.03736)."""
+    loss_form: Literal["time", "any-order"] = "any-order"
+    """``time``: mask every token with probability t and weigh by 1 / t (MDLM; with t for lambda also RADD's), which has
+    rare steps of a huge loss: use it with ``train.spike_nats=null``; ``any-order``: mask k tokens for a uniform k and
+    weigh by N / k, so that no text's loss exceeds the mean NLL of its masked tokens. Equal in expectation (RADD, arXiv
+    2406.03736) [D]."""
 
 
 class MixtureConfig(Section):

@@ -2,6 +2,7 @@
 
 python tools/bench.py data --text 'books/*.jsonl.zst' [--tokenizer gpt2] [--json bench.json]
 python tools/bench.py decode [--layers 12 --hidden 768] [--batch 1 8 64] [--device cuda --dtype bfloat16]
+python tools/bench.py train [--layers 12 --hidden 768] [--length 1024] [--batch 8] [--device cuda --dtype bfloat16]
 """
 
 import argparse
@@ -49,6 +50,21 @@ def main() -> None:
     decode.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     decode.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     decode.add_argument("--json", type=Path, help="write all figures to this file as well")
+    train = commands.add_parser("train", help="a training step of each objective, beside transformers' GPT-2")
+    train.add_argument("--layers", type=int, default=12)
+    train.add_argument("--hidden", type=int, nargs="+", default=[768], help="width; heads have 64")
+    train.add_argument("--vocab", type=int, default=50_257)
+    train.add_argument("--length", type=int, nargs="+", default=[LENGTH], help="tokens of a text")
+    train.add_argument("--batch", type=int, nargs="+", default=[8], help="texts of a step")
+    train.add_argument("--steps", type=int, default=10, help="steps that are timed, after three that are not")
+    train.add_argument("--norm", default="layernorm", choices=("layernorm", "rmsnorm"))
+    train.add_argument("--mlp", default="gelu", choices=("gelu", "swiglu"))
+    train.add_argument("--recompute", default="none", choices=("none", "selective", "full"))
+    train.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="on a CPU")
+    train.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    train.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    train.add_argument("--plot", type=Path, help="picture of how cost grows along the size that has several values")
+    train.add_argument("--json", type=Path, help="write all figures to this file as well")
     one = commands.add_parser("_one")  # one measurement in a process of its own
     one.add_argument("work")
     one.add_argument("arguments")
@@ -61,6 +77,8 @@ def main() -> None:
             raise UserError(f"{peer} is not installed: pip install -c constraints.txt -e '.[bench]'")
     if args.command == "decode":
         facts = _decode(args)
+    elif args.command == "train":
+        facts = _train(args)
     else:
         facts = _data(args.text, args.vocab, args.tokenizer)
     if args.json:
@@ -205,6 +223,203 @@ def _decode_armd_scale(
     return _timed(run, batch, length, device)
 
 
+KINDS: dict[str, dict[str, Any] | None] = {
+    "AR": {"objective": "ar"},
+    "ARMD": {"objective": "armd"},
+    "ARMD, strided, S = 4": {"objective": "armd", "streams": 4},
+    "MDM": {"objective": "mdm"},
+    "transformers GPT-2": None,
+}
+"""Training steps that are measured; ratios are to AR on this stack."""
+
+
+def _train(args: argparse.Namespace) -> dict[str, Any]:
+    sizes = {"hidden": args.hidden, "length": args.length, "batch": args.batch}
+    varied = [name for name, values in sizes.items() if len(values) > 1]
+    if len(varied) > 1 or (args.plot and not varied):
+        raise UserError("give several values of one of --hidden, --length and --batch; --plot needs them")
+    if any(hidden % 64 for hidden in args.hidden) or min(args.layers, args.steps, *args.length, *args.batch) < 1:
+        raise UserError("--hidden must be a multiple of 64, the other sizes at least 1")
+    versions = {
+        name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed", "megatron-core")
+    }
+    limit = _one("matrix_products", args.threads, device=args.device, dtype=args.dtype)
+    facts: dict[str, Any] = {"versions": versions, "cpu": platform.processor(), "limit": limit, "rows": []}
+    facts |= {name: getattr(args, name) for name in ("layers", "vocab", "device", "dtype", "threads", "norm", "mlp")}
+    print(
+        f"{args.layers} layers, vocabulary {args.vocab:,}; {args.dtype} on {args.device}"
+        + (f", {args.threads} threads" if args.device == "cpu" else f" ({limit['name']})")
+        + f"; a large matrix product here: {limit['flops'] / 1e12:.2f} TFLOP/s; "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+    )
+    for number in range(max(map(len, sizes.values()))):
+        size = {name: values[min(number, len(values) - 1)] for name, values in sizes.items()}
+        columns = f"{'ms a step':>11}{'tokens/s':>12}{'to AR':>8}{'of limit':>10}{'MFU':>8}{'memory':>12}{'plan':>8}"
+        print(f"\nhidden {size['hidden']}, {size['batch']} texts of {size['length']} tokens\n  {'':<22}{columns}")
+        common = {"layers": args.layers, "vocab": args.vocab, "steps": args.steps, **size}
+        common |= {"device": args.device, "dtype": args.dtype}
+        own = {"norm": args.norm, "mlp": args.mlp, "recompute": args.recompute}
+        left_to_right = 0.0
+        for name, kind in KINDS.items():
+            if kind is None:
+                row = _one("train_transformers", args.threads, **common)
+            else:
+                row = _one("train_armd_scale", args.threads, **common, **own, **kind)
+            left_to_right = left_to_right or row["seconds"]  # AR comes first
+            row |= {"kind": name, **size, "ratio": row["seconds"] / left_to_right}
+            facts["rows"].append(row)
+            share = row["flops"] / row["seconds"]
+            mfu = f"{share / limit['peak']:>8.1%}" if limit["peak"] else f"{'':>8}"
+            plan = f"{row['planned'] / row['memory']:>8.2f}" if row["planned"] else ""
+            print(
+                f"  {name:<22}{1e3 * row['seconds']:>11.1f}{size['batch'] * size['length'] / row['seconds']:>12,.0f}"
+                f"{row['ratio']:>8.2f}{share / limit['flops']:>10.1%}{mfu}{row['memory'] / 1e9:>9.2f} GB{plan}",
+                flush=True,
+            )
+    if args.plot:
+        _plot_training(facts["rows"], varied[0], args.plot)
+    return facts
+
+
+def _matrix_products(device: str, dtype: str, threads: int) -> dict[str, Any]:
+    """The rate of large matrix products, the limit of a training step; the data sheet's peak where it is known."""
+    import torch
+
+    from armd_scale.model.flops import peak_flops
+
+    torch.set_num_threads(threads)
+    size = 2048 if device == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    times = _step_times(lambda: a @ b, 10, device)
+    name = "" if device == "cpu" else torch.cuda.get_device_name(device)
+    return {"flops": 2 * size**3 / min(times), "name": name, "peak": peak_flops(name) if name else None}
+
+
+def _step_times(step: Callable[[], Any], count: int, device: str) -> list[float]:
+    """Seconds of ``count`` steps, after three that warm up."""
+    import torch
+
+    times = []
+    for _ in range(3 + count):
+        started = time.perf_counter()
+        step()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return times[3:]
+
+
+def _train_armd_scale(
+    objective: str, layers: int, hidden: int, vocab: int, length: int, batch: int, steps: int, device: str, dtype: str,
+    threads: int, norm: str, mlp: str, recompute: str, streams: int = 1,
+) -> dict[str, Any]:  # fmt: skip
+    """Whole steps of the training loop's engine: forward, backward, ZeRO-1 update with moving average."""
+    import numpy as np
+    import torch
+
+    from armd_scale.config import RunConfig
+    from armd_scale.model.flops import training_flops_per_token
+    from armd_scale.parallel import groups
+    from armd_scale.parallel.engine import Engine
+    from armd_scale.training import objectives
+
+    torch.set_num_threads(threads)
+    cuda = device != "cpu"
+    model = {"layers": layers, "hidden": hidden, "heads": hidden // 64, "length": length, "norm": norm, "mlp": mlp}
+    config = RunConfig.model_validate(
+        {
+            "objective": objective,
+            "model": {**model, "vocab_size": vocab, "bos_id": 0},
+            "orders": {
+                "ar_steps": 0, "permutation_steps": 0, "rho": min(32, length), "strided_steps": 1000 * (streams > 1),
+                "streams": [streams],
+            },
+            "train": {"steps": 1000, "global_batch": batch, "micro_batch": batch, "dtype": dtype},
+            "parallel": {"recompute": recompute},
+            "cluster": {"gpus_per_node": int(cuda)},
+        }
+    )  # fmt: skip
+    place = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(place)
+        torch.set_float32_matmul_precision("high" if dtype == "bfloat16" else "highest")
+    with tempfile.TemporaryDirectory() as folder:
+        groups.start(config.parallel, rank=0, processes=1, rendezvous=f"{folder}/store", device=place)
+        engine = Engine(config, place)
+        tokens = np.random.default_rng(0).integers(0, vocab, (batch, length))
+        first = 1000 if streams > 1 else 0
+        rows = objectives.training_rows(config, tokens, first, range(batch))
+        times = _step_times(lambda: engine.train_step([rows], 1e-4), steps, device)
+        groups.stop()
+    memory, planned = _memory(), 0.0
+    if cuda:
+        from armd_scale.planning.hardware import find
+        from armd_scale.planning.plan import Planner
+
+        memory = torch.cuda.max_memory_allocated()
+        planned = Planner(find("h200" if "H200" in torch.cuda.get_device_name() else "h100")).plan(config).peak.total
+    flops = training_flops_per_token(config.model) * batch * length
+    return {"seconds": sorted(times)[len(times) // 2], "flops": flops, "memory": memory, "planned": planned}
+
+
+def _train_transformers(
+    layers: int, hidden: int, vocab: int, length: int, batch: int, steps: int, device: str, dtype: str, threads: int
+) -> dict[str, Any]:
+    """GPT-2 as its users train it: float32 weights, bfloat16 by autocast, PyTorch's AdamW."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.set_num_threads(threads)
+    config = GPT2Config(
+        n_layer=layers, n_embd=hidden, n_head=hidden // 64, vocab_size=vocab, n_positions=length,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device != "cpu")
+    tokens = torch.randint(vocab, (batch, length), device=device)
+
+    def step() -> None:
+        with torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    times = _step_times(step, steps, device)
+    memory = _memory() if device == "cpu" else torch.cuda.max_memory_allocated()
+    macs = layers * (12 * hidden**2 + length * hidden) + vocab * hidden
+    return {
+        "seconds": sorted(times)[len(times) // 2], "flops": 6 * macs * batch * length, "memory": memory, "planned": 0.0,
+    }  # fmt: skip
+
+
+def _plot_training(rows: list[dict[str, Any]], along: str, path: Path) -> None:
+    """Time and memory of a token along one size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 3, figsize=(13, 4), dpi=120)
+    for kind in KINDS:
+        group = [row for row in rows if row["kind"] == kind]
+        places = [row[along] for row in group]
+        micro = [1e6 * row["seconds"] / row["batch"] / row["length"] for row in group]
+        drawn = micro, [row["ratio"] for row in group], [row["memory"] / 1e9 for row in group]
+        for axes, values in zip(panels, drawn, strict=True):
+            axes.plot(places, values, "o-", ms=4, lw=1.2, label=kind)
+    for axes, title in zip(panels, ("microseconds a token", "times AR's step", "memory, GB"), strict=True):
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel({"hidden": "width", "length": "tokens of a text", "batch": "texts of a step"}[along])
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.2)
+    panels[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
 def _timed(run: Callable[[int], int], batch: int, length: int, device: str) -> dict[str, float]:
     """Figures of one run over whole texts, after a short one that warms up."""
     import resource
@@ -233,7 +448,7 @@ def _one(work: str, threads: int = 1, **arguments: Any) -> Any:
     cores = sorted(os.sched_getaffinity(0))[:threads]
     environment = {**os.environ, "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": str(threads)}
     environment["TOKENIZERS_PARALLELISM"] = "false"
-    if work.startswith("decode"):
+    if work.startswith(("decode", "train", "matrix")):
         arguments["threads"] = threads
     done = subprocess.run(
         [sys.executable, __file__, "_one", work, json.dumps(arguments)],
@@ -403,6 +618,9 @@ _WORK: dict[str, Callable[..., Any]] = {
     "start_up": _start_up,
     "decode_transformers": _decode_transformers,
     "decode_armd_scale": _decode_armd_scale,
+    "matrix_products": _matrix_products,
+    "train_armd_scale": _train_armd_scale,
+    "train_transformers": _train_transformers,
 }
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ class Variant(Section):
     """Seeds; null: those of the study."""
     question: str = ""
     """The decision that it is an ablation of; variants of one question stand together on the page."""
+    beside: str = "armd"
+    """The variant that an ablation is compared with."""
 
 
 class Study(Section):
@@ -97,7 +99,8 @@ def load(path: Path) -> Study:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    missing = [name for name in (*OBJECTIVES, "judge") if name not in study.variants]
+    wanted = (*OBJECTIVES, "judge", *(variant.beside for variant in study.variants.values()))
+    missing = [name for name in wanted if name not in study.variants]
     if missing:
         raise UserError(f"{path}: a study needs the variant '{missing[0]}'")
     names = [run.name for run in runs(study)]

@@ -240,26 +240,35 @@ def _questions(f: Figures) -> dict[str, list[str]]:
 
 
 def _ablations(f: Figures) -> str:
-    orders = [order for order in _heldout(f, "armd") if order in _some_ablation(f)]
+    """Tables of differences to the study's own model, a table for each question."""
     parts = ["\n## What each decision does\n"]
     parts.append(
-        "Change in nats per token beside the ARMD of the study at equal steps, the same seeds (negative is better), "
-        "and the cost of a token in FLOPs.\n"
+        "Change in nats per token at equal steps beside the variant in the head of the table, the same seeds (negative "
+        "is better), and the cost of a token in FLOPs.\n"
     )
     for question, names in _questions(f).items():
-        parts.append(f"### {question}\n\n| variant | {' | '.join(orders)} | FLOPs |\n|---|{'---|' * len(orders)}---|")
+        base = _base(f, names[0])
+        orders = _orders(f, names[0])
+        head = f"| beside {_WORDS.get(base, base)} | {' | '.join(orders)} | FLOPs |\n|---|{'---|' * len(orders)}---|"
+        parts.append(f"### {question}\n\n{head}")
         for name in names:
-            cells = " | ".join(f.difference(name, "armd", order).text(4, "+") for order in orders)
-            share = f.first(name)["flops_per_token"] / f.first("armd")["flops_per_token"]
+            cells = " | ".join(f.difference(name, base, order).text(4, "+") for order in orders)
+            share = f.first(name)["flops_per_token"] / f.first(base)["flops_per_token"]
             parts.append(f"| {name} | {cells} | {share:.2f} |")
         parts.append("")
     parts.append("![ablations](ablations.png)\n")
     return "\n".join(parts) if len(parts) > 3 else ""
 
 
-def _some_ablation(f: Figures) -> dict[str, Any]:
-    names = [name for group in _questions(f).values() for name in group]
-    return _heldout(f, names[0]) if names else {}
+def _base(f: Figures, name: str) -> str:
+    """The variant that an ablation is compared with."""
+    return str(f.results["study"]["variants"][name]["beside"])
+
+
+def _orders(f: Figures, name: str) -> list[str]:
+    """Orders in which an ablation and its base are both scored."""
+    scored = _heldout(f, name)
+    return [order for order in _heldout(f, _base(f, name)) if order in scored]
 
 
 def _suite(f: Figures) -> str:
@@ -366,12 +375,11 @@ def _plot_quality(f: Figures, path: Path) -> None:
 
 
 def _plot_ablations(f: Figures, path: Path) -> None:
-    names = [name for group in _questions(f).values() for name in group]
+    names = [name for group in _questions(f).values() for name in group if _base(f, name) == "armd"]
     if not names:
         return
     pyplot = _pyplot()
-    orders = list(_some_ablation(f))
-    orders = [order for order in _heldout(f, "armd") if order in orders]
+    orders = _orders(f, names[0])
     figure, panels = pyplot.subplots(
         1, len(orders), figsize=(4 * len(orders), 0.32 * len(names) + 1.2), dpi=120, sharey=True
     )

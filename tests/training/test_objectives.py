@@ -85,8 +85,8 @@ def test_rows_of_each_objective():
     assert ar.context_tokens[:, 1:].tolist() == tokens[:, :-1].tolist()
     assert ar.visible is None
     assert ar.weights is None
-    form = {"diffusion": {"loss_form": "any-order"}}
-    for run in (config("mdm"), config("mdm", **form)):
+    timed = config("mdm", diffusion={"loss_form": "time"})
+    for run in (config("mdm"), timed):
         mdm = objectives.training_rows(run, tokens, 5, slots)
         masked = mdm.context_tokens == 50
         assert mdm.target_tokens.tolist() == tokens.tolist()
@@ -95,7 +95,7 @@ def test_rows_of_each_objective():
         alone = objectives.training_rows(run, tokens[1:2], 5, slots[1:2])
         assert alone.context_tokens.tolist() == mdm.context_tokens[1:2].tolist(), "a rank could not make its part"
     times = objectives.times(8, 0, 5)
-    weights = objectives.training_rows(config("mdm"), tokens, 5, slots).weights.amax(1)
+    weights = objectives.training_rows(timed, tokens, 5, slots).weights.amax(1)
     assert weights.tolist() == pytest.approx([1 / times[slot] for slot in slots])
 
 
