@@ -131,8 +131,8 @@ class ModelConfig(Section):
 
     @property
     def streams(self) -> int:
-        """Largest number of streams in a layer."""
-        return 2 if self.two_stream > 1 else 1
+        """Largest number of streams."""
+        return 2 if self.two_stream else 1
 
     @property
     def symbols(self) -> int:

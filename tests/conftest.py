@@ -7,6 +7,9 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import dataclasses
 import pickle
+import runpy
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -27,8 +30,10 @@ from armd_scale.inference import ARMDConfig, folder
 from armd_scale.orders import Layout
 from armd_scale.tokenizer import Tokenizer
 
+ROOT = Path(__file__).resolve().parents[1]
+
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True)
 hypothesis.settings.load_profile("ci")
 
 PAPER = ModelConfig(
@@ -160,6 +165,42 @@ def run_processes(count: int, work: Callable[..., Any], *args: Any) -> list[Any]
         torch.multiprocessing.start_processes(_call, (count, folder, work, args), nprocs=count, start_method="fork")
         results = [pickle.loads((Path(folder) / f"{rank}").read_bytes()) for rank in range(count)]
     return results
+
+
+def run_tool(*words: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command of ``tools/`` in a forked process: as from a shell, without the seconds of its imports."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            _be_a_tool(list(map(str, words)), environment, out.fileno(), err.fileno())
+        _, status = os.waitpid(pid, 0)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read())
+    return subprocess.CompletedProcess(list(words), os.waitstatus_to_exitcode(status), *texts)
+
+
+def _be_a_tool(words: list[str], environment: dict[str, str], out: int, err: int) -> None:
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    sys.stdout, sys.stderr = (open(fd, "w", buffering=1, encoding="utf-8", closefd=False) for fd in (1, 2))  # noqa: SIM115
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = words
+    code: Any = 1
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+        code = 0
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
 
 
 def _call(rank: int, count: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...]) -> None:

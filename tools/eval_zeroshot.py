@@ -52,15 +52,15 @@ def main() -> None:
 
     from armd_scale.evaluation import accuracy, likelihood, suites
     from armd_scale.evaluation.models import alone as in_process
-    from armd_scale.evaluation.models import open_model, workers
+    from armd_scale.evaluation.models import open_model, resolve, workers
     from armd_scale.files import write_atomically
 
     for order in args.order or []:
         likelihood.parse_order(order)
     if args.suite and not args.data:
         raise UserError("--suite needs --data: the folder with its texts, or hub")
-    if args.repeats < 1 or (args.processes is not None and args.processes < 1):
-        raise UserError("--repeats and --processes must be at least 1")
+    if args.repeats < 2 or (args.processes is not None and args.processes < 1):
+        raise UserError("--repeats must be at least 2 (the error comes from their spread), --processes at least 1")
     alone = args.json == "-"
     if args.json and not alone:
         write_atomically(Path(args.json), "{}\n")  # find out before the work that it can be written
@@ -69,7 +69,8 @@ def main() -> None:
     def say(line: str = "") -> None:
         print(line, file=screen, flush=True)
 
-    model, tokenizer = open_model(args.model, args.device)
+    place = resolve(args.model)  # a run that goes on would have another newest checkpoint later
+    model, tokenizer = open_model(place, args.device)
     length = model.config.length if args.length is None else args.length
     if not 2 <= length <= model.config.length:
         raise UserError(f"--length {length} does not fit this model: 2 to {model.config.length}")
@@ -78,20 +79,24 @@ def main() -> None:
     )
     orders = args.order or (likelihood.default_orders(model) if args.suite else likelihood.default_orders(model)[:1])
     say(
-        f"model {args.model} ({model.config.objective}); tokenizer {tokenizer.path.name} ({tokenizer.vocab_size} "
+        f"model {place} ({model.config.objective}); tokenizer {tokenizer.path.name} ({tokenizer.vocab_size} "
         f"entries)\nprotocol: {protocol}; {args.repeats} draws where something is drawn"
     )
     cuda = args.device.startswith("cuda")
-    processes = args.processes or (max(1, torch.cuda.device_count()) if cuda else len(os.sched_getaffinity(0)))
+    devices = max(1, torch.cuda.device_count()) if args.device == "cuda" else 1
+    processes = args.processes or (devices if cuda else len(os.sched_getaffinity(0)))
     results: list[dict[str, Any]] = []
+    accuracies: dict[str, dict[str, float]] = {}
     sources = _suite(args, protocol, say) if args.suite else _texts(args)
     cut = [suites.chunks(documents, tokenizer, length, protocol) for *_, documents, _ in sources]
     processes = min(processes, max(len(likelihood.units(chunks)) for chunks in cut))
     if not cuda:
         torch.set_num_threads(1)  # as the processes have: see models.workers
     with contextlib.ExitStack() as stack:
-        several = processes > 1
-        each = stack.enter_context(workers(args.model, args.device, processes)) if several else in_process(model)
+        each = in_process(model)
+        if processes > 1:
+            del model, each
+            each = stack.enter_context(workers(place, args.device, processes))
         for (name, where, digest, documents, size), chunks in zip(sources, cut, strict=True):
             count = sum(map(len, chunks))
             say(f"\n{name}  {where}  SHA-256 {digest or 'unknown'}")
@@ -107,10 +112,11 @@ def main() -> None:
             if name == "LAMBADA":
                 words = accuracy.last_words(each, tokenizer, documents, length)
                 say(f"last word: {words.value:.2%} ± {words.se:.2%} of {words.passages:,}")
-                results[-1] |= {"last_word_accuracy": words.value, "last_word_accuracy_se": words.se}
+                accuracies[name] = {"last_word": words.value, "se": words.se, "passages": words.passages}
     if args.suite:
         say("\n" + table(results, suites.PUBLISHED))
-    figures = json.dumps({"model": str(args.model), "protocol": vars(protocol), "results": results}, indent=1)
+    facts = {"model": str(place), "protocol": vars(protocol), "results": results, "accuracy": accuracies}
+    figures = json.dumps(facts, indent=1)
     if alone:
         print(figures)
     elif args.json:

@@ -68,8 +68,13 @@ def _run(study: Any, args: argparse.Namespace) -> None:
             raise UserError(f"{args.data} must hold files train* and heldout*")
         shared["data"] |= {"text": found["train"], "heldout_text": found["heldout"]}
     (out / "run.yaml").write_text(yaml.safe_dump(shared, sort_keys=False), encoding="utf-8")
+    if args.suite and not args.suite.is_dir():
+        raise UserError(f"there is no folder {args.suite}: name the one with the zero-shot texts, or leave out --suite")
     every = studies.runs(study)
     made = {run: study.config(run, out, args.overrides) for run in every}  # a wrong override ends the study here
+    equal = study.equal_steps(made)
+    for config in made.values():
+        _check_begun(config)
     command = f"python tools/fidelity.py {' '.join(sys.argv[1:])}"
     _launch(study, every[0], out, args.overrides, "tokenise")
     # The long ones first: they would be alone at the end.
@@ -79,21 +84,27 @@ def _run(study: Any, args: argparse.Namespace) -> None:
     print(f"{study.name}: {len(every)} runs, {len(waiting)} to train, {study.slots} at a time", flush=True)
     with concurrent.futures.ThreadPoolExecutor(study.slots) as pool:
         jobs = {pool.submit(_launch, study, run, out, args.overrides, "train"): run for run in waiting}
-        for number, job in enumerate(concurrent.futures.as_completed(jobs), start=1):
-            job.result()
-            print(f"  {number}/{len(jobs)} {jobs[job].name}, {(time.time() - started) / 60:.0f} min", flush=True)
+        try:
+            for number, job in enumerate(concurrent.futures.as_completed(jobs), start=1):
+                job.result()
+                print(f"  {number}/{len(jobs)} {jobs[job].name}, {(time.time() - started) / 60:.0f} min", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # those that run end by themselves
+            raise
     judge = next(made[run].directory for run in every if run.variant == "judge")
     results: dict[str, Any] = {
         "name": study.name,
         "command": command,
         "commit": _commit(),
+        "equal_steps": equal,
         "environment": _environment(),
         "study": study.model_dump(),
         "runs": {},
     }
     with concurrent.futures.ProcessPoolExecutor(study.slots, multiprocessing.get_context("spawn")) as workers:
         asked = {
-            run: workers.submit(studies.measure, study, run, made[run].directory, judge, args.suite) for run in every
+            run: workers.submit(studies.measure, study, run, made[run].directory, equal, judge, args.suite)
+            for run in every
         }
         for run, answer in asked.items():
             results["runs"].setdefault(run.variant, {})[str(run.seed)] = answer.result()
@@ -103,6 +114,22 @@ def _run(study: Any, args: argparse.Namespace) -> None:
     studies.write_results(page / "results.json", results)
     study_page.write(page, json.loads((page / "results.json").read_text(encoding="utf-8")))
     print(f"{page / 'README.md'}: {results['minutes']:.0f} minutes in this session")
+
+
+def _check_begun(config: Any) -> None:
+    """``UserError`` when the folder of a run holds one with other settings."""
+    from armd_scale import config as configs
+
+    path = config.directory / "config.yaml"
+    if not path.is_file():
+        return
+    free = {"name", "run_dir", "cluster", "report"}
+    before, now = (one.model_dump(exclude=free) for one in (configs.load(path), config))
+    changed = [name for name in now if before[name] != now[name]]
+    if changed:
+        raise UserError(
+            f"{config.directory} was trained with another '{changed[0]}': remove it, or choose another --out"
+        )
 
 
 def _launch(study: Any, run: Any, out: Path, overrides: list[str], stage: str) -> None:

@@ -55,7 +55,7 @@ def _task(tokenizer: Tokenizer, passage: str, length: int) -> tuple[list[int], l
     shared = next((n for n, pair in enumerate(zip(whole, before, strict=False)) if pair[0] != pair[1]), len(before))
     shared = min(shared, len(whole) - 1)
     word_tokens = whole[shared:][:length]
-    return whole[:shared][len(word_tokens) - length :] if len(whole) > length else whole[:shared], word_tokens
+    return whole[:shared][max(0, shared + len(word_tokens) - length) :], word_tokens
 
 
 def right(model: ARMD, tasks: Sequence[tuple[list[int], list[int]]]) -> int:

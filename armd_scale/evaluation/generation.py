@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from armd_scale.errors import UserError
-from armd_scale.evaluation.likelihood import cut
+from armd_scale.evaluation.likelihood import cut, units
 from armd_scale.evaluation.models import open_model
 from armd_scale.inference import ARMD, FREE, Decoding, Frontier
 from armd_scale.training import manifest
@@ -29,31 +29,37 @@ class Judge(Protocol):
 
     name: str
 
-    def nll(self, text: str) -> tuple[float, int]:
-        """-log p of a text in nats, and the number of the judge's tokens."""
+    def nll(self, texts: Sequence[str]) -> list[tuple[float, int]]:
+        """-log p of each text in nats, and the number of the judge's tokens."""
         ...
 
 
 class OwnJudge:
     """A model of this project, left to right, which is exact: ``armd`` or, as a rule, ``ar``."""
 
-    def __init__(self, path: Path) -> None:
-        self._model, self._tokenizer = open_model(path)
+    def __init__(self, path: Path, device: str = "cpu") -> None:
+        self._model, self._tokenizer = open_model(path, device)
         objective = self._model.config.objective
         if objective == "mdm":
             raise UserError(f"{path} is a masked diffusion model, which has no exact likelihood: name another judge")
         self.name = f"{path.name} ({objective.upper()}, left to right)"
 
-    def nll(self, text: str) -> tuple[float, int]:
-        chunks = cut(self._tokenizer.encode(text), self._model.config.length)
-        total = sum(float(self._model.nll(torch.from_numpy(chunk)[None]).double().sum()) for chunk in chunks)
-        return total, sum(map(len, chunks))
+    def nll(self, texts: Sequence[str]) -> list[tuple[float, int]]:
+        parts = [cut(tokens, self._model.config.length) for tokens in self._tokenizer.encode_batch(list(texts))]
+        # Chunks of one length go side by side.
+        ranked = sorted(((row, part) for row, one in enumerate(parts) for part in one), key=lambda pair: len(pair[1]))
+        totals = [0.0] * len(texts)
+        for unit in units([part for _, part in ranked]):
+            nll = self._model.nll(torch.from_numpy(unit.tokens)).double().sum(1).tolist()
+            for (row, _), value in zip(ranked[unit.first :], nll, strict=False):
+                totals[row] += value
+        return [(total, sum(map(len, one))) for total, one in zip(totals, parts, strict=True)]
 
 
 class HuggingFaceJudge:
     """A causal language model of transformers, such as GPT-2, from a local folder; BOS before each text."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError as error:
@@ -61,7 +67,7 @@ class HuggingFaceJudge:
         self.name = folder.name
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder))
-            self._model = AutoModelForCausalLM.from_pretrained(str(folder)).eval()
+            self._model = AutoModelForCausalLM.from_pretrained(str(folder)).eval().to(device)
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} is no causal language model: {error}") from error
         ends = [self._tokenizer.bos_token_id, self._tokenizer.eos_token_id]
@@ -71,22 +77,25 @@ class HuggingFaceJudge:
         self._longest = getattr(self._model.config, "max_position_embeddings", 2048) - 1
 
     @torch.no_grad()
-    def nll(self, text: str) -> tuple[float, int]:
+    def nll(self, texts: Sequence[str]) -> list[tuple[float, int]]:
+        return [self._one(text) for text in texts]
+
+    def _one(self, text: str) -> tuple[float, int]:
         tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         total = 0.0
         for chunk in cut(tokens, self._longest):
-            ids = torch.tensor([[self._bos, *chunk.tolist()]])
+            ids = torch.tensor([[self._bos, *chunk.tolist()]], device=self._model.device)
             scores = self._model(ids).logits[0, :-1].double().log_softmax(-1)
             total -= float(scores.gather(1, ids[0, 1:, None]).sum())
         return total, len(tokens)
 
 
-def load_judge(path: Path) -> Judge:
+def load_judge(path: Path, device: str = "cpu") -> Judge:
     """The judge in a folder: a model or a run of this project, or a model of transformers. Raises ``UserError``."""
     if not any((path / name).is_file() for name in ("config.json", "config.yaml")):
         raise UserError(f"there is no judge in {path}: name a model folder or a run folder")
     foreign = (path / "config.json").is_file() and not (path / "modeling_armd.py").is_file()
-    return HuggingFaceJudge(path) if foreign else OwnJudge(path)
+    return HuggingFaceJudge(path, device) if foreign else OwnJudge(path, device)
 
 
 def find_judge(model: Path) -> Path:
@@ -96,10 +105,12 @@ def find_judge(model: Path) -> Path:
     """
     place = next((place for place in (model, *model.resolve().parents[:2]) if (place / "config.yaml").is_file()), None)
     scores: dict[Path, float] = {}
-    for settings in place.resolve().parent.glob("*/config.yaml") if place else ():
+    own = place.resolve() if place else None
+    for settings in own.parent.glob("*/config.yaml") if own else ():
         found = [r for r in read_metrics(settings.parent) if "heldout_left_to_right" in r]
         chosen = yaml.safe_load(settings.read_text(encoding="utf-8")) or {}
-        if found and chosen.get("objective") == "ar" and manifest.complete(settings.parent / "checkpoints"):
+        other = settings.parent != own
+        if found and other and chosen.get("objective") == "ar" and manifest.complete(settings.parent / "checkpoints"):
             scores[settings.parent] = found[-1]["heldout_left_to_right_bits_per_byte"]
     if not scores:
         raise UserError("there is no judge beside the model: train one with objective=ar, or name one with --judge")
@@ -161,7 +172,7 @@ class Quality:
 
 def quality(texts: Sequence[str], tokens: Sequence[Sequence[int]], judge: Judge) -> Quality:
     """Score texts, given also as tokens of the model that made them. Raises ``UserError`` on an empty set."""
-    scored = [judge.nll(text) for text in texts if text]
+    scored = judge.nll([text for text in texts if text])
     count = sum(number for _, number in scored)
     if not count:
         raise UserError("there is no text to judge")

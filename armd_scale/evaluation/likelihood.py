@@ -111,6 +111,8 @@ def score_unit(model: ARMD, unit: Unit, order: str, repeats: int) -> Totals:
     """Score a unit; kinds of order that draw nothing have one draw."""
     tokens, numbers = torch.from_numpy(unit.tokens), range(unit.first, unit.first + len(unit.tokens))
     kind = parse_order(order)[0]
+    if kind in ("bound", "shuffled") and repeats < 2:
+        raise UserError(f"{order} needs at least 2 repeats: its error comes from their spread")
     if kind == "bound":
         draws = [[number * repeats + draw for number in numbers] for draw in range(repeats)]
         return [model.bound(tokens, _NOISE, seeds).tolist() for seeds in draws]

@@ -3,8 +3,11 @@ or in several.
 """
 
 import contextlib
+import itertools
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,7 +17,17 @@ from armd_scale import inference
 from armd_scale import tokenizer as tokenizers
 from armd_scale.errors import UserError
 from armd_scale.inference import ARMD
+from armd_scale.inference.model import check_device
 from armd_scale.tokenizer import Tokenizer
+
+
+def resolve(path: Path) -> Path:
+    """A model folder or a checkpoint as it is; of a run folder the newest checkpoint. Raises ``UserError``."""
+    if (path / "config.json").is_file() or not (path / "config.yaml").is_file():
+        return path
+    from armd_scale.training import export
+
+    return export.newest_checkpoint(export.load_run(path))
 
 
 def open_model(path: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[ARMD, Tokenizer]:
@@ -27,15 +40,14 @@ def open_model(path: Path, device: str = "cpu", dtype: torch.dtype | None = None
         return model, tokenizers.load(path, model.config.vocab_size)
     from armd_scale.training import export, manifest
 
-    run = next((place for place in (path, *path.resolve().parents[:2]) if (place / "config.yaml").is_file()), None)
+    place = check_device(device)
+    source = resolve(path)
+    run = next((folder for folder in source.resolve().parents[:2] if (folder / "config.yaml").is_file()), None)
     if run is None:
         raise UserError(f"{path} holds no model: name a model folder, a run folder or one of its checkpoints")
-    config = export.load_run(run)
-    source = export.newest_checkpoint(config) if run == path else path
-    if run != path:
-        manifest.verify(source)
-    model, tokenizer = export.in_memory(config, source)
-    return model.to(device, dtype), tokenizer
+    manifest.verify(source)
+    model, tokenizer = export.in_memory(export.load_run(run), source)
+    return model.to(place, dtype), tokenizer
 
 
 Mapper: TypeAlias = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
@@ -56,8 +68,15 @@ def workers(path: Path, device: str, processes: int) -> Iterator[Mapper]:
     """
     context = multiprocessing.get_context("spawn")
     numbers = context.Value("i", 0)
-    with context.Pool(processes, _start, (path, device, numbers)) as pool:
-        yield lambda function, jobs: pool.starmap(_work, [(function, job) for job in jobs], chunksize=1)
+    with ProcessPoolExecutor(processes, context, _start, (path, device, numbers)) as pool:
+        try:
+            yield lambda function, jobs: list(pool.map(_work, itertools.repeat(function), jobs))
+        except BrokenProcessPool as error:
+            why = "too little memory for so many copies of the model, most likely: lower --processes"
+            raise UserError(f"one of {processes} processes ended ({why})") from error
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 _MODEL: list[ARMD] = []

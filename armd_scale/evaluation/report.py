@@ -19,7 +19,7 @@ from armd_scale.config import RunConfig
 from armd_scale.evaluation import likelihood
 from armd_scale.evaluation.models import alone
 from armd_scale.files import write_atomically
-from armd_scale.model.flops import FORMULA, training_flops_per_token
+from armd_scale.model.flops import FORMULAS, training_flops_per_token
 from armd_scale.tokenizer import Tokenizer
 from armd_scale.training import objectives
 from armd_scale.training.telemetry import environment, read_metrics
@@ -54,7 +54,7 @@ def write(config: RunConfig, export: Path) -> dict[str, Any]:
         "steps": steps[-1]["step"] if steps else 0,
         "tokens": steps[-1]["tokens"] if steps else 0,
         "training_flops_per_token": training_flops_per_token(config.model),
-        "training_flops_formula": FORMULA,
+        "training_flops_formula": FORMULAS[config.objective],
         "tokens_per_second": float(np.median([record["tokens_per_second"] for record in steps])) if steps else None,
         "heldout_tokens": len(tokens),
         "heldout_bytes": round(size),

@@ -19,6 +19,7 @@ from armd_scale.config import Count, Objective, Positive, RunConfig, Section
 from armd_scale.errors import UserError
 from armd_scale.evaluation import generation, likelihood, suites
 from armd_scale.evaluation.models import alone, open_model
+from armd_scale.files import write_atomically
 from armd_scale.inference import ARMD, Decoding
 from armd_scale.model.flops import training_flops_per_token
 from armd_scale.tokenizer import Tokenizer
@@ -67,6 +68,10 @@ class Study(Section):
     suite_chunks: Positive | None = 256
     """Chunks of every text of the zero-shot suite; null: all."""
 
+    def equal_steps(self, configs: "dict[Run, RunConfig]") -> int:
+        """The steps at which variants are compared: the base training of ``armd``."""
+        return next(config.train.steps for run, config in configs.items() if run.variant == "armd")
+
     def config(self, run: "Run", directory: Path, overrides: list[str]) -> RunConfig:
         """The configuration of a run in the study's folder; ``UserError`` on anything wrong."""
         return configs.load(directory / "run.yaml", [*overrides, *self.overrides(run, directory)])
@@ -103,6 +108,12 @@ def load(path: Path) -> Study:
     missing = [name for name in wanted if name not in study.variants]
     if missing:
         raise UserError(f"{path}: a study needs the variant '{missing[0]}'")
+    if 1 not in study.streams:
+        raise UserError(f"{path}: streams must hold 1, beside which the others are set")
+    for name, variant in study.variants.items():
+        left = set(variant.seeds or study.seeds) - set(study.variants[variant.beside].seeds or study.seeds)
+        if left and name != "judge":
+            raise UserError(f"{path}: '{name}' has the seed {min(left)}, which '{variant.beside}' has not")
     names = [run.name for run in runs(study)]
     if len(set(names)) < len(names):
         raise UserError(f"{path}: two runs would share the folder {next(n for n in names if names.count(n) > 1)}")
@@ -114,10 +125,11 @@ def runs(study: Study) -> list[Run]:
     return [Run(name, seed) for name, one in study.variants.items() for seed in one.seeds or study.seeds]
 
 
-def measure(study: Study, run: Run, folder: Path, judge: Path, suite: Path | None) -> dict[str, Any]:
+def measure(study: Study, run: Run, folder: Path, equal: int, judge: Path, suite: Path | None) -> dict[str, Any]:
     """Everything that is asked of the trained run in ``folder``.
 
-    ``judge``: the folder of another run; ``suite``: that of the zero-shot texts.
+    ``equal``: the steps at which variants are compared; ``judge``: the folder of another run; ``suite``: that of the
+    zero-shot texts. Raises ``UserError``.
     """
     config = load_run(folder)
     torch.set_num_threads(1 if study.slots > 1 else torch.get_num_threads())
@@ -135,7 +147,6 @@ def measure(study: Study, run: Run, folder: Path, judge: Path, suite: Path | Non
         "curve": [[record["step"], record[known_by]] for record in records if known_by in record],
         "checkpoints": {},
     }
-    equal = int(study.run["train"]["steps"])
     for step in _steps(run, config, equal):
         place = config.directory / "checkpoints" / f"step-{step:08d}"
         model, tokenizer = open_model(place, device)
@@ -154,7 +165,11 @@ def _steps(run: Run, config: RunConfig, equal: int) -> list[int]:
     kept = range(equal, config.total_steps + 1, config.train.keep_every or config.total_steps)
     between = kept if run.variant == "armd" else ()
     found = sorted({min(equal, config.total_steps), *between, config.total_steps})
-    return [step for step in found if (config.directory / "checkpoints" / f"step-{step:08d}").is_dir()]
+    places = {step: config.directory / "checkpoints" / f"step-{step:08d}" for step in found}
+    missing = [str(place) for place in places.values() if not place.is_dir()]
+    if missing:
+        raise UserError(f"{missing[0]} is not there: train.checkpoint_every and keep_every must keep it")
+    return found
 
 
 def _heldout(study: Study, run: Run, config: RunConfig, model: ARMD) -> dict[str, Any]:
@@ -173,7 +188,7 @@ def _heldout(study: Study, run: Run, config: RunConfig, model: ARMD) -> dict[str
 
 def _texts(study: Study, model: ARMD, tokenizer: Tokenizer, judge: Path) -> list[dict[str, Any]]:
     """Quality of generated texts at so many tokens a step."""
-    scorer, length, out = generation.load_judge(judge), model.config.length, []
+    scorer, length, out = generation.load_judge(judge, str(model.device)), model.config.length, []
     for streams in study.streams if model.config.objective != "ar" else [1]:
         decoding = Decoding(streams=streams)
         if model.config.objective == "mdm":
@@ -203,4 +218,4 @@ def _suite(study: Study, model: ARMD, tokenizer: Tokenizer, folder: Path) -> dic
 def write_results(path: Path, results: dict[str, Any]) -> None:
     """The figures of a study as JSON, numbers with six digits."""
     rounded = json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.6g}"))
-    path.write_text(json.dumps(rounded, indent=1) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(rounded, indent=1) + "\n")

@@ -44,7 +44,7 @@ class Figures:
     def __init__(self, results: dict[str, Any]) -> None:
         self.results = results
         self.runs: dict[str, dict[str, Any]] = results["runs"]
-        self.equal = int(results["study"]["run"]["train"]["steps"])
+        self.equal = int(results["equal_steps"])
 
     def first(self, variant: str) -> dict[str, Any]:
         """The run of the first seed."""
@@ -98,15 +98,16 @@ def write(page: Path, results: dict[str, Any]) -> None:
 def _head(f: Figures) -> str:
     r, first = f.results, f.first("armd")
     where = r["environment"]
-    machine = ", ".join(f"{name} {where[name]}" for name in ("python", "torch", "cpu", "gpu") if where.get(name))
+    machine = f"Python {where['python']}, PyTorch {where['packages']['torch']}, {where['cores']} cores"
     return f"""# Study: {r["name"]}
 
-Made by `{r["command"]}` at commit `{r["commit"][:12]}` ({machine or "see results.json"}); {r["minutes"]:.0f} minutes.
+Made by `{r["command"]}` at commit `{r["commit"][:12]}`
+({machine}{f", {where['gpu']}" if where.get("gpu") else ""}); {r["minutes"]:.0f} minutes in the last session of it.
 All figures are in [results.json](results.json); the study file is in it.
 
 {first["parameters"]:,} parameters, {f.equal:,} steps of {first["tokens_per_step"]:,} tokens, the same samples in the
-same order for every run of a seed. ± is the standard error over {len(f.runs["armd"])} seeds. Held-out figures are nats
-per token or perplexities of {next(iter(_heldout(f, "armd").values()))["tokens"]:,} tokens.
+same order for every run of a seed. ± is the standard error over the seeds of a variant (last table). Held-out figures
+are nats per token or perplexities of {next(iter(_heldout(f, "armd").values()))["tokens"]:,} tokens.
 """
 
 
@@ -147,13 +148,16 @@ def _diffusion(f: Figures) -> str:
     last = f.steps("mdm")[-1]
     goal = mean(list(f.nll("armd", "left-to-right").values())).value
     bound = mean(list(f.nll("mdm", "bound", last).values()))
-    reached = [steps_to(f.runs["mdm"][seed]["curve"], f.nll("armd", "left-to-right")[seed]) for seed in f.runs["mdm"]]
+    # On the samples of the curves: those of the other objective at the same evaluations.
+    goals = {seed: dict(run["curve"])[f.equal] for seed, run in f.runs["armd"].items()}
+    reached = [steps_to(f.runs["mdm"][seed]["curve"], goals[seed]) for seed in f.runs["mdm"]]
     found = [step for step in reached if step is not None]
     if len(found) == len(reached):
         times = mean([step / f.equal for step in found])
         answer = f"**{times.text(1)} times ARMD's steps** (the paper: about 3)."
     else:
-        back = [steps_to(f.runs["armd"][s]["curve"], f.nll("mdm", "bound", last)[s]) for s in f.runs["mdm"]]
+        ends = {seed: run["curve"][-1][1] for seed, run in f.runs["mdm"].items()}
+        back = [steps_to(f.runs["armd"][seed]["curve"], ends[seed]) for seed in f.runs["mdm"]]
         ratio = mean([last / step for step in back if step is not None])
         answer = (
             f"**More than {last / f.equal:g} times**: after {last:,} steps the bound is {bound.text(3)} nats, "

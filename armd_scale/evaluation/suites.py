@@ -37,7 +37,8 @@ class Protocol:
     def __str__(self) -> str:
         length = "the model's length" if self.length is None else f"{self.length} tokens"
         return (
-            f"documents {'detokenised' if self.detokenise else 'as they are'}, tokens{' + EOS' if self.eos else ''}, "
+            f"documents {'detokenised' if self.detokenise else 'as they are'}, blank ones left out, "
+            f"tokens{' + EOS' if self.eos else ''}, "
             f"concatenated, cut into chunks of {length}; BOS before each chunk, every token scored, no sliding window, "
             f"last partial chunk scored; WikiText2 {self.wikitext2_split} split"
         )
@@ -186,7 +187,7 @@ def chunks(documents: Sequence[str], tokenizer: Tokenizer, length: int, protocol
 
 def _prepared(text: TextSet, records: Iterator[str], protocol: Protocol, where: str) -> tuple[list[str], int]:
     mend = DETOKENISERS[text.detokeniser] if protocol.detokenise else str
-    documents = [mend(record) for record in records]
+    documents = [mend(record) for record in records if record.strip()]
     size = sum(len(one.encode("utf-8", "surrogatepass")) for one in documents)
     if not size:
         raise UserError(f"{where} holds no text")
@@ -196,8 +197,11 @@ def _prepared(text: TextSet, records: Iterator[str], protocol: Protocol, where: 
 def _records(text: TextSet, path: Path) -> Iterator[str]:
     """Texts of the records of a file: lines of txt, with their ends as in the published data sets of WikiText."""
     if path.suffix == ".csv":
-        with path.open(encoding="utf-8", newline="") as file:
-            first, *rest = list(csv.reader(file)) or [[]]
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                first, *rest = list(csv.reader(file)) or [[]]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{path} cannot be read as csv in UTF-8: {error}") from error
         named = set(first) & set(text.fields)
         for row in rest if named else [first, *rest]:
             yield _field(text, dict(zip(first, row, strict=False)) if named else dict(enumerate(row, 1)), str(path))
@@ -210,7 +214,7 @@ def _records(text: TextSet, path: Path) -> Iterator[str]:
         try:
             with path.open(encoding="utf-8", newline="\n") as file:
                 for line in file:
-                    yield line if text.detokeniser == "wikitext" else line.strip()
+                    yield line.replace("\r\n", "\n") if text.detokeniser == "wikitext" else line.strip()
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text: {error}") from error
 

@@ -267,11 +267,12 @@ class Strided(Lanes):
     def step(self) -> Step:
         rows = []
         for lane, (blocks, number) in enumerate(zip(self._blocks, self._next, strict=True)):
-            rows.append((blocks[number - 1], blocks[number]) if number < len(blocks) else ([], []))
-            self._next[lane] += number < len(blocks)
+            left = number < len(blocks)
+            rows.append((blocks[number - 1] if left and self.cached else [], blocks[number] if left else []))
+            self._next[lane] += left
         fed, wanted = (max(1, *(len(row[side]) for row in rows)) for side in (0, 1))
-        if self._graphs is not None:  # one graph for all steps
-            fed = wanted = self.width
+        if self._graphs is not None:
+            fed, wanted = self._graph_sizes(fed, wanted)
         plan = torch.zeros(self.count, fed + wanted, dtype=torch.long)
         plan[:, :fed] = -1
         for lane, (context, targets) in enumerate(rows):
@@ -279,6 +280,10 @@ class Strided(Lanes):
             plan[lane, fed : fed + len(targets)] = torch.tensor(targets)
         plan = plan.to(self.text.device, non_blocking=True)
         return self._run(plan[:, :fed], plan[:, fed:])
+
+    def _graph_sizes(self, fed: int, wanted: int) -> tuple[int, int]:
+        """Rows of a step that feeds and wants so many, so that few graphs serve all steps."""
+        return self.width, self.width
 
     def _advance(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         at, targets = inputs
@@ -297,19 +302,27 @@ class Ancestral(Strided):
     cached = False
 
     def __init__(self, network: Network, count: int, slots: int, width: int) -> None:
-        super().__init__(network, count, slots, slots - 1)
+        super().__init__(network, count, slots, width)
         self._sizes = [0] * count
 
     def _start(self, lane: int, one: Task, last: int) -> None:
         super()._start(lane, one, last)
         self._sizes[lane] = len(one.tokens)
 
+    def release(self, lane: int) -> None:
+        super().release(lane)
+        self._sizes[lane] = 0
+
+    def _graph_sizes(self, fed: int, wanted: int) -> tuple[int, int]:
+        return 1, 1 << (wanted - 1).bit_length()
+
     def _advance(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         _, targets = inputs
-        text = self.text.where(self.known, self.network.config.vocab_size)[:, 1 : self.slots]
+        longest = self.slots - 1 if self._graphs is not None else max(1, *self._sizes)
+        text = self.text.where(self.known, self.network.config.vocab_size)[:, 1 : longest + 1]
         there = None
-        if self._graphs is not None or set(self._sizes) != {self.slots - 1}:
-            place = torch.arange(1, self.slots, device=text.device)
+        if self._graphs is not None or set(self._sizes) != {longest}:
+            place = torch.arange(1, longest + 1, device=text.device)
             there = place <= self._length.clamp(min=1)[:, None]  # an idle lane sees something, too
         hidden = self.network.denoise(text, there)
         hidden = hidden.gather(1, (targets - 1).clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))

@@ -99,6 +99,34 @@ def write_tokenizer_settings(folder: Path, length: int, bos: str, eos: str) -> N
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
+_EXACT = "model.nll(text)  # nats per token, left to right"
+
+_CARDS = {
+    "armd": (
+        "An auto-regressive masked diffusion language model (ARMD, arXiv 2601.16971), trained and exported with "
+        "armd_scale. It\nscores a text exactly in any generation order, and writes up to S tokens a step in S parallel "
+        "streams.",
+        "armd, masked-diffusion, parallel-decoding",
+        "streams=4",
+        _EXACT,
+    ),
+    "ar": (
+        "A left-to-right language model, trained and exported with armd_scale as a baseline of its ARMD models.",
+        "left-to-right",
+        "",
+        _EXACT,
+    ),
+    "mdm": (
+        "A masked diffusion language model (absorbing, as MDLM and RADD), trained and exported with armd_scale as a "
+        "baseline of\nits ARMD models. It has a bound of a text's likelihood, and writes in any number of steps.",
+        "masked-diffusion, parallel-decoding",
+        "steps=16",
+        "model.bound(text, draws=32)  # nats per text, from above",
+    ),
+}
+"""Of each objective: what the card says, tags, a way of decoding, how a text is scored."""
+
+
 def card(name: str, config: ARMDConfig, facts: dict[str, Any]) -> str:
     """The model card of a folder.
 
@@ -107,16 +135,17 @@ def card(name: str, config: ARMDConfig, facts: dict[str, Any]) -> str:
     """
     scores = facts["heldout"].items()
     heldout = "".join(f"| held-out text, {kind}, bits per byte | {value:.4f} |\n" for kind, value in scores)
+    words, tags, decoding, scored = _CARDS[config.objective]
+    setting = decoding + ", " if decoding else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [armd, masked-diffusion, parallel-decoding]
+tags: [{tags}]
 ---
 
 # {name}
 
-An auto-regressive masked diffusion language model (ARMD, arXiv 2601.16971), trained and exported with armd_scale. It
-scores a text exactly in any generation order, and writes up to S tokens a step in S parallel streams.
+{words}
 
 | | |
 |---|---|
@@ -134,8 +163,8 @@ With this folder alone, torch and safetensors:
 import modeling_armd as armd  # the file in this folder
 
 model = armd.load(".")
-text = model.generate([[5, 6, 7]], decoding=armd.Decoding(streams=4), seed=1)
-model.nll(text)  # nats per token, left to right
+text = model.generate([[5, 6, 7]], decoding=armd.Decoding({decoding}), seed=1)
+{scored}
 ```
 
 With transformers:
@@ -146,7 +175,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
 inputs = tokenizer("The", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32, do_sample=True, streams=4, seed=1)[0]))
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32, do_sample=True, {setting}seed=1)[0]))
 ```
 
 It knows what was in its training text, and nothing else: it has not been tuned to follow instructions or to avoid

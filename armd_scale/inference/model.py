@@ -171,11 +171,10 @@ class ARMD(Network):
         """Tasks for ``decode``: texts in which -1 is to be generated. Raises ``InputError``."""
         decoding = decoding or Decoding()
         rows = self._rows(texts, free=True)
-        if self.config.objective != "armd":
-            decoding = self._decoding(rows, decoding, order)
-        elif decoding.steps:
-            raise InputError("steps are masked diffusion's: this model has streams and draft")
-        return [task(row, key, decoding, order) for row, key in zip(rows, seeds(seed, len(rows)), strict=True)]
+        keys = seeds(seed, len(rows))
+        return [
+            task(row, key, self._decoding(row, decoding, order), order) for row, key in zip(rows, keys, strict=True)
+        ]
 
     @torch.no_grad()
     def decode(self, tasks: Sequence[Task]) -> Iterator[Step]:
@@ -236,17 +235,21 @@ class ARMD(Network):
         if self.config.objective == "mdm":
             raise InputError("masked diffusion has no exact likelihood: use bound")
 
-    def _decoding(self, rows: list[list[int]], decoding: Decoding, order: Sequence[int] | None) -> Decoding:
-        """What a model without streams makes of a request. Raises ``InputError``."""
+    def _decoding(self, row: list[int], decoding: Decoding, order: Sequence[int] | None) -> Decoding:
+        """What the model makes of a request for a text. Raises ``InputError``."""
+        if self.config.objective == "armd":
+            if decoding.steps:
+                raise InputError("steps are masked diffusion's: this model has streams and draft")
+            return decoding
         left_to_right = self.config.objective == "ar"
         kind = "a left-to-right model" if left_to_right else "masked diffusion"
         if decoding.streams > 1 or decoding.draft:
             raise InputError(f"{kind} has neither streams nor draft" + ("" if left_to_right else ": choose steps"))
         if not left_to_right:
-            return dataclasses.replace(decoding, steps=decoding.steps or max(1, *(row.count(FREE) for row in rows)))
+            return dataclasses.replace(decoding, steps=decoding.steps or max(1, row.count(FREE)))
         if decoding.steps:
             raise InputError(f"{kind} has no steps: it writes one token after the other")
-        if any(FREE in row and any(token != FREE for token in row[row.index(FREE) :]) for row in rows):
+        if FREE in row and any(token != FREE for token in row[row.index(FREE) :]):
             raise InputError(f"{kind} cannot fill gaps: leave the free tokens at the end")
         if order is not None and sorted(order) != list(order):
             raise InputError(f"{kind} has no other order")
@@ -362,11 +365,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
         raise InputError(f"{folder} is not a model folder: config.json is missing; make one with tools/convert_ckpt.py")
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float64):
         raise InputError(f"a model cannot run in {dtype}: choose torch.float32, torch.bfloat16 or torch.float64")
-    try:
-        device = torch.device(device)
-        torch.empty(1, device=device).cpu()
-    except (RuntimeError, NotImplementedError, AssertionError) as error:
-        raise InputError(f"device {device} is not there or cannot run a model; use device='cpu'") from error
+    device = check_device(device)
     config = read_config(folder / "config.json")
     weights = _read_weights(folder)
     with torch.device("meta"):
@@ -384,6 +383,16 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
             raise InputError(f"the weights in {folder} are damaged: {name} is not finite; export it again")
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval().to(device=device, dtype=dtype)
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """The device, when it is there; ``InputError`` otherwise."""
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found).cpu()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise InputError(f"device {device} is not there or cannot run a model; use device='cpu'") from error
+    return found
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

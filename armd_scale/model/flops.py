@@ -6,14 +6,15 @@ pass is twice the forward pass; recomputation, norms and activations are not cou
 
 import itertools
 
-from armd_scale.config import ModelConfig, RunConfig
+from armd_scale.config import ModelConfig, Objective, RunConfig
 from armd_scale.model.prefix import CHUNK
 
-FORMULA = (
-    "3 x 2 x (projections + MLP of both streams, K and V of one; causal attention N d per stream and layer; "
-    "prefix aggregation; head) per token"
-)
-"""Of ``armd``. ``ar`` has one stream and no prefix aggregation; so has ``mdm``, whose attention costs 2 N d."""
+FORMULAS: dict[Objective, str] = {
+    "armd": "3 x 2 x (projections + MLP of both streams, K and V of one; causal attention N d per stream and layer; "
+    "prefix aggregation; head) per token",
+    "ar": "3 x 2 x (projections + MLP; causal attention N d per layer; head) per token",
+    "mdm": "3 x 2 x (projections + MLP; full attention 2 N d per layer; head) per token",
+}
 
 # Dense bf16 peak in FLOP/s, from the makers' data sheets (without sparsity).
 PEAKS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12}

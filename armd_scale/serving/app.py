@@ -2,8 +2,8 @@
 
 ``POST /v1/completions`` takes ``prompt`` (text or tokens, one or several), ``max_tokens``, ``n``, ``temperature``,
 ``top_p``, ``stop``, ``seed``, ``echo``, ``stream`` and ``suffix`` (the gap between prompt and suffix is filled), and
-beyond the interface ``top_k``, ``min_p``, ``streams``, ``draft`` and ``order`` (with ``stream``: every chunk tells
-which positions a step wrote). What is wrong with a request is one line, with status 400, 408, 413, 415 or 429.
+beyond the interface ``top_k``, ``min_p``, ``streams``, ``draft``, ``steps`` and ``order`` (with ``stream``: every chunk
+tells which positions a step wrote). What is wrong with a request is one line, with status 400, 408, 413, 415 or 429.
 """
 
 import asyncio
@@ -67,6 +67,7 @@ class Completion(BaseModel):
     min_p: float = 0.0
     streams: int = 1
     draft: int = 0
+    steps: int = 0
     stop: str | list[str] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     echo: bool = False
@@ -195,6 +196,7 @@ class Server:
     async def _models(self, _: Request) -> Response:
         c = self.model.config
         facts = {"id": self.name, "object": "model", "owned_by": "armd_scale", "max_tokens": c.length}
+        facts["objective"] = c.objective
         return JSONResponse({"object": "list", "data": [facts]})
 
     async def _wrong_path(self, _: Request, error: Exception) -> Response:
@@ -272,6 +274,7 @@ class Server:
             wanted.top_k,
             wanted.top_p,
             wanted.min_p,
+            wanted.steps,
             stop=wanted.suffix is None,
         )
         if width(decoding) > self.engine.width:

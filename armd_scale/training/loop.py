@@ -240,12 +240,12 @@ class _Trainer:
         config, ranks = self.config, self.config.data_parallel
         # Spread over the split: neighbours come from one document.
         count = min(len(self.heldout), config.train.eval_samples)
-        numbers = (np.arange(count) * len(self.heldout) // count)[self.engine.data_rank :: ranks]
-        tokens, parts = self.heldout.read(numbers), self._parts(len(numbers))
+        places = np.arange(count)[self.engine.data_rank :: ranks]
+        tokens, parts = self.heldout.read(places * len(self.heldout) // count), self._parts(len(places))
         record: dict[str, Any] = {}
         with self.engine.averaged_weights():
             for kind in objectives.HELDOUT[config.objective]:
-                rows = [objectives.heldout_rows(config, kind, tokens[p], numbers[p].tolist()) for p in parts]
+                rows = [objectives.heldout_rows(config, kind, tokens[p], places[p].tolist()) for p in parts]
                 total, count = self.engine.evaluate(rows)
                 record[f"heldout_{kind}"] = total / count
                 record[f"heldout_{kind}_bits_per_byte"] = total / count / _LN2 / self.heldout.bytes_per_token

@@ -84,9 +84,9 @@ def labels(config: RunConfig) -> dict[str, str]:
 
 
 def heldout_rows(config: RunConfig, kind: str, tokens_BN: np.ndarray, numbers: Sequence[int]) -> Rows:
-    """Rows of held-out texts [B, N] with these numbers, the same at every evaluation.
+    """Rows of held-out texts [B, N] that have these numbers among those that are scored, the same at every evaluation.
 
-    ``bound``: one draw of noise a text, whose times are spread evenly over the numbers.
+    ``bound``: one draw of noise a text, whose times are spread evenly over 0, 1, 2, ...
     """
     length = tokens_BN.shape[1]
     if kind == "bound":

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ from armd_scale import tokenizer as tokenizers
 from armd_scale.errors import UserError
 from armd_scale.evaluation import generation
 from armd_scale.training import manifest
-from tests.conftest import PAPER, model_folder
+from tests.conftest import PAPER, model_folder, run_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "the quick brown fox jumps over the lazy dog and runs away from it\n" * 30
@@ -54,7 +52,8 @@ def test_judges(model_dir, gpt2_dir):
     model, tokenizer = inference.load(model_dir), tokenizers.load(model_dir)
     tokens = tokenizer.encode(text)
     expected = sum(float(model.nll(torch.tensor([tokens[at : at + 16]])).sum()) for at in range(0, len(tokens), 16))
-    nats, count = generation.load_judge(model_dir).nll(text)
+    [(nats, count), short] = generation.load_judge(model_dir).nll([text, "the"])
+    assert short[1] == len(tokenizer.encode("the"))
     assert (nats, count) == (pytest.approx(expected, rel=1e-6), len(tokens))
 
     from transformers import GPT2LMHeadModel
@@ -69,7 +68,7 @@ def test_judges(model_dir, gpt2_dir):
             for place, token in enumerate(part):
                 logits = gpt2(torch.tensor([[0, *part[:place]]])).logits[0, -1]
                 expected -= float(logits.double().log_softmax(-1)[token])
-    nats, count = judge.nll(text)
+    [(nats, count)] = judge.nll([text])
     assert (nats, count) == (pytest.approx(expected, rel=1e-5), len(text))
     with pytest.raises(UserError, match="there is no judge in"):
         generation.load_judge(model_dir / "nothing")
@@ -95,8 +94,8 @@ def test_the_judge_beside_a_model(tmp_path):
 class _Fixed:
     name = "fixed"
 
-    def nll(self, text):
-        return float(text.split()[0]), len(text.split())
+    def nll(self, texts):
+        return [(float(text.split()[0]), len(text.split())) for text in texts]
 
 
 def test_figures():
@@ -125,11 +124,11 @@ def test_figures():
 
 def test_the_command(model_dir, tmp_path):
     out = [tmp_path / name for name in ("one.json", "two.json", "picture.png")]
-    words = [sys.executable, "tools/eval_generation.py", model_dir, "--judge", model_dir, "--samples", 6]
+    words = ["tools/eval_generation.py", model_dir, "--judge", model_dir, "--samples", 6]
     ways = ["streams=1", "streams=4", "draft=3", "streams=2,top_p=0.9"]
     for path, batch in ((out[0], 1), (out[1], 4)):
         more = ["--batch", batch, "--json", path, "--plot", out[2], "--ways", *ways]
-        done = subprocess.run(list(map(str, words + more)), cwd=ROOT, capture_output=True, text=True, timeout=100)
+        done = run_tool(*words, *more)
         assert done.returncode == 0, done.stderr
     first, second = (json.loads(path.read_text())["rows"] for path in out[:2])
     assert out[2].read_bytes()[:4] == b"\x89PNG"
@@ -146,6 +145,6 @@ def test_the_command(model_dir, tmp_path):
         ("draft=-1", "draft must"),
         ("stop=1", "leave out stop"),
     ):
-        done = subprocess.run(list(map(str, [*words, "--ways", bad])), cwd=ROOT, capture_output=True, text=True)
+        done = run_tool(*words, "--ways", bad)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert line in done.stderr

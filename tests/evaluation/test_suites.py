@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +13,7 @@ from armd_scale import tokenizer as tokenizers
 from armd_scale.errors import UserError
 from armd_scale.evaluation import accuracy, suites
 from armd_scale.evaluation.models import alone
-from tests.conftest import BASELINES, PAPER, model_folder, shared_data
+from tests.conftest import BASELINES, PAPER, model_folder, run_tool, shared_data
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "the quick brown fox jumps over the lazy dog and runs away from it\n" * 30
@@ -33,13 +31,7 @@ def model_dir(request, tmp_path_factory, tokenizer):
 
 
 def command(*words):
-    done = subprocess.run(
-        [sys.executable, "tools/eval_zeroshot.py", *map(str, words)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = run_tool("tools/eval_zeroshot.py", *words)
     assert "Traceback" not in done.stderr, done.stderr
     return done
 
@@ -108,6 +100,8 @@ def test_the_files_of_the_table():
     documents, _ = suites.read(suites.SETS["WikiText2"], found["WikiText2"], suites.Protocol())
     assert len(documents) == 2891
     assert "@-@" not in "".join(documents)
+    assert "\r" not in "".join(documents)
+    assert all(document.endswith("\n") and not document.endswith(" \n") for document in documents)
 
 
 def test_last_words(tokenizer, model_dir):
@@ -168,7 +162,7 @@ def test_the_suite_by_the_command(model_dir, tmp_path):
         (["--suite", "zeroshot", "--data", "/nowhere"], "there is no folder"),
         (["--suite", "zeroshot", "--data", "."], "holds none of the suite's texts"),
         (["--text", "README.md", "--length", "99"], "does not fit this model"),
-        (["--text", "README.md", "--repeats", "0"], "must be at least 1"),
+        (["--text", "README.md", "--repeats", "1"], "must be at least 2"),
     ],
 )
 def test_refusals(tmp_path_factory, tokenizer, words, line):

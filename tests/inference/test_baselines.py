@@ -30,12 +30,12 @@ def test_equals_the_reference(kind, length):
     if model.config.objective == "ar":
         got, seen = model.logits(tokens), tokens
     else:
-        seen = tokens.masked_fill(torch.rand(2, length) < 0.4, vocab)
+        seen = tokens.masked_fill(torch.rand(2, length, generator=torch.Generator().manual_seed(1)) < 0.4, vocab)
         got = model.predict(model.denoise(seen))
     natural = range(1, length + 1)
     for row in range(2):
         logp = reference.log_probabilities(model.state_dict(), model.config, seen[row].tolist(), natural, natural)
-        torch.testing.assert_close(got[row].log_softmax(-1), logp, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(got[row].log_softmax(-1), logp, atol=2e-5, rtol=1e-5)
 
 
 # Left to right ---------------------------------------------------------------------------------------------------
@@ -211,6 +211,8 @@ def test_texts_of_masked_diffusion_do_not_see_their_neighbours(kind):
         assert torch.equal(text, alone)
         assert all(token in (FREE, got) for token, got in zip(row, text.tolist(), strict=True))
         assert 0 <= int(text.min()) <= int(text.max()) < 50, "the mask token is never written"
+    whole = model.generate([[1, 2, 3], [1]], 12, seed=[7, 8])  # as many steps as each has free tokens
+    assert torch.equal(whole[0], model.generate([1, 2, 3], 12, seed=[7])[0])
     lanes = STRATEGIES["ancestral"](model, 3, 17, 1)
     tasks = model.plan(rows[:2], Decoding(steps=5), [1, 2])
     lanes.admit({2: tasks[1]})  # two lanes stay idle

@@ -23,6 +23,7 @@ from armd_scale.errors import UserError
 from armd_scale.training import export
 from armd_scale.training.telemetry import read_metrics
 from launchers import jobs, restart
+from tests.conftest import run_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,6 +44,8 @@ cluster: {{tasks_per_node: 4, backoff_seconds: 0.0}}
 
 
 def command(*words, **environment):
+    if str(words[0]).startswith("tools/"):
+        return run_tool(*words, **environment)
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
         [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, env=env, check=False, timeout=300

@@ -240,7 +240,7 @@ def test_a_layout_repeated_is_bit_exact():
 def test_bfloat16_follows_float32(reference, layout, request):
     """Float32 master weights and gradient sums: bf16 losses stay within its rounding of the float32 ones."""
     model, (losses, *_) = reference
-    if model.objective != "armd" and layout and not request.config.getoption("--parity"):
+    if model is not PAPER and layout and not request.config.getoption("--parity"):
         pytest.skip("part of the whole matrix: make parity")
     run = config(model=model, train__dtype="bfloat16", **layout)
     got = start(run)

@@ -1,8 +1,6 @@
 """The plan as a whole: what is extrapolated, counted and proposed, and the command line."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from armd_scale.model.flops import training_flops_per_token
 from armd_scale.planning import measure
 from armd_scale.planning.hardware import GPUS
 from armd_scale.planning.plan import Planner, alternatives
-from tests.conftest import BASELINES, MODERN, PAPER, run_processes
+from tests.conftest import BASELINES, MODERN, PAPER, run_processes, run_tool
 from tests.planning import test_memory as memory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,9 +189,7 @@ def test_more_costs_more():
 
 
 def tool(*words):
-    return subprocess.run(
-        [sys.executable, "tools/plan.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    return run_tool("tools/plan.py", *words)
 
 
 @pytest.mark.parametrize("name", ["125m", "345m", "1b", "7b", "70b"])
