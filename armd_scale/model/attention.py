@@ -21,6 +21,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def attend(
@@ -49,11 +50,16 @@ def sdpa(
 
 
 def flex(q_SBHND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, visible_SBN: Tensor) -> Tensor:
-    """``flex_attention``: skips key blocks that no query of a block sees. Forward only on CPU."""
+    """``flex_attention``: skips key blocks that no query of a block sees. Forward only on CPU.
+
+    The block mask is made once for a ``visible`` tensor, which all layers of a kind share.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
     q_BHRD, visible_BR = _streams_to_rows(q_SBHND, visible_SBN)
-    block_mask = _block_mask(visible_BR, k_BGMD.shape[2])
+    block_mask = _MASKS.get(visible_SBN)
+    if block_mask is None:
+        block_mask = _MASKS[visible_SBN] = _block_mask(visible_BR, k_BGMD.shape[2])
     kernel: Callable = _compiled_flex() if q_SBHND.is_cuda else flex_attention
     out = kernel(q_BHRD, k_BGMD, v_BGMD, block_mask=block_mask, enable_gqa=q_BHRD.shape[1] != k_BGMD.shape[1])
     return _rows_to_streams(out, q_SBHND.shape[0])
@@ -94,6 +100,10 @@ def _streams_to_rows(q_SBHND: Tensor, visible_SBN: Tensor) -> tuple[Tensor, Tens
 
 def _rows_to_streams(out_BHRD: Tensor, streams: int) -> Tensor:
     return out_BHRD.unflatten(2, (streams, -1)).permute(2, 0, 1, 3, 4)
+
+
+_MASKS = WeakTensorKeyDictionary()
+"""Block masks by the tensor that they were made of, as long as that lives."""
 
 
 def _block_mask(visible_BR: Tensor, keys: int):

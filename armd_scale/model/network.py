@@ -108,15 +108,21 @@ class Stage(nn.Module):
         of_context = self._rotary(rows.context_positions)
         of_target = self._rotary(rows.target_positions)
         of_both = of_context.repeat(of_target)
+        # Once for all layers: a backend keeps what it makes of a mask with the tensor (see attention.flex).
+        seen = rows.visible and (
+            rows.visible.target_of_target[None],
+            rows.visible.context_of_target[None],
+            torch.stack(rows.visible[:2]),
+        )
         for layer in self.layers.values():
             if self.model.objective != "armd":
                 inputs = (of_context, of_context, None)
             elif layer.streams_in == 1:
-                inputs = (of_target, of_target, rows.visible and rows.visible.target_of_target[None])
+                inputs = (of_target, of_target, seen and seen[0])
             elif layer.streams_out == 1:
-                inputs = (of_target, of_context, rows.visible and rows.visible.context_of_target[None])
+                inputs = (of_target, of_context, seen and seen[1])
             else:
-                inputs = (of_both, of_context, rows.visible and torch.stack(rows.visible[:2]))
+                inputs = (of_both, of_context, seen and seen[2])
             if self.recompute == "full" and torch.is_grad_enabled():
                 h = checkpoint(layer, h, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:

@@ -50,7 +50,11 @@ def test_flex_equals_dense(heads, streams):
     """Forward only: flex_attention has no backward pass on CPU."""
     tensors, visible = _inputs(streams, 2, *heads, 40, 40, 1, torch.float32)
     expected = attention.dense(*tensors, visible)
-    torch.testing.assert_close(attention.flex(*tensors, visible), expected, atol=1e-5, rtol=1e-5)
+    for _ in range(2):  # the second time by the mask that was kept
+        torch.testing.assert_close(attention.flex(*tensors, visible), expected, atol=1e-5, rtol=1e-5)
+    assert visible in attention._MASKS
+    other = visible.clone().fill_(1)
+    torch.testing.assert_close(attention.flex(*tensors, other), attention.dense(*tensors, other), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
