@@ -288,6 +288,9 @@ class TrainConfig(Section):
     """Sequences in one optimiser step, over all ranks and micro-batches."""
     micro_batch: Positive = 8
     """Sequences in one forward pass of one rank."""
+    head_batch: Positive | None = None
+    """Sequences of a micro-batch whose logits exist at a time; they are computed again in the backward pass; null: all
+    of them, once."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of weights and activations; master weights and moments are always float32, and so are sums of gradients, but
     for those of micro-batches with ZeRO-2 and 3."""

@@ -31,7 +31,8 @@ class Stage(nn.Module):
     """Layers ``first`` to ``last`` (exclusive) of the network.
 
     ``recompute``: what is computed again in the backward pass: ``none``, ``selective`` (attention), ``full`` (layers).
-    ``kinds``: the linears of the layers, by default the best ones that can run here.
+    ``kinds``: the linears of the layers, by default the best ones that can run here. ``head_batch``: texts whose logits
+    exist at a time; None: all.
     """
 
     def __init__(
@@ -42,9 +43,11 @@ class Stage(nn.Module):
         last: int | None = None,
         recompute: str = "none",
         kinds: Linears | None = None,
+        head_batch: int | None = None,
     ) -> None:
         super().__init__()
         kinds = kinds or linears()
+        self.head_batch = head_batch
         last = config.layers if last is None else last
         self.config = parallel  # Megatron's schedules read it, and the next, under these names
         self.model_type = ModelType.encoder_or_decoder
@@ -140,6 +143,18 @@ class Stage(nn.Module):
 
     def nll(self, h: Tensor, target_tokens_BN: Tensor) -> Tensor:
         """-log p of the targets in nats, [B, N], from activations [N, B, d]."""
+        size = self.head_batch or len(target_tokens_BN)
+        if size >= len(target_tokens_BN):
+            return self._nll(h, target_tokens_BN)
+        parts = zip(h.split(size, dim=1), target_tokens_BN.split(size), strict=True)
+        return torch.cat([self._nll_of_part(part.contiguous(), targets) for part, targets in parts])
+
+    def _nll_of_part(self, h: Tensor, targets_BN: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self._nll(h, targets_BN)
+        return checkpoint(self._nll, h, targets_BN, use_reentrant=False, preserve_rng_state=False)
+
+    def _nll(self, h: Tensor, target_tokens_BN: Tensor) -> Tensor:
         # Megatron's cross-entropy works in place on the logits; they are used nowhere else.
         return vocab_parallel_cross_entropy(self.logits(h), target_tokens_BN.t().contiguous()).t()
 

@@ -93,7 +93,14 @@ class Engine:
         chunks = []
         for chunk in range(parallel.chunks):
             run = chunk * parallel.pipeline + rank
-            stage = Stage(model, self._parallel, edges[run], edges[run + 1], parallel.recompute)
+            stage = Stage(
+                model,
+                self._parallel,
+                edges[run],
+                edges[run + 1],
+                parallel.recompute,
+                head_batch=self.config.train.head_batch,
+            )
             stage.vp_stage = chunk if parallel.chunks > 1 else None  # read by Megatron's schedules
             if stage.is_last and not stage.is_first and model.tied_head:
                 # The copy of the embedding that is the head: DeepSpeed counts it once in the gradient norm.

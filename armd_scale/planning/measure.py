@@ -117,7 +117,8 @@ class Meter:
         shape = config.model.model_copy(update={"layers": before + length + after, "two_stream_layers": two_stream})
         parallel = config.parallel
         layout = parallel.tensor, parallel.sequence, parallel.recompute, parallel.chunks > 1
-        known = repr((shape, layout, config.train.dtype, config.train.micro_batch, has_first, has_last))
+        train = config.train.dtype, config.train.micro_batch, config.train.head_batch
+        known = repr((shape, layout, train, has_first, has_last))
         if known not in self._known:
             small = config.model_copy(update={"model": shape})
             self._known[known] = run(small, before, before + length, self.gpu)
@@ -153,7 +154,12 @@ def run(config: RunConfig, first: int, last: int, gpu: GPU) -> Chunk:
     try:
         with FakeTensorMode(), kernels:
             stage = Stage(
-                model, transformer_config(model, config.parallel, dtype), first, last, config.parallel.recompute
+                model,
+                transformer_config(model, config.parallel, dtype),
+                first,
+                last,
+                config.parallel.recompute,
+                head_batch=config.train.head_batch,
             )
             for param in stage.parameters():
                 param.grad = torch.empty_like(param)

@@ -139,6 +139,14 @@ LAYOUTS = {
     "zero3 recompute": {"processes": 2, "parallel__zero": 3, "parallel__recompute": "full"},
     "accumulation": {"train__micro_batch": 1},
     "no accumulation": {"train__micro_batch": 8},
+    "logits in parts": {"train__micro_batch": 8, "train__head_batch": 3},
+    "tp2 sp, logits in parts": {
+        "tensor": 2,
+        "processes": 2,
+        "parallel__sequence": True,
+        "train__head_batch": 1,
+    },
+    "zero3 dp2, logits in parts": {"processes": 2, "parallel__zero": 3, "train__head_batch": 1},
 }
 
 

@@ -1,0 +1,210 @@
+"""Everything that is asked of one GPU in one command: what is installed, correctness, timings beside their targets.
+
+python tools/gpu.py --json gpu.json          # on a machine with one H100: about 10 minutes
+python tools/gpu.py --device cpu --quick     # the same steps at toy sizes, to try the tool itself
+
+Correctness comes first: training losses in every kind of order, of every objective, against the float64 standalone
+model, and generated texts against those of the CPU. Timings are those of ``tools/bench.py``.
+"""
+
+import argparse
+import copy
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from armd_scale.errors import UserError, cli
+from armd_scale.files import write_atomically
+
+SMALL = {"layers": 12, "hidden": 768, "length": 1024, "batch": 16}
+LARGE = {"layers": 22, "hidden": 2048, "length": 2048, "batch": 8}
+QUICK = {"layers": 2, "hidden": 64, "length": 64, "batch": 2}
+TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
+"""Largest difference of a token's NLL to float64, in nats, with weights of unit scale."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--quick", action="store_true", help="toy sizes")
+    parser.add_argument("--json", type=Path, help="write all figures to this file as well")
+    args = parser.parse_args()
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no GPU here: --device cpu --quick tries the tool without one")
+    facts: dict[str, Any] = {"environment": _environment(args.device)}
+    print(", ".join(f"{name} {value}" for name, value in facts["environment"].items()))
+    dtypes = ["float32", "bfloat16"] if args.device == "cuda" else ["float32"]
+    facts["correctness"] = [row for dtype in dtypes for row in _correctness(args.device, dtype)]
+    print(f"\n{'correctness':<44}{'largest difference':>20}{'allowed':>10}")
+    for row in facts["correctness"]:
+        mark = "" if row["right"] else "   WRONG"
+        print(f"  {row['what']:<42}{row['difference']:>20.1e}{row['allowed']:>10.0e}{mark}")
+    wrong = [row["what"] for row in facts["correctness"] if not row["right"]]
+    if wrong:
+        raise UserError(f"results on {args.device} are wrong ({', '.join(wrong)}): no timing is worth taking")
+    facts["timings"] = _timings(args.device, args.quick)
+    facts["targets"] = _targets(facts["timings"])
+    print(f"\n{'':<58}{'target':>10}{'measured':>12}")
+    for row in facts["targets"]:
+        verdict = "" if args.quick else "met" if row["met"] else "missed"
+        print(f"  {row['what']:<56}{row['sign']} {row['target']:<8g}{row['measured']:>12.3f}   {verdict}")
+    if args.json:
+        write_atomically(args.json, json.dumps(facts, indent=1) + "\n")
+
+
+def _environment(device: str) -> dict[str, str]:
+    found = {"Python": platform.python_version(), "torch": torch.__version__}
+    for name in ("deepspeed", "megatron-core", "transformers"):
+        found[name] = importlib.metadata.version(name)
+    found["TransformerEngine"] = "yes" if importlib.util.find_spec("transformer_engine") else "no"
+    if device == "cuda":
+        found |= {"GPU": torch.cuda.get_device_name(), "CUDA": str(torch.version.cuda)}
+    return found
+
+
+@torch.no_grad()
+def _correctness(device: str, dtype: str) -> list[dict[str, Any]]:
+    """Losses of the training network on the device, in a process group of one, against the float64 model."""
+    from armd_scale import inference, orders
+    from armd_scale.config import ModelConfig, ParallelConfig
+    from armd_scale.model.network import Stage
+    from armd_scale.model.rows import arrange, corrupt
+    from armd_scale.parallel import groups
+    from armd_scale.parallel.sharding import initialise
+    from armd_scale.training.export import standalone_config
+
+    place, rows = torch.device(device, 0) if device == "cuda" else torch.device("cpu"), []
+    tokens = np.random.default_rng(0).integers(0, 1000, (2, 256))
+    natural = orders.left_to_right(256)
+    layouts = {"left to right": natural, "any order": orders.shuffled(256, 256, 1)}
+    layouts |= {f"strided, S = {s}": orders.strided(256, s) for s in (2, 4, 8)}
+    with tempfile.TemporaryDirectory() as folder:
+        groups.start(ParallelConfig(), rank=0, processes=1, rendezvous=f"{folder}/store", device=place)
+        for objective in ("armd", "ar", "mdm"):
+            model = ModelConfig(
+                objective=objective, layers=4, hidden=256, heads=4, length=256, vocab_size=1000, bos_id=0, init_std=0.05
+            )
+            stage = Stage(model, groups.transformer_config(model, ParallelConfig(), getattr(torch, dtype)))
+            initialise([stage], model, 0)
+            standalone = inference.ARMD(standalone_config(model, eos_id=1)).double()
+            exact = {name: weight.detach().double() for name, weight in stage.named_parameters()}
+            exact["embedding.weight"] = exact["embedding.weight"][: model.symbols]
+            standalone.load_state_dict(exact)
+            stage.to(place)
+            masked = np.random.default_rng(1).random(tokens.shape) < 0.5
+            for name, layout in layouts.items() if objective == "armd" else [("", natural)]:
+                if objective == "mdm":
+                    batch = corrupt(tokens, masked, np.ones(2), model.symbols - 1)
+                    logp = standalone.predict(standalone.denoise(batch.context_tokens)).log_softmax(-1)
+                    expected = -logp.gather(-1, torch.from_numpy(tokens)[..., None])[..., 0] * torch.from_numpy(masked)
+                else:
+                    batch = arrange(tokens, layout, 0)
+                    order, blocks = (torch.from_numpy(np.array(field)) for field in layout)
+                    expected = standalone.nll(torch.from_numpy(tokens), order, blocks)[:, order - 1]
+                got = stage(batch.to(place)).detach().double().cpu()
+                difference, allowed = float((got - expected).abs().max()), TOLERANCE[dtype]
+                what = f"loss, {objective} {name}, {dtype}".replace(" ,", ",")
+                rows.append({"what": what, "difference": difference, "allowed": allowed, "right": difference < allowed})
+            if dtype == "float32" and objective != "mdm":
+                rows.append(_texts(standalone, objective, place))
+        groups.stop()
+    return rows
+
+
+def _texts(model: Any, objective: str, place: Any) -> dict[str, Any]:
+    """Greedy texts of float64 models on the device and on the CPU: the share of tokens that differ."""
+    from armd_scale.inference import Decoding
+
+    decoding = Decoding(temperature=0, streams=4 if objective == "armd" else 1)
+    here = model.generate(batch=3, length=64, decoding=decoding)
+    there = copy.deepcopy(model).to(place).generate(batch=3, length=64, decoding=decoding).cpu()
+    share = float((here != there).double().mean())
+    return {"what": f"texts, {objective}, float64", "difference": share, "allowed": 0.01, "right": share <= 0.01}
+
+
+def _timings(device: str, quick: bool) -> dict[str, Any]:
+    """Figures of ``tools/bench.py``: training at two sizes, decoding."""
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    where = ["--device", device, "--dtype", dtype]
+    small, large = (QUICK, QUICK) if quick else (SMALL, LARGE)
+    modern = ["--norm", "rmsnorm", "--mlp", "swiglu"]
+    steps = ["--steps", "2"] if quick else []
+    less = ["--vocab", "1000", "--threads", "1"] if quick else []
+    out = {
+        "train small": _bench("train", *where, *_options(small), *less, *steps),
+        "train large": _bench("train", *where, *_options(large), *modern, *less, *steps),
+    }
+    shape = _options({name: small[name] for name in ("layers", "hidden", "length")})
+    batches = ["--batch", "1", "2" if quick else "64", "--streams", "1", "4"]
+    return out | {"decode": _bench("decode", *where, *shape, *batches, *less)}
+
+
+def _options(sizes: dict[str, int]) -> list[str]:
+    return [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+
+
+def _bench(*words: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "figures.json"
+        tool = Path(__file__).with_name("bench.py")
+        print(f"\nbench.py {' '.join(words)}", flush=True)
+        done = subprocess.run([sys.executable, str(tool), *words, "--json", str(out)], env=os.environ, check=False)
+        if done.returncode:
+            raise UserError(f"bench.py {words[0]} failed: see above")
+        return json.loads(out.read_text(encoding="utf-8"))
+
+
+def _targets(timings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The table of docs/performance.md."""
+    small, large = ({row["kind"]: row for row in timings[f"train {size}"]["rows"]} for size in ("small", "large"))
+    limit = timings["train large"]["limit"]
+    peak = limit["peak"] or limit["flops"]
+    decode = timings["decode"]
+    one, many = (rows for name, rows in decode.items() if name.startswith("batch "))
+
+    def mfu(row: dict[str, float]) -> float:
+        return row["flops"] / row["seconds"] / peak
+
+    def texts(rows: dict[str, Any], streams: int) -> dict[str, float]:
+        return rows[f"armd_scale S = {streams}"]
+
+    faster = texts(many, 4)["tokens_per_second"] / many["transformers GPT-2"]["tokens_per_second"]
+    planned = large["ARMD"]["planned"] or math.nan
+    table = [
+        ("ARMD / AR step time, 125M, 1024 tokens", "<=", 1.20, small["ARMD"]["ratio"]),
+        ("MFU, 1B-class ARMD, 2048 tokens", ">=", 0.50, mfu(large["ARMD"])),
+        ("MFU, AR on this stack, the same size", ">=", 0.52, mfu(large["AR"])),
+        (
+            "strided fine-tuning step (S = 4) / plain step",
+            "<=",
+            1.15,
+            small["ARMD, strided, S = 4"]["seconds"] / small["ARMD"]["seconds"],
+        ),
+        ("one sequence of 1024, 125M, batch 1, S = 1, seconds", "<=", 0.40, texts(one, 1)["seconds"]),
+        ("the same, S = 4", "<=", 0.11, texts(one, 4)["seconds"]),
+        ("tokens/s, batch 64, S = 4, over transformers' GPT-2", ">=", 8.0, faster),
+        ("peak memory over plan, 1B-class, off by", "<=", 0.10, abs(large["ARMD"]["memory"] / planned - 1)),
+    ]
+    return [
+        {"what": what, "sign": sign, "target": target, "measured": value,
+         "met": value <= target if sign == "<=" else value >= target}
+        for what, sign, target, value in table
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    cli(main)
