@@ -1,5 +1,6 @@
 """Transformer layers on Megatron-Core's tensor-parallel linears.
 
+- ``fused``: regions of element-wise work that are one kernel on CUDA: norm, rotation, gate, cross-entropy.
 - ``Norm``: scale-only LayerNorm or RMSNorm, computed in float32.
 - ``Attention``: queries from any streams, keys and values from the first one.
 - ``MLP``: GELU or SwiGLU.
@@ -12,7 +13,9 @@ Activations are [N, S * B, d], sequence first as Megatron's sequence parallelism
 other in the batch dimension, X first, so that one matrix product serves both (paper section 3.3; design section 2).
 """
 
-from typing import NamedTuple, TypeVar
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +30,55 @@ from armd_scale.config import ModelConfig
 from armd_scale.model.attention import attend
 
 _M = TypeVar("_M", bound=nn.Module)
+
+
+def on_cuda(x: Tensor) -> bool:
+    """Whether work on a tensor is done by CUDA kernels."""
+    return x.is_cuda
+
+
+def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A region of element-wise work, compiled into as few kernels as it needs where its first input is on CUDA.
+
+    Elsewhere it runs as it is written. A region compiles anew for new shapes, of which a run has few.
+    """
+    compiled = torch.compile(function, dynamic=False)
+
+    @functools.wraps(function)
+    def region(x: Tensor, *more: Any) -> Tensor:
+        return compiled(x, *more) if on_cuda(x) else function(x, *more)
+
+    region.compiled = compiled  # type: ignore[attr-defined]  # for the tests
+    return region
+
+
+@fused
+def normalise(x: Tensor, weight: Tensor, eps: float, centre: bool) -> Tensor:
+    """LayerNorm (``centre``) or RMSNorm of the last dimension with a scale, in float32."""
+    if centre:
+        return F.layer_norm(x.float(), weight.shape, weight.float(), None, eps).to(x.dtype)
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
+@fused
+def rotate(x_NBHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + D/2) of every head by angles whose cosines and sines are given, in float32."""
+    first, second = x_NBHD.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_NBHD.dtype)
+
+
+@fused
+def gate(hidden: Tensor) -> Tensor:
+    """SwiGLU: silu of the even units times the odd ones."""
+    gates, values = hidden.unflatten(-1, (-1, 2)).unbind(-1)
+    return F.silu(gates) * values
+
+
+@fused
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p of ``targets`` [N, B] from logits [N, B, V] of the whole vocabulary, float32."""
+    scores = logits.float().flatten(0, 1)
+    return F.cross_entropy(scores, targets.flatten(), reduction="none").view(targets.shape)
 
 
 class Linears(NamedTuple):
@@ -62,10 +114,8 @@ class Rotary(NamedTuple):
         return Rotary(torch.cat([self.cos, other.cos], dim=1), torch.cat([self.sin, other.sin], dim=1))
 
     def rotate(self, x_NBHD: Tensor) -> Tensor:
-        """Rotate pairs (i, i + D/2) of every head by the position's angles."""
-        first, second = x_NBHD.float().chunk(2, dim=-1)
-        rotated = torch.cat([first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1)
-        return rotated.to(x_NBHD.dtype)
+        """Rotate every head by the position's angles."""
+        return rotate(x_NBHD, self.cos, self.sin)
 
 
 def rotary(positions_BN: Tensor, head_dim: int, base: float) -> Rotary:
@@ -87,9 +137,7 @@ class Norm(nn.Module):
         self.weight.sequence_parallel = parallel.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.centre:
-            return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), None, self.eps).to(x.dtype)
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return normalise(x, self.weight, self.eps, self.centre)
 
 
 class Attention(nn.Module):
@@ -140,11 +188,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden, _ = self.up(x)
-        if self.gated:
-            gate, value = hidden.unflatten(-1, (-1, 2)).unbind(-1)
-            hidden = F.silu(gate) * value
-        else:
-            hidden = F.gelu(hidden, approximate="tanh")
+        hidden = gate(hidden) if self.gated else F.gelu(hidden, approximate="tanh")
         return self.down(hidden)[0]
 
 

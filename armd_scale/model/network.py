@@ -22,7 +22,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from armd_scale.config import ModelConfig
-from armd_scale.model.layers import Layer, Linears, Norm, Rotary, linears, mark_partitioned, rotary
+from armd_scale.model.layers import (
+    Layer,
+    Linears,
+    Norm,
+    Rotary,
+    cross_entropy,
+    linears,
+    mark_partitioned,
+    on_cuda,
+    rotary,
+)
 from armd_scale.model.prefix import PrefixAggregation
 from armd_scale.model.rows import Rows
 
@@ -134,12 +144,15 @@ class Stage(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """This rank's part of the vocabulary for each row, [N, B, V / tensor], float32."""
-        weight = self.embedding.weight if self.model.tied_head else None
-        logits, _ = self.head(self.norm(h), weight=weight)
+        logits = self._scores(h)
         unused = logits.shape[-1] - self.vocab_rows
         if unused:
             logits = F.pad(logits[..., : self.vocab_rows], (0, unused), value=torch.finfo(logits.dtype).min)
         return logits.float()
+
+    def _scores(self, h: Tensor) -> Tensor:
+        """Logits of this rank's rows of the table, with its padding, in the type of the weights."""
+        return self.head(self.norm(h), weight=self.embedding.weight if self.model.tied_head else None)[0]
 
     def nll(self, h: Tensor, target_tokens_BN: Tensor) -> Tensor:
         """-log p of the targets in nats, [B, N], from activations [N, B, d]."""
@@ -155,6 +168,8 @@ class Stage(nn.Module):
         return checkpoint(self._nll, h, targets_BN, use_reentrant=False, preserve_rng_state=False)
 
     def _nll(self, h: Tensor, target_tokens_BN: Tensor) -> Tensor:
+        if self.config.tensor_model_parallel_size == 1 and on_cuda(h):
+            return cross_entropy(self._scores(h)[..., : self.vocab_rows], target_tokens_BN.t()).t()
         # Megatron's cross-entropy works in place on the logits; they are used nowhere else.
         return vocab_parallel_cross_entropy(self.logits(h), target_tokens_BN.t().contiguous()).t()
 

@@ -8,17 +8,17 @@ All layers of a kind cost the same, so a run is measured with at most two of eac
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import unittest.mock
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from armd_scale.config import RunConfig
-from armd_scale.model import prefix
+from armd_scale.model import layers, network, prefix
 from armd_scale.model.network import Stage, streams_of
 from armd_scale.model.rows import Rows
 from armd_scale.parallel import megatron_cpu
@@ -149,7 +149,8 @@ def run(config: RunConfig, first: int, last: int, gpu: GPU) -> Chunk:
     """Layers ``first`` to ``last`` (exclusive) as they are, inside ``fake_ranks``."""
     dtype = getattr(torch, config.train.dtype)
     length, batch, model = config.model.length, config.train.micro_batch, config.model
-    kernels = _cuda_kernels() if gpu.cuda else contextlib.nullcontext()
+    watch = _Watch(gpu, low=dtype is torch.bfloat16)
+    kernels = _cuda_kernels(watch) if gpu.cuda else contextlib.nullcontext()
     _forget_tensors()
     try:
         with FakeTensorMode(), kernels:
@@ -172,7 +173,6 @@ def run(config: RunConfig, first: int, last: int, gpu: GPU) -> Chunk:
             gathered = parallel_state.get_global_memory_buffer().get_tensor(
                 [length, model.streams * batch, model.hidden] if sharing else [0], dtype, "mpu"
             )
-            watch = _Watch(gpu, low=dtype is torch.bfloat16)
             with watch:
                 if not stage.is_first:
                     received = torch.empty(rank_rows, streams * batch, model.hidden, dtype=dtype, requires_grad=True)
@@ -262,6 +262,15 @@ class _Watch(Live):
         self.gpu = gpu
         self.low = low
         self.counts = Pass()
+        self._inside = False
+
+    def kernel(self, work: Callable[[], Any], inputs: Iterable[Tensor]) -> list[Tensor]:
+        """What ``work`` makes, as one kernel does: reading ``inputs`` and writing the results, and nothing else."""
+        self._inside = True
+        made = [leaf for leaf in tree_leaves(work()) if isinstance(leaf, Tensor)]
+        self._inside = False
+        self.counts.seconds += self.gpu.operation(0.0, sum(tensor.nbytes for tensor in inputs), self.gpu.flops)
+        return [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in made]
 
     def turn(self) -> Pass:
         """End of a pass: its counts. What is alive stays known."""
@@ -270,6 +279,8 @@ class _Watch(Live):
         return done
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._inside:
+            return func(*args, **(kwargs or {}))
         out = super().__torch_dispatch__(func, types, args, kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
@@ -309,13 +320,36 @@ class _Watch(Live):
         return self.gpu.flops_tf32 if self.low else self.gpu.flops_float32
 
 
+class _Region(torch.autograd.Function):
+    """A fused region of the network: a kernel forward, a kernel backward, and its inputs kept between them."""
+
+    @staticmethod
+    def forward(ctx: Any, watch: _Watch, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        tensors = [one for one in inputs if isinstance(one, Tensor)]
+        ctx.watch, ctx.function, ctx.inputs = (
+            watch,
+            function,
+            [None if isinstance(one, Tensor) else one for one in inputs],
+        )
+        ctx.save_for_backward(*tensors)
+        return watch.kernel(lambda: function(*inputs), tensors)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        tensors = ctx.saved_tensors  # to be read once, where layers are computed again
+        saved = iter(tensors)
+        inputs = [next(saved) if one is None else one for one in ctx.inputs]
+        wanted = [one for one, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needed]
+        made = iter(ctx.watch.kernel(lambda: wanted, [*tensors, *gradients]))
+        return None, None, *(next(made) if needed else None for needed in ctx.needs_input_grad[2:])
+
+
 @contextlib.contextmanager
-def _cuda_kernels() -> Iterator[None]:
-    """On CUDA RMSNorm is one kernel that keeps its input and a number a row, as LayerNorm everywhere; on CPU it is
-    several operations."""
-
-    def rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-        return F.layer_norm(x, shape, weight, None, eps or 0.0)
-
-    with unittest.mock.patch.object(F, "rms_norm", rms_norm):
+def _cuda_kernels(watch: _Watch) -> Iterator[None]:
+    """Inside, the network runs as on CUDA: its regions of element-wise work are kernels of their own."""
+    with contextlib.ExitStack() as stack:
+        for module, name in ((layers, "normalise"), (layers, "rotate"), (layers, "gate"), (network, "cross_entropy")):
+            region = functools.partial(_Region.apply, watch, getattr(module, name).__wrapped__)
+            stack.enter_context(unittest.mock.patch.object(module, name, region))
+        stack.enter_context(unittest.mock.patch.object(network, "on_cuda", return_value=True))
         yield

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from armd_scale import orders
 from armd_scale.config import ModelConfig, ParallelConfig
+from armd_scale.model import layers
 from armd_scale.model.flops import (
     cut_by_cost,
     embedding_macs,
@@ -256,3 +257,50 @@ def test_transformer_engine_is_used_where_it_can_run(monkeypatch):
     monkeypatch.setattr(transformer_engine, "HAVE_TE", True)
     assert linears().column.module is transformer_engine.TEColumnParallelLinear
     assert linears().row.module is transformer_engine.TERowParallelLinear
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_fused_regions(backend, request):
+    """Each region of element-wise work, compiled without a break, gives its results and gradients in float64."""
+    if backend == "inductor" and not request.config.getoption("--parity"):
+        pytest.skip("compiles for half a minute: make parity")
+    g = torch.Generator().manual_seed(0)
+    x, scale = (torch.randn(shape, generator=g, dtype=torch.float32) for shape in ((5, 3, 16), (16,)))
+    heads, angles = torch.randn(5, 3, 2, 8, generator=g), torch.randn(5, 3, 1, 4, generator=g)
+    targets = torch.randint(0, 16, (5, 3), generator=g)
+    cases = [
+        (layers.normalise, (x, scale, 1e-5, True)),
+        (layers.normalise, (x, scale, 1e-5, False)),
+        (layers.rotate, (heads, angles.cos(), angles.sin())),
+        (layers.gate, (x,)),
+        (layers.cross_entropy, (x, targets)),
+    ]
+    for region, inputs in cases:
+        compiled = torch.compile(region.__wrapped__, backend=backend, fullgraph=True, dynamic=False)
+        results = []
+        for function, dtype in ((region.__wrapped__, torch.float64), (compiled, torch.float32)):
+            arguments = [
+                one.to(dtype).requires_grad_() if torch.is_tensor(one) and one.is_floating_point() else one
+                for one in inputs
+            ]
+            out = function(*arguments)
+            wanted = [one for one in arguments if torch.is_tensor(one) and one.requires_grad]
+            results.append([out, *torch.autograd.grad((out * out.detach().sin()).sum(), wanted)])
+        for exact, got in zip(*results, strict=True):
+            torch.testing.assert_close(got.double(), exact.double(), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.one_process
+def test_both_cross_entropies_agree():
+    """The fused one of a whole vocabulary, and Megatron's over a cut one, here in one part."""
+    stage, tokens = build(PAPER), np.random.default_rng(3).integers(0, 50, (2, 16))
+    h = stage.hidden(arrange(tokens, orders.left_to_right(16), 1)).detach()
+    targets = torch.from_numpy(tokens)
+    found = []
+    for ranks in (1, 2):
+        stage.config.tensor_model_parallel_size = ranks  # Megatron's own groups still have one process
+        rows = h.clone().requires_grad_()
+        nll = stage.nll(rows, targets)
+        found.append([nll, *torch.autograd.grad(nll.mean(), [rows, stage.embedding.weight])])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
