@@ -23,6 +23,14 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+def check_writable(path: Path) -> None:
+    """``UserError`` unless a file can be written there, found out before the work whose result it will hold."""
+    if not path.parent.is_dir():
+        raise UserError(f"{path} cannot be written: there is no folder {path.parent}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written: {'it is a folder' if path.is_dir() else 'its folder is read-only'}")
+
+
 @contextlib.contextmanager
 def exclusive(path: Path, what: str) -> Iterator[None]:
     """Hold the lock file ``path``; ``UserError`` when another process has it. ``what``: what it stands for."""

@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from armd_scale.errors import UserError, cli
-from armd_scale.files import write_atomically
+from armd_scale.files import check_writable, write_atomically
 
 LENGTH = 1024
 """Tokens in a sample."""
@@ -75,6 +75,9 @@ def main() -> None:
     for peer in ("datasets", "transformers"):
         if importlib.util.find_spec(peer) is None:
             raise UserError(f"{peer} is not installed: pip install -c constraints.txt -e '.[bench]'")
+    for path in (args.json, getattr(args, "plot", None)):
+        if path:
+            check_writable(path)
     if args.command == "decode":
         facts = _decode(args)
     elif args.command == "train":

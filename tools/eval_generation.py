@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from armd_scale.errors import UserError, cli
-from armd_scale.files import write_atomically
+from armd_scale.files import check_writable, write_atomically
 
 WAYS = [
     "streams=1",
@@ -52,9 +52,8 @@ def main() -> None:
         raise UserError("--samples and --batch must be at least 1")
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--plot must be a .png, .svg or .pdf file, not {args.plot}")
-    for path in filter(None, (args.json, args.plot)):  # find out before the work that it can be written
-        if not path.parent.is_dir():
-            raise UserError(f"{path} cannot be written: there is no folder {path.parent}")
+    for path in filter(None, (args.json, args.plot)):
+        check_writable(path)
 
     from armd_scale import inference
     from armd_scale.evaluation import generation

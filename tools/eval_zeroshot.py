@@ -53,7 +53,7 @@ def main() -> None:
     from armd_scale.evaluation import accuracy, likelihood, suites
     from armd_scale.evaluation.models import alone as in_process
     from armd_scale.evaluation.models import open_model, resolve, workers
-    from armd_scale.files import write_atomically
+    from armd_scale.files import check_writable, write_atomically
 
     for order in args.order or []:
         likelihood.parse_order(order)
@@ -63,7 +63,7 @@ def main() -> None:
         raise UserError("--repeats must be at least 2 (the error comes from their spread), --processes at least 1")
     alone = args.json == "-"
     if args.json and not alone:
-        write_atomically(Path(args.json), "{}\n")  # find out before the work that it can be written
+        check_writable(Path(args.json))
     screen = sys.stderr if alone else sys.stdout
 
     def say(line: str = "") -> None:

@@ -27,7 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from armd_scale.errors import UserError, cli
-from armd_scale.files import write_atomically
+from armd_scale.files import check_writable, write_atomically
 
 SMALL = {"layers": 12, "hidden": 768, "length": 1024, "batch": 16}
 LARGE = {"layers": 22, "hidden": 2048, "length": 2048, "batch": 8}
@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures to this file as well")
     args = parser.parse_args()
 
+    if args.json:
+        check_writable(args.json)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no GPU here: --device cpu --quick tries the tool without one")
     facts: dict[str, Any] = {"environment": _environment(args.device)}

@@ -15,7 +15,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the plan is made on fake tensors of t
 
 from armd_scale import config as configs
 from armd_scale.errors import UserError, cli
-from armd_scale.files import write_atomically
+from armd_scale.files import check_writable, write_atomically
 
 
 def main() -> None:
@@ -30,6 +30,8 @@ def main() -> None:
     args = parser.parse_args()
     if not 1 <= args.vocab <= 10**8 or args.alternatives < 0:
         parser.error("--vocab must be from 1 to 100 million and --alternatives at least 0")
+    if args.json:
+        check_writable(args.json)
     overrides = list(args.overrides)
     if args.nodes is not None:
         overrides.append(f"cluster.nodes={args.nodes}")
