@@ -341,6 +341,7 @@ def _plot_loss(f: Figures, path: Path) -> None:
     panels[0].set_ylabel("held-out nats per token")
     for axes in panels:
         axes.set_xscale("log")
+        axes.minorticks_off()
         axes.grid(alpha=0.2)
     panels[0].legend(fontsize=9)
     _save(figure, path)
