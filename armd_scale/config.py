@@ -47,7 +47,7 @@ class PrefixConfig(Section):
     kernel: Literal["gaussian", "sinusoid", "learned"] = "gaussian"
     """Position embedding rows. ``gaussian``: sines at normal quantiles, so that the inner product is about
     exp(-distance^2 / 2 width^2) [D]; ``sinusoid``: the usual 10000-base table; ``learned``: a trained table."""
-    width: Annotated[float, Field(gt=0.0)] = 3.0
+    width: Annotated[float, Field(gt=0.0)] = 2.0
     """Width of the Gaussian kernel in tokens (sigma) [D]."""
     dim: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
     """Width of a position embedding row, d_pe; null: the model's width. The Gaussian kernel's far ripple falls with it;
