@@ -111,9 +111,7 @@ def test_the_page_shows_the_streams(tmp_path, model_dir):
             )
             # A character of several tokens is one only in the whole text.
             assert _ascii(shown) == _ascii(answer["result"]["value"])
-            await browser.wait(
-                "document.getElementById('go').textContent == 'Generate'"
-            )  # a click would stop it before
+            await browser.wait("document.getElementById('go').textContent == 'Generate'")  # else a click stops it
             await browser.value("document.getElementById('tokens').value = 9999; document.getElementById('go').click()")
             line = await browser.wait(
                 "document.getElementById('state').className == 'error' && document.getElementById('state').textContent"
