@@ -37,7 +37,14 @@ hypothesis.settings.register_profile("ci", deadline=None, max_examples=30, deran
 hypothesis.settings.load_profile("ci")
 
 PAPER = ModelConfig(
-    layers=4, hidden=32, heads=4, length=16, vocab_size=50, bos_id=1, prefix=PrefixConfig(dim=16), init_std=0.2
+    layers=4,
+    hidden=32,
+    heads=4,
+    length=16,
+    vocab_size=50,
+    bos_id=1,
+    prefix=PrefixConfig(dim=16, width=3.0),
+    init_std=0.2,
 )
 MODERN = ModelConfig(
     layers=3,
