@@ -21,7 +21,7 @@ import numpy as np
 import webdataset
 
 from armd_scale.errors import UserError
-from armd_scale.files import write_atomically
+from armd_scale.files import sha256, write_atomically
 from armd_scale.tokenizer import token_type
 
 INDEX = "index.json"
@@ -186,16 +186,11 @@ def _problem(path: Path, shard: dict[str, Any], hashes: bool) -> str | None:
     size = path.stat().st_size
     if size != shard["size"]:
         wrong = f"{size} bytes, the index says {shard['size']}"
-    elif hashes and _sha256(path) != shard["sha256"]:
+    elif hashes and sha256(path) != shard["sha256"]:
         wrong = "its SHA-256 differs from the index"
     else:
         return None
     return f"shard {path} is damaged: {wrong}; restore it or prepare the data again"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _member(length: int, dtype: np.dtype) -> tuple[bytes, int]:

@@ -125,7 +125,7 @@ def main() -> None:
 
 def _texts(args: argparse.Namespace) -> list[tuple[str, str, str, list[str], int]]:
     """Name, place, SHA-256, documents and bytes of the texts on the command line."""
-    from armd_scale.evaluation import suites
+    from armd_scale.files import sha256
     from data_pipeline import readers
 
     found = []
@@ -136,13 +136,14 @@ def _texts(args: argparse.Namespace) -> list[tuple[str, str, str, list[str], int
         size = sum(len(text.encode("utf-8", "surrogatepass")) for text in documents)
         if not size:
             raise UserError(f"{name} holds no text")
-        found.append((name, name, suites.digest(Path(name)), documents, size))
+        found.append((name, name, sha256(Path(name)), documents, size))
     return found
 
 
 def _suite(args: argparse.Namespace, protocol: Any, say: Any) -> list[tuple[str, str, str | None, list[str], int]]:
     """The same of the suite's texts that are there; says which are not, and which are not the expected files."""
     from armd_scale.evaluation import suites
+    from armd_scale.files import sha256
 
     if args.data == "hub":
         return [(text.name, text.hub[0], None, *suites.read_hub(text, protocol)) for text in suites.SETS.values()]
@@ -156,7 +157,7 @@ def _suite(args: argparse.Namespace, protocol: Any, say: Any) -> list[tuple[str,
             names = ", ".join(text.files if split == "test" else text.train_files)
             say(f"{text.name}: not in {folder} ({names})")
             continue
-        digest = suites.digest(path)
+        digest = sha256(path)
         if split == "test" and text.sha256 not in (None, digest):
             say(f"{text.name}: {path} is not the file of the table (SHA-256 {text.sha256}): figures will differ")
         found.append((text.name, str(path), digest, *suites.read(text, path, protocol)))

@@ -58,6 +58,7 @@ def main() -> None:
 def _run(study: Any, args: argparse.Namespace) -> None:
     from armd_scale.evaluation import study as studies
     from armd_scale.evaluation import study_page
+    from armd_scale.training.telemetry import environment
     from launchers.jobs import is_trained
 
     out, started = args.out.resolve(), time.time()
@@ -92,12 +93,13 @@ def _run(study: Any, args: argparse.Namespace) -> None:
             pool.shutdown(wait=False, cancel_futures=True)  # those that run end by themselves
             raise
     judge = next(made[run].directory for run in every if run.variant == "judge")
+    where = environment()
     results: dict[str, Any] = {
         "name": study.name,
         "command": command,
-        "commit": _commit(),
+        "commit": where["git_commit"] or "not a git checkout",
         "equal_steps": equal,
-        "environment": _environment(),
+        "environment": where,
         "study": study.model_dump(),
         "runs": {},
     }
@@ -150,17 +152,6 @@ def _cost(config: Any) -> float:
     from armd_scale.model.flops import training_flops_per_token
 
     return training_flops_per_token(configs.with_vocabulary(config, config.data.vocab_size, 1).model)
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "not a git checkout"
-
-
-def _environment() -> dict[str, Any]:
-    from armd_scale.training.telemetry import environment
-
-    return environment()
 
 
 if __name__ == "__main__":

@@ -117,6 +117,17 @@ def find_judge(model: Path) -> Path:
     return min(scores, key=lambda run: scores[run])
 
 
+def ways(model: ARMD, streams: Sequence[int], free: int) -> dict[int, Decoding]:
+    """How a model writes ``free`` tokens at so many a step: by streams; masked diffusion so many on average; left to
+    right only one.
+    """
+    if model.config.objective == "ar":
+        return {1: Decoding()}
+    if model.config.objective == "mdm":
+        return {count: Decoding(steps=-(-free // count)) for count in streams}
+    return {count: Decoding(streams=count) for count in streams}
+
+
 @dataclass(frozen=True)
 class Sample:
     """Texts of one way of decoding."""

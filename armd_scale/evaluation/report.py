@@ -16,7 +16,7 @@ import numpy as np
 from armd_scale import inference
 from armd_scale import tokenizer as tokenizers
 from armd_scale.config import RunConfig
-from armd_scale.evaluation import likelihood
+from armd_scale.evaluation import generation, likelihood
 from armd_scale.evaluation.models import alone
 from armd_scale.files import write_atomically
 from armd_scale.model.flops import FORMULAS, training_flops_per_token
@@ -39,7 +39,7 @@ def write(config: RunConfig, export: Path) -> dict[str, Any]:
     tokens = np.concatenate(chunks)
     # All of the split: its exact bytes. A part of it: its share of them.
     size = heldout.index["bytes"] * len(tokens) / heldout.index["tokens"]
-    names = ["bound" if config.objective == "mdm" else "left-to-right"]
+    names = likelihood.default_orders(model)[:1]
     if config.objective == "armd":
         names += [f"shuffled:{config.orders.rho}"] if config.orders.rho else []
         names += [f"strided:{s}" for s in config.report.generate_streams if s > 1]
@@ -96,10 +96,7 @@ def _samples(config: RunConfig, model: inference.ARMD, tokenizer: Tokenizer) -> 
     free = model.config.length - len(prompt)
     model.generate([prompt])  # warm-up
     samples = []
-    for streams in config.report.generate_streams if config.objective != "ar" else [1]:
-        decoding = inference.Decoding(streams=streams)
-        if config.objective == "mdm":  # as many tokens a step, on average
-            decoding = inference.Decoding(steps=-(-free // streams))
+    for streams, decoding in generation.ways(model, config.report.generate_streams, free).items():
         started = time.perf_counter()
         [task] = model.plan([prompt + [inference.FREE] * free], decoding, config.seed)
         [text] = model.complete([task])

@@ -20,7 +20,7 @@ from armd_scale.errors import UserError
 from armd_scale.evaluation import generation, likelihood, suites
 from armd_scale.evaluation.models import alone, open_model
 from armd_scale.files import write_atomically
-from armd_scale.inference import ARMD, Decoding
+from armd_scale.inference import ARMD
 from armd_scale.model.flops import training_flops_per_token
 from armd_scale.tokenizer import Tokenizer
 from armd_scale.training import objectives
@@ -68,9 +68,9 @@ class Study(Section):
     suite_chunks: Positive | None = 256
     """Chunks of every text of the zero-shot suite; null: all."""
 
-    def equal_steps(self, configs: "dict[Run, RunConfig]") -> int:
+    def equal_steps(self, made: "dict[Run, RunConfig]") -> int:
         """The steps at which variants are compared: the base training of ``armd``."""
-        return next(config.train.steps for run, config in configs.items() if run.variant == "armd")
+        return next(config.train.steps for run, config in made.items() if run.variant == "armd")
 
     def config(self, run: "Run", directory: Path, overrides: list[str]) -> RunConfig:
         """The configuration of a run in the study's folder; ``UserError`` on anything wrong."""
@@ -147,21 +147,21 @@ def measure(study: Study, run: Run, folder: Path, equal: int, judge: Path, suite
         "curve": [[record["step"], record[known_by]] for record in records if known_by in record],
         "checkpoints": {},
     }
-    for step in _steps(run, config, equal):
-        place = config.directory / "checkpoints" / f"step-{step:08d}"
+    scorer = generation.load_judge(judge, device) if run.variant in OBJECTIVES else None
+    for step, place in _checkpoints(run, config, equal).items():
         model, tokenizer = open_model(place, device)
         found: dict[str, Any] = {"heldout": _heldout(study, run, config, model)}
-        if run.variant in OBJECTIVES:
-            found["texts"] = _texts(study, model, tokenizer, judge)
-        if run.variant in OBJECTIVES and suite and step in (equal, config.train.steps):
+        if scorer:
+            found["texts"] = _texts(study, model, tokenizer, scorer)
+        if scorer and suite and step in (equal, config.train.steps):
             found["suite"] = _suite(study, model, tokenizer, suite)
         out["checkpoints"][str(step)] = found
     out["parameters"] = sum(p.numel() for p in model.parameters())
     return out
 
 
-def _steps(run: Run, config: RunConfig, equal: int) -> list[int]:
-    """Steps whose checkpoints are measured: at equal steps, the last, and between them those of strided fine-tuning."""
+def _checkpoints(run: Run, config: RunConfig, equal: int) -> dict[int, Path]:
+    """Checkpoints that are measured, by their steps: at equal steps, the last, and those of strided fine-tuning."""
     kept = range(equal, config.total_steps + 1, config.train.keep_every or config.total_steps)
     between = kept if run.variant == "armd" else ()
     found = sorted({min(equal, config.total_steps), *between, config.total_steps})
@@ -169,7 +169,7 @@ def _steps(run: Run, config: RunConfig, equal: int) -> list[int]:
     missing = [str(place) for place in places.values() if not place.is_dir()]
     if missing:
         raise UserError(f"{missing[0]} is not there: train.checkpoint_every and keep_every must keep it")
-    return found
+    return places
 
 
 def _heldout(study: Study, run: Run, config: RunConfig, model: ARMD) -> dict[str, Any]:
@@ -186,15 +186,12 @@ def _heldout(study: Study, run: Run, config: RunConfig, model: ARMD) -> dict[str
     return {name: likelihood.score(alone(model), chunks, name, size).as_dict() for name in names}
 
 
-def _texts(study: Study, model: ARMD, tokenizer: Tokenizer, judge: Path) -> list[dict[str, Any]]:
+def _texts(study: Study, model: ARMD, tokenizer: Tokenizer, judge: generation.Judge) -> list[dict[str, Any]]:
     """Quality of generated texts at so many tokens a step."""
-    scorer, length, out = generation.load_judge(judge, str(model.device)), model.config.length, []
-    for streams in study.streams if model.config.objective != "ar" else [1]:
-        decoding = Decoding(streams=streams)
-        if model.config.objective == "mdm":
-            decoding = Decoding(steps=-(-length // streams))
+    length, out = model.config.length, []
+    for streams, decoding in generation.ways(model, study.streams, length).items():
         made = generation.sample(model, decoding, study.texts, length, batch=64)
-        figures = generation.quality([tokenizer.decode(one) for one in made.tokens], made.tokens, scorer)
+        figures = generation.quality([tokenizer.decode(one) for one in made.tokens], made.tokens, judge)
         out.append({"tokens_a_step": streams, "tokens_per_second": made.tokens_per_second, **figures.as_dict()})
     return out
 
@@ -202,7 +199,7 @@ def _texts(study: Study, model: ARMD, tokenizer: Tokenizer, judge: Path) -> list
 def _suite(study: Study, model: ARMD, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
     """Zero-shot scores of the texts that are there."""
     out = {}
-    order = "bound" if model.config.objective == "mdm" else "left-to-right"
+    order = likelihood.default_orders(model)[0]
     for text in suites.SETS.values():
         found = suites.find(text, folder)
         if found is None:

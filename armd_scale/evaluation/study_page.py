@@ -327,11 +327,7 @@ def _plot_loss(f: Figures, path: Path) -> None:
     for variant in ("ar", "armd", "mdm"):
         for seed, run in f.runs[variant].items():
             steps, values = (np.array(column) for column in zip(*run["curve"], strict=True))
-            label = (
-                _WORDS[variant] + (" (bound)" if variant == "mdm" else "")
-                if seed == next(iter(f.runs[variant]))
-                else None
-            )
+            label = _label(variant) if seed == next(iter(f.runs[variant])) else None
             flops = steps * run["tokens_per_step"] * run["flops_per_token"]
             for axes, place in zip(panels, (steps, flops), strict=True):
                 axes.plot(place, values, color=_COLOURS[variant], lw=1.2, alpha=0.8, label=label)

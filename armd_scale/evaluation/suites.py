@@ -6,7 +6,6 @@ length. Every switch is a field of ``Protocol``.
 """
 
 import csv
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -149,12 +148,6 @@ def find(text: TextSet, folder: Path, split: str = "test") -> Path | None:
     if text.name == "WikiText103":
         names = (*names, *SETS["WikiText2"].files)
     return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read(text: TextSet, path: Path, protocol: Protocol) -> tuple[list[str], int]:

@@ -5,7 +5,6 @@ The manifest holds the step, what is kept for every parameter, and the size and 
 written last, into a folder that gets its final name after that. Needs neither torch nor any other rank.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 from armd_scale.config import RunConfig, identity
 from armd_scale.errors import UserError
+from armd_scale.files import sha256
 
 MANIFEST = "manifest.json"
 POINTER = "latest"
@@ -171,5 +171,4 @@ def verify(checkpoint: Path) -> dict[str, Any]:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"size": path.stat().st_size, "sha256": sha256(path)}

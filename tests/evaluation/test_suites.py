@@ -13,6 +13,7 @@ from armd_scale import tokenizer as tokenizers
 from armd_scale.errors import UserError
 from armd_scale.evaluation import accuracy, suites
 from armd_scale.evaluation.models import alone
+from armd_scale.files import sha256
 from tests.conftest import BASELINES, PAPER, model_folder, run_tool, shared_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +96,7 @@ def test_the_files_of_the_table():
     found = {name: suites.find(text, folder) for name, text in suites.SETS.items()}
     for name, path in found.items():
         if path is not None:
-            assert suites.digest(path) == suites.SETS[name].sha256
+            assert sha256(path) == suites.SETS[name].sha256
     assert found["WikiText103"] == found["WikiText2"]
     documents, _ = suites.read(suites.SETS["WikiText2"], found["WikiText2"], suites.Protocol())
     assert len(documents) == 2891
