@@ -6,114 +6,145 @@ which is what both streams need with one token a block, whatever the permutation
 sees every key: ``causal`` is False, and there is no mask.
 
 - ``attend``: the seam; picks a backend.
-- ``sdpa``: causal: streams folded into the query heads of one grouped-query call, no mask at all;
-  with ``visible``: a boolean mask.
+- ``sdpa``: causal: streams folded into the query heads of one grouped-query call, no mask at all, by a kernel that
+  may be named; with ``visible``: a boolean mask.
 - ``flex``: ``visible`` as a block mask, for CUDA.
 - ``dense``: the reference: explicit scores and softmax in the type of its inputs (float64 in tests).
+- ``measure``: the table by which a kernel is chosen: seconds of every one that runs here, for the shapes of a run.
 
-Shapes: queries [S, B, H, N, D] of S streams, keys and values [B, G, M, D] of G key heads, ``visible`` [S, B, N].
-Query head h uses key head h // (H / G).
+Shapes: queries [S, B, G, R, N, D] of S streams, with R query heads for each of G key heads; keys and values
+[B, G, M, D]; ``visible`` [S, B, N].
 """
 
+import contextlib
 import functools
+import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.weak import WeakTensorKeyDictionary
+
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "FA3": SDPBackend.FLASH_ATTENTION,
+    "FA4": SDPBackend.FLASH_ATTENTION,
+}
+"""Kernels of ``sdpa`` that can be asked for by name. FA3 and FA4 take the place of PyTorch's own flash kernels."""
+
+MASK_BLOCK = 128
+"""Rows and keys of a block of a block mask."""
 
 
 def attend(
-    q_SBHND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, visible_SBN: Tensor | None = None, causal: bool = True
+    q_SBGRND: Tensor,
+    k_BGMD: Tensor,
+    v_BGMD: Tensor,
+    visible_SBN: Tensor | None = None,
+    causal: bool = True,
+    kernel: str | None = None,
 ) -> Tensor:
-    """Softmax attention of each query over its visible prefix of keys, or over all of them -> [S, B, H, N, D]."""
-    if visible_SBN is not None and q_SBHND.is_cuda:
-        return flex(q_SBHND, k_BGMD, v_BGMD, visible_SBN)
-    return sdpa(q_SBHND, k_BGMD, v_BGMD, visible_SBN, causal)
+    """Softmax attention of each query over its visible prefix of keys, or over all of them -> [S, B, G, R, N, D].
+
+    ``kernel``: the one of ``KERNELS`` that computes what needs no mask; None: PyTorch's choice.
+    """
+    if visible_SBN is not None and q_SBGRND.is_cuda:
+        return flex(q_SBGRND, k_BGMD, v_BGMD, visible_SBN)
+    return sdpa(q_SBGRND, k_BGMD, v_BGMD, visible_SBN, causal, kernel)
 
 
 def sdpa(
-    q_SBHND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, visible_SBN: Tensor | None = None, causal: bool = True
+    q_SBGRND: Tensor,
+    k_BGMD: Tensor,
+    v_BGMD: Tensor,
+    visible_SBN: Tensor | None = None,
+    causal: bool = True,
+    kernel: str | None = None,
 ) -> Tensor:
-    """``torch.nn.functional.scaled_dot_product_attention``: flash kernels where the hardware has them."""
+    """``torch.nn.functional.scaled_dot_product_attention``, without a mask by one of ``KERNELS`` (None: PyTorch's)."""
+    S, B, G, R, N, D = q_SBGRND.shape
     if visible_SBN is None:
-        q_BHND, shape = _streams_to_heads(q_SBHND, k_BGMD.shape[1])
-        grouped = q_BHND.shape[1] != k_BGMD.shape[1]
-        out = F.scaled_dot_product_attention(q_BHND, k_BGMD, v_BGMD, is_causal=causal, enable_gqa=grouped)
-        return _heads_to_streams(out, shape)
-    q_BHRD, visible_BR = _streams_to_rows(q_SBHND, visible_SBN)
+        # Streams become extra query heads of the same key head. A view, when memory is [N, B, G, S, R, D].
+        q_BHND = q_SBGRND.permute(1, 2, 0, 3, 4, 5).reshape(B, G * S * R, N, D)
+        with sdpa_kernel(KERNELS[kernel]) if kernel else contextlib.nullcontext():
+            out = F.scaled_dot_product_attention(q_BHND, k_BGMD, v_BGMD, is_causal=causal, enable_gqa=S * R > 1)
+        return out.unflatten(1, (G, S, R)).permute(2, 0, 1, 3, 4, 5)
+    q_BHRD, visible_BR = _streams_to_rows(q_SBGRND, visible_SBN)
     mask_B1RM = (torch.arange(k_BGMD.shape[2], device=visible_BR.device) < visible_BR[..., None])[:, None]
-    grouped = q_BHRD.shape[1] != k_BGMD.shape[1]
-    out = F.scaled_dot_product_attention(q_BHRD, k_BGMD, v_BGMD, attn_mask=mask_B1RM, enable_gqa=grouped)
-    return _rows_to_streams(out, q_SBHND.shape[0])
+    out = F.scaled_dot_product_attention(q_BHRD, k_BGMD, v_BGMD, attn_mask=mask_B1RM, enable_gqa=R > 1)
+    return _rows_to_streams(out, q_SBGRND.shape)
 
 
-def flex(q_SBHND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, visible_SBN: Tensor) -> Tensor:
+def flex(q_SBGRND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, visible_SBN: Tensor) -> Tensor:
     """``flex_attention``: skips key blocks that no query of a block sees. Forward only on CPU.
 
     The block mask is made once for a ``visible`` tensor, which all layers of a kind share.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
-    q_BHRD, visible_BR = _streams_to_rows(q_SBHND, visible_SBN)
-    block_mask = _MASKS.get(visible_SBN)
-    if block_mask is None:
-        block_mask = _MASKS[visible_SBN] = _block_mask(visible_BR, k_BGMD.shape[2])
-    kernel: Callable = _compiled_flex() if q_SBHND.is_cuda else flex_attention
-    out = kernel(q_BHRD, k_BGMD, v_BGMD, block_mask=block_mask, enable_gqa=q_BHRD.shape[1] != k_BGMD.shape[1])
-    return _rows_to_streams(out, q_SBHND.shape[0])
+    q_BHRD, visible_BR = _streams_to_rows(q_SBGRND, visible_SBN)
+    mask = _MASKS.get(visible_SBN)
+    if mask is None:
+        mask = _MASKS[visible_SBN] = block_mask(visible_BR, k_BGMD.shape[2])
+    kernel: Callable = _compiled_flex() if q_SBGRND.is_cuda else flex_attention
+    out = kernel(q_BHRD, k_BGMD, v_BGMD, block_mask=mask, enable_gqa=q_SBGRND.shape[3] > 1)
+    return _rows_to_streams(out, q_SBGRND.shape)
 
 
 def dense(
-    q_SBHND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, visible_SBN: Tensor | None = None, causal: bool = True
+    q_SBGRND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, visible_SBN: Tensor | None = None, causal: bool = True
 ) -> Tensor:
     """The slow, obvious reference; every backend equals it within rounding."""
-    streams, batch, heads, rows, width = q_SBHND.shape
-    k_BHMD = k_BGMD.repeat_interleave(heads // k_BGMD.shape[1], dim=1)
-    v_BHMD = v_BGMD.repeat_interleave(heads // v_BGMD.shape[1], dim=1)
+    streams, batch, _, _, rows, width = q_SBGRND.shape
     if visible_SBN is None:
         seen = torch.arange(1, rows + 1) if causal else torch.full((rows,), k_BGMD.shape[2])
-        visible_SBN = seen.to(q_SBHND.device).expand(streams, batch, rows)
-    scores_SBHNM = torch.einsum("sbhnd,bhmd->sbhnm", q_SBHND, k_BHMD) / width**0.5
-    hidden_SB1NM = torch.arange(k_BGMD.shape[2], device=q_SBHND.device) >= visible_SBN[:, :, None, :, None]
-    weights = scores_SBHNM.masked_fill(hidden_SB1NM, -torch.inf).softmax(dim=-1)
-    return torch.einsum("sbhnm,bhmd->sbhnd", weights, v_BHMD)
+        visible_SBN = seen.to(q_SBGRND.device).expand(streams, batch, rows)
+    scores = torch.einsum("sbgrnd,bgmd->sbgrnm", q_SBGRND, k_BGMD) / width**0.5
+    hidden_SB11NM = torch.arange(k_BGMD.shape[2], device=q_SBGRND.device) >= visible_SBN[:, :, None, None, :, None]
+    weights = scores.masked_fill(hidden_SB11NM, -torch.inf).softmax(dim=-1)
+    return torch.einsum("sbgrnm,bgmd->sbgrnd", weights, v_BGMD)
 
 
-def _streams_to_heads(q_SBHND: Tensor, key_heads: int) -> tuple[Tensor, tuple[int, ...]]:
-    """Streams become extra query heads of the same key head: [B, G * S * H/G, N, D]."""
-    S, B, H, N, D = q_SBHND.shape
-    q_BGSRND = q_SBHND.unflatten(2, (key_heads, H // key_heads)).permute(1, 2, 0, 3, 4, 5)
-    return q_BGSRND.reshape(B, S * H, N, D), (B, key_heads, S, H // key_heads, N, D)
-
-
-def _heads_to_streams(out: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return out.view(shape).permute(2, 0, 1, 3, 4, 5).flatten(2, 3)
-
-
-def _streams_to_rows(q_SBHND: Tensor, visible_SBN: Tensor) -> tuple[Tensor, Tensor]:
-    """Streams become extra query rows: [B, H, S * N, D] and [B, S * N]."""
-    q_BHRD = q_SBHND.permute(1, 2, 0, 3, 4).flatten(2, 3)
+def _streams_to_rows(q_SBGRND: Tensor, visible_SBN: Tensor) -> tuple[Tensor, Tensor]:
+    """Streams become extra query rows: [B, H, S * N, D] and [B, S * N]. A view, when memory is [S, N, B, G, R, D]."""
+    q_BHRD = q_SBGRND.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).flatten(1, 2)
     return q_BHRD, visible_SBN.transpose(0, 1).flatten(1)
 
 
-def _rows_to_streams(out_BHRD: Tensor, streams: int) -> Tensor:
-    return out_BHRD.unflatten(2, (streams, -1)).permute(2, 0, 1, 3, 4)
+def _rows_to_streams(out_BHRD: Tensor, shape: torch.Size) -> Tensor:
+    S, _, G, R, N, _ = shape
+    return out_BHRD.unflatten(2, (S, N)).unflatten(1, (G, R)).permute(3, 0, 1, 2, 4, 5)
 
 
 _MASKS = WeakTensorKeyDictionary()
 """Block masks by the tensor that they were made of, as long as that lives."""
 
 
-def _block_mask(visible_BR: Tensor, keys: int):
-    from torch.nn.attention.flex_attention import create_block_mask
+def block_mask(visible_BR: Tensor, keys: int):
+    """``BlockMask`` of prefixes: of a block of rows, all keys before the shortest prefix are seen, none behind the
+    longest; a block of keys between them is looked at key by key. Asks nothing of the device.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
 
-    def sees(b, h, row, key):
+    rows = visible_BR.shape[1]
+    blocks = F.pad(visible_BR, (0, -rows % MASK_BLOCK)).unflatten(1, (-1, MASK_BLOCK))
+    whole, seen = blocks.amin(-1) // MASK_BLOCK, (blocks.amax(-1) + MASK_BLOCK - 1) // MASK_BLOCK
+    count = (keys + MASK_BLOCK - 1) // MASK_BLOCK
+    every = torch.arange(count, device=visible_BR.device)
+    partial = (whole[..., None] + every) % count
+
+    def sees(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
         return key < visible_BR[b, row]
 
-    batch, rows = visible_BR.shape
-    return create_block_mask(sees, batch, None, rows, keys, device=visible_BR.device.type)
+    return BlockMask.from_kv_blocks(
+        *(table[:, None].int() for table in (seen - whole, partial, whole, every.expand_as(partial).contiguous())),
+        BLOCK_SIZE=MASK_BLOCK,
+        mask_mod=sees,
+        seq_lengths=(rows, keys),
+    )
 
 
 @functools.cache
@@ -121,3 +152,47 @@ def _compiled_flex() -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False)
+
+
+def activate(kernel: str | None) -> None:
+    """Let PyTorch's flash attention be FlashAttention-3 or 4 if that is the ``kernel``, else its own again."""
+    from torch.nn import attention
+
+    if kernel in ("FA3", "FA4"):
+        attention.activate_flash_attention_impl(kernel)
+    elif attention.current_flash_attention_impl() is not None:
+        attention.restore_flash_attention_impl()
+
+
+def measure(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device, causal: bool = True, repeats: int = 10
+) -> dict[str, float]:
+    """Seconds of a forward and a backward pass over queries of all ``shapes`` [S, B, G, R, N, D], by every kernel that
+    can run here: the median of ``repeats``.
+    """
+    inputs = []
+    for shape in shapes:
+        _, B, G, _, N, D = shape
+        sizes = shape, (B, G, N, D), (B, G, N, D)
+        inputs.append([torch.randn(size, dtype=dtype, device=device, requires_grad=True) for size in sizes])
+    table = {}
+    for kernel in KERNELS:
+        # A kernel that is not installed, not built for this device or not made for these shapes says so in many ways.
+        with contextlib.suppress(RuntimeError, ImportError, ValueError, AttributeError, AssertionError):
+            activate(kernel)
+            seconds = []
+            for _ in range(3 + repeats):
+                _finish(device)
+                started = time.perf_counter()
+                for q, k, v in inputs:
+                    sdpa(q, k, v, None, causal, kernel).sum().backward()
+                _finish(device)
+                seconds.append(time.perf_counter() - started)
+            table[kernel] = sorted(seconds[3:])[repeats // 2]
+    activate(None)
+    return table
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -7,7 +7,7 @@ pass is twice the forward pass; recomputation, norms and activations are not cou
 import itertools
 
 from armd_scale.config import ModelConfig, Objective, RunConfig
-from armd_scale.model.prefix import CHUNK
+from armd_scale.model.prefix import rows_of_chunk
 
 FORMULAS: dict[Objective, str] = {
     "armd": "3 x 2 x (projections + MLP of both streams, K and V of one; causal attention N d per stream and layer; "
@@ -40,7 +40,9 @@ def embedding_macs(config: ModelConfig) -> float:
     """Multiply-adds of prefix aggregation for one target token; looking embeddings up costs none."""
     if config.objective != "armd":
         return 0.0
-    return CHUNK * (config.prefix_dim + config.hidden) + 2 * config.prefix_dim * config.hidden
+    chunk, width = rows_of_chunk(config), config.prefix_dim
+    looked_up = chunk * config.hidden + (chunk * width if config.prefix.kernel == "learned" else 0)
+    return looked_up + (2 * width * config.hidden if chunk < config.length else 0)
 
 
 def head_macs(config: ModelConfig) -> float:

@@ -30,6 +30,10 @@ from armd_scale.config import ModelConfig
 from armd_scale.model.attention import attend
 
 _M = TypeVar("_M", bound=nn.Module)
+_T = TypeVar("_T")
+
+_SHAPES = 64
+"""Shapes that a region is compiled for: those of layers, evaluations and the last samples of each."""
 
 
 def on_cuda(x: Tensor) -> bool:
@@ -37,34 +41,77 @@ def on_cuda(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def fused(function: Callable[..., _T]) -> Callable[..., _T]:
     """A region of element-wise work, compiled into as few kernels as it needs where its first input is on CUDA.
 
-    Elsewhere it runs as it is written. A region compiles anew for new shapes, of which a run has few.
+    Elsewhere it runs as it is written. A region compiles anew for new shapes, of which a run has few; the compiler
+    would stop, without a word, after eight.
     """
     compiled = torch.compile(function, dynamic=False)
 
     @functools.wraps(function)
-    def region(x: Tensor, *more: Any) -> Tensor:
-        return compiled(x, *more) if on_cuda(x) else function(x, *more)
+    def region(x: Tensor, *more: Any) -> _T:
+        if not on_cuda(x):
+            return function(x, *more)
+        torch._dynamo.config.recompile_limit = _SHAPES
+        return compiled(x, *more)
 
     region.compiled = compiled  # type: ignore[attr-defined]  # for the tests
     return region
 
 
-@fused
-def normalise(x: Tensor, weight: Tensor, eps: float, centre: bool) -> Tensor:
-    """LayerNorm (``centre``) or RMSNorm of the last dimension with a scale, in float32."""
+def _normalised(x: Tensor, weight: Tensor, eps: float, centre: bool) -> Tensor:
     if centre:
         return F.layer_norm(x.float(), weight.shape, weight.float(), None, eps).to(x.dtype)
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
 @fused
-def rotate(x_NBHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + D/2) of every head by angles whose cosines and sines are given, in float32."""
-    first, second = x_NBHD.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_NBHD.dtype)
+def normalise(x: Tensor, weight: Tensor, eps: float, centre: bool) -> Tensor:
+    """LayerNorm (``centre``) or RMSNorm of the last dimension with a scale, in float32."""
+    return _normalised(x, weight, eps, centre)
+
+
+@fused
+def add_normalise(h: Tensor, update: Tensor, weight: Tensor, eps: float, centre: bool) -> tuple[Tensor, Tensor]:
+    """The residual sum, and its normalisation."""
+    h = h + update
+    return h, _normalised(h, weight, eps, centre)
+
+
+@fused
+def add_normalise_streams(
+    h: Tensor, update: Tensor | None, weight: Tensor, eps: float, centre: bool, batch: int, dropped: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The residual sum of streams [N, S * B, d] and its normalisation without their first ``dropped`` columns, and the
+    normalisation of the first ``batch``, which are keys and values. All are contiguous: Megatron reduces a tensor that
+    is not into a copy, and returns it unreduced.
+    """
+    h = h if update is None else h + update
+    normed = _normalised(h, weight, eps, centre)
+    return h[:, dropped:].contiguous(), normed[:, dropped:].contiguous(), normed[:, :batch].contiguous()
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+@fused
+def rotate_queries(x_NRHD: Tensor, cos: Tensor, sin: Tensor, key_heads: int, streams: int, as_heads: bool) -> Tensor:
+    """Rotate pairs (i, i + D/2) of every head of the rows of all streams, in float32.
+
+    In the layout in which streams are more heads of a key head, [N, B, G, S, R, D], or more rows, [S, N, B, G, R, D].
+    """
+    x_NSBGRD = _rotated(x_NRHD, cos, sin).unflatten(2, (key_heads, -1)).unflatten(1, (streams, -1))
+    return x_NSBGRD.permute((0, 2, 3, 1, 4, 5) if as_heads else (1, 0, 2, 3, 4, 5)).contiguous()
+
+
+@fused
+def rotate_keys(kv_NBG2D: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotated keys, and values, [N, B, G, D] each, of the pairs of them."""
+    k_NBGD, v_NBGD = kv_NBG2D.unbind(-2)
+    return _rotated(k_NBGD, cos, sin), v_NBGD.contiguous()
 
 
 @fused
@@ -75,9 +122,11 @@ def gate(hidden: Tensor) -> Tensor:
 
 
 @fused
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log p of ``targets`` [N, B] from logits [N, B, V] of the whole vocabulary, float32."""
+def cross_entropy(logits: Tensor, targets: Tensor, vocab: int) -> Tensor:
+    """-log p of ``targets`` [N, B], float32, from logits [N, B, V] of which the first ``vocab`` are those of tokens."""
     scores = logits.float().flatten(0, 1)
+    if vocab < logits.shape[-1]:
+        scores = scores.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= vocab, -torch.inf)
     return F.cross_entropy(scores, targets.flatten(), reduction="none").view(targets.shape)
 
 
@@ -113,10 +162,6 @@ class Rotary(NamedTuple):
         """These rows, then the rows of ``other``, along the batch."""
         return Rotary(torch.cat([self.cos, other.cos], dim=1), torch.cat([self.sin, other.sin], dim=1))
 
-    def rotate(self, x_NBHD: Tensor) -> Tensor:
-        """Rotate every head by the position's angles."""
-        return rotate(x_NBHD, self.cos, self.sin)
-
 
 def rotary(positions_BN: Tensor, head_dim: int, base: float) -> Rotary:
     """Rotary tables of original positions."""
@@ -136,8 +181,19 @@ class Norm(nn.Module):
         # Megatron's mark for weights that see only a part of the sequence on each rank.
         self.weight.sequence_parallel = parallel.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return normalise(x, self.weight, self.eps, self.centre)
+    def forward(
+        self, h: Tensor, update: Tensor | None = None, batch: int | None = None, dropped: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """h + ``update``, its normalisation, and that of keys and values, which is the same for one stream; for several
+        in columns of ``batch``, see ``add_normalise_streams``.
+        """
+        if batch is not None:
+            return add_normalise_streams(h, update, self.weight, self.eps, self.centre, batch, dropped)
+        if update is None:
+            normed = normalise(h, self.weight, self.eps, self.centre)
+        else:
+            h, normed = add_normalise(h, update, self.weight, self.eps, self.centre)
+        return h, normed, normed
 
 
 class Attention(nn.Module):
@@ -146,6 +202,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, parallel: TransformerConfig, kinds: Linears, recompute: bool) -> None:
         super().__init__()
         self.recompute = recompute
+        self.kernel: str | None = None  # of attention, see attention.KERNELS
         self.causal = config.objective != "mdm"
         self.heads = config.heads // parallel.tensor_model_parallel_size
         self.key_heads = config.key_heads // parallel.tensor_model_parallel_size
@@ -162,17 +219,18 @@ class Attention(nn.Module):
         """Attend from ``queries`` [N, S * B, d] to ``context`` [N, B, d] -> [N, S * B, d]."""
         q, _ = self.query(queries)
         kv, _ = self.key_value(context)
-        q_NRHD = query_rope.rotate(q.unflatten(-1, (self.heads, self.head_dim)))
-        k_NBGD, v_NBGD = kv.unflatten(-1, (self.key_heads, 2, self.head_dim)).unbind(-2)
-        k_NBGD = key_rope.rotate(k_NBGD)
-        streams = q_NRHD.shape[1] // k_NBGD.shape[1]
-        q_SBHND = q_NRHD.unflatten(1, (streams, -1)).permute(1, 2, 3, 0, 4)
-        inputs = (q_SBHND, k_NBGD.permute(1, 2, 0, 3), v_NBGD.permute(1, 2, 0, 3), visible_SBN, self.causal)
+        k_NBGD, v_NBGD = rotate_keys(kv.unflatten(-1, (self.key_heads, 2, self.head_dim)), *key_rope)
+        streams, as_heads = queries.shape[1] // context.shape[1], visible_SBN is None
+        q_NRHD = q.unflatten(-1, (self.heads, self.head_dim))
+        q = rotate_queries(q_NRHD, *query_rope, self.key_heads, streams, as_heads)
+        q_SBGRND = q.permute((3, 1, 2, 4, 0, 5) if as_heads else (0, 2, 3, 4, 1, 5))
+        keys_values = k_NBGD.permute(1, 2, 0, 3), v_NBGD.permute(1, 2, 0, 3)
+        inputs = (q_SBGRND, *keys_values, visible_SBN, self.causal, self.kernel)
         if self.recompute and torch.is_grad_enabled():
-            out_SBHND = checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False)
+            out_SBGRND = checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
-            out_SBHND = attend(*inputs)
-        out = out_SBHND.permute(3, 0, 1, 2, 4).flatten(3).flatten(1, 2).contiguous()
+            out_SBGRND = attend(*inputs)
+        out = out_SBGRND.permute(4, 0, 1, 2, 3, 5).flatten(3).flatten(1, 2).contiguous()
         return self.output(out)[0]
 
 
@@ -216,18 +274,20 @@ class Layer(nn.Module):
         self.mlp = MLP(config, parallel, kinds)
         self.mlp_streams = streams_out if config.target_mlp else 1
 
-    def forward(self, h: Tensor, query_rope: Rotary, key_rope: Rotary, visible_SBN: Tensor | None) -> Tensor:
+    def forward(
+        self, h: Tensor, update: Tensor | None, query_rope: Rotary, key_rope: Rotary, visible_SBN: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream is h + ``update``, on entry and on return: what a block adds to it is summed where the
+        next norm reads it.
+        """
         batch = h.shape[1] // self.streams_in
-        dropped = (self.streams_in - self.streams_out) * batch
-        normed = self.attention_norm(h)
-        # Megatron reduces a non-contiguous tensor into a copy and returns it unreduced: keep slices contiguous.
-        queries = normed[:, dropped:].contiguous()
-        context = normed[:, :batch].contiguous()
-        h = h[:, dropped:] + self.attention(queries, context, query_rope, key_rope, visible_SBN)
+        cut = () if self.streams_in == 1 else (batch, (self.streams_in - self.streams_out) * batch)
+        h, queries, context = self.attention_norm(h, update, *cut)
+        h, normed, _ = self.mlp_norm(h, self.attention(queries, context, query_rope, key_rope, visible_SBN))
         if self.mlp_streams == self.streams_out:
-            return h + self.mlp(self.mlp_norm(h))
-        x, g = h[:, :batch].contiguous(), h[:, batch:]
-        return torch.cat([x + self.mlp(self.mlp_norm(x)), g], dim=1)
+            return h, self.mlp(normed)
+        of_context = self.mlp(normed[:, :batch].contiguous())
+        return h, torch.cat([of_context, torch.zeros_like(h[:, batch:])], dim=1)
 
 
 def _column(kinds: Linears, inputs: int, outputs: int, parallel: TransformerConfig) -> nn.Module:

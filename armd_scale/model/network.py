@@ -127,6 +127,7 @@ class Stage(nn.Module):
             rows.visible.context_of_target[None],
             torch.stack(rows.visible[:2]),
         )
+        update: Tensor | None = None  # what the last layer adds to h
         for layer in self.layers.values():
             if self.model.objective != "armd":
                 inputs = (of_context, of_context, None)
@@ -137,10 +138,11 @@ class Stage(nn.Module):
             else:
                 inputs = (of_both, of_context, seen and seen[2])
             if self.recompute == "full" and torch.is_grad_enabled():
-                h = checkpoint(layer, h, *inputs, use_reentrant=False, preserve_rng_state=False)
+                # One tensor is kept a layer, so the sum is made.
+                h = torch.add(*checkpoint(layer, h, None, *inputs, use_reentrant=False, preserve_rng_state=False))
             else:
-                h = layer(h, *inputs)
-        return h
+                h, update = layer(h, update, *inputs)
+        return h if update is None else h + update
 
     def logits(self, h: Tensor) -> Tensor:
         """This rank's part of the vocabulary for each row, [N, B, V / tensor], float32."""
@@ -152,7 +154,7 @@ class Stage(nn.Module):
 
     def _scores(self, h: Tensor) -> Tensor:
         """Logits of this rank's rows of the table, with its padding, in the type of the weights."""
-        return self.head(self.norm(h), weight=self.embedding.weight if self.model.tied_head else None)[0]
+        return self.head(self.norm(h)[1], weight=self.embedding.weight if self.model.tied_head else None)[0]
 
     def nll(self, h: Tensor, target_tokens_BN: Tensor) -> Tensor:
         """-log p of the targets in nats, [B, N], from activations [N, B, d]."""
@@ -169,7 +171,7 @@ class Stage(nn.Module):
 
     def _nll(self, h: Tensor, target_tokens_BN: Tensor) -> Tensor:
         if self.config.tensor_model_parallel_size == 1 and on_cuda(h):
-            return cross_entropy(self._scores(h)[..., : self.vocab_rows], target_tokens_BN.t()).t()
+            return cross_entropy(self._scores(h), target_tokens_BN.t(), self.vocab_rows).t()
         # Megatron's cross-entropy works in place on the logits; they are used nowhere else.
         return vocab_parallel_cross_entropy(self.logits(h), target_tokens_BN.t().contiguous()).t()
 

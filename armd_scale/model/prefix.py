@@ -2,26 +2,34 @@
 
     g_n = sum over context rows i that target n may see of  <PE(pos n), PE(pos i)> x_i
 
-Linear attention with position embeddings as query and key: with fixed tables the kernel depends on the distance
-alone. Computed in float32 and in chunks of the sequence, so that nothing of size N x N x d exists and the
-work between chunks goes through the running state d_pe x d that decoding carries. It is linear in the d_pe features, so
-tensor-parallel ranks share the work: each takes a part of the features of a fixed table, and the seeds are summed.
+Linear attention with position embeddings as query and key. With a fixed table the product is a function of the distance
+alone, so within a chunk of rows the weights are looked up and multiplied with the embeddings; what lies before a chunk
+comes from the running state d_pe x d that decoding carries, in float32. Work for a target is (rows of a chunk) x d
+within its chunk and 2 d_pe x d for the state, so a text of up to 2 d_pe rows is one chunk and needs no state, and
+longer ones cost the same for every token, whatever their length.
+
+Columns of x do not mix, so tensor-parallel ranks share the work: each takes a part of them.
 """
 
 import functools
 
 import torch
-from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_tensor_model_parallel_region,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from armd_scale.config import ModelConfig
+from armd_scale.model.layers import fused
 
 CHUNK = 128
+
+
+def rows_of_chunk(config: ModelConfig) -> int:
+    """Rows of a chunk in training with one token a block."""
+    return config.length if config.length <= 2 * config.prefix_dim else CHUNK
 
 
 def position_table(rows: int, kernel: str, dim: int, width: float) -> Tensor:
@@ -40,10 +48,25 @@ def position_table(rows: int, kernel: str, dim: int, width: float) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1) / count**0.5
 
 
+# Not buffers: an engine that casts a module to bfloat16 would cast them too, and they must stay exact.
 @functools.cache
-def fixed_table(rows: int, kernel: str, dim: int, width: float, device: torch.device) -> Tensor:
-    # Not a buffer: an engine that casts a module to bfloat16 would cast it too, and it must stay exact.
-    return position_table(rows, kernel, dim, width).to(device, torch.float32)
+def fixed_table(rows: int, kernel: str, dim: int, width: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """``position_table`` on a device."""
+    return position_table(rows, kernel, dim, width).to(device, dtype)
+
+
+@functools.cache
+def fixed_kernel(rows: int, kernel: str, dim: int, width: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """<PE(p), PE(q)> of a fixed table by the distance of p and q, [rows]."""
+    table = position_table(rows, kernel, dim, width)
+    return (table @ table[0]).to(device, dtype)
+
+
+@fused
+def look_up(targets_BC: Tensor, context_BC: Tensor, seen_BCC: Tensor, kernel: Tensor) -> Tensor:
+    """Weight of every context row for every target, [B, C, C], 0 where it is not seen."""
+    distance = (targets_BC[:, :, None] - context_BC[:, None]).abs()
+    return torch.where(seen_BCC, kernel[distance], 0)
 
 
 class PrefixAggregation(nn.Module):
@@ -55,9 +78,11 @@ class PrefixAggregation(nn.Module):
         self.dim = config.prefix_dim
         self.rows = config.length + 1
         dtype = parallel.params_dtype
-        ranks = parallel.tensor_model_parallel_size
-        self.ranks = 1 if self.config.kernel == "learned" or self.dim % ranks else ranks
-        if self.config.kernel == "learned":
+        self.chunk = rows_of_chunk(config)
+        self.learned = self.config.kernel == "learned"
+        # The gradient of a learned table is a sum over all columns.
+        self.split = parallel.tensor_model_parallel_size > 1 and not self.learned
+        if self.learned:
             self.table = nn.Parameter(torch.empty(self.rows, self.dim, dtype=dtype))
         self.target_projection = (
             nn.Parameter(torch.empty(config.hidden, self.dim, dtype=dtype)) if self.config.target_position else None
@@ -66,42 +91,49 @@ class PrefixAggregation(nn.Module):
     def forward(self, x_NBd: Tensor, context_BN: Tensor, targets_BN: Tensor, visible_BN: Tensor | None) -> Tensor:
         """``context_BN``, ``targets_BN``: positions of the rows; ``visible_BN``: how many context rows a target sees
         (None: row n sees n + 1)."""
-        dtype = torch.promote_types(x_NBd.dtype, torch.float32)
-        table = self._table(x_NBd.device)
-        mine = table
-        if self.ranks > 1:
-            mine = table.chunk(self.ranks, dim=-1)[get_tensor_model_parallel_rank()]
-        keys_BNp = mine[context_BN].to(dtype)
-        queries_BNp = mine[targets_BN].to(dtype)
-        x_BNd = x_NBd.transpose(0, 1).to(dtype)
-        if self.ranks > 1:
-            # Contiguous, and sliced after it: Megatron does not reduce a gradient that is not contiguous.
-            x_BNd = copy_to_tensor_model_parallel_region(x_BNd.contiguous())
-        batch, length, _ = x_BNd.shape
+        batch, length = context_BN.shape
         # A block may reach back any distance, so block layouts are one chunk.
-        chunk = CHUNK if visible_BN is None else max(1, length)
-        rows = torch.arange(length, device=x_BNd.device)
+        chunk = self.chunk if visible_BN is None else length
+        rows = torch.arange(length, device=x_NBd.device)
         if visible_BN is None:
             visible_BN = (rows + 1).expand(batch, length)
-        state_Bpd = x_BNd.new_zeros(batch, keys_BNp.shape[-1], x_BNd.shape[-1])
+        if self.split:
+            x_NBd = scatter_to_tensor_model_parallel_region(x_NBd)
+        x_BNd, dtype = x_NBd.transpose(0, 1), torch.promote_types(x_NBd.dtype, torch.float32)
+        state_Bpd: Tensor | None = None
         seeds = []
         for start in range(0, length, chunk):
             here = slice(start, min(start + chunk, length))
-            q_BCp, k_BCp, x_BCd = queries_BNp[:, here], keys_BNp[:, here], x_BNd[:, here]
+            places = targets_BN[:, here], context_BN[:, here]
             seen_BCC = rows[here] < visible_BN[:, here, None]
-            seeds.append(((q_BCp @ k_BCp.transpose(1, 2)) * seen_BCC) @ x_BCd + q_BCp @ state_Bpd)
-            state_Bpd = state_Bpd + k_BCp.transpose(1, 2) @ x_BCd
+            seed = self._weights(*places, seen_BCC, x_NBd.dtype) @ x_BNd[:, here]
+            if state_Bpd is not None:
+                seed = seed + self._embedding(places[0], dtype) @ state_Bpd
+            seeds.append(seed)
+            if here.stop < length:
+                seen_Bpd = self._embedding(places[1], dtype).transpose(1, 2) @ x_BNd[:, here].to(dtype)
+                state_Bpd = seen_Bpd if state_Bpd is None else state_Bpd + seen_Bpd
         seed_BNd = torch.cat(seeds, dim=1)
-        if self.ranks > 1:
-            seed_BNd = reduce_from_tensor_model_parallel_region(seed_BNd)
+        if self.split:
+            seed_BNd = gather_from_tensor_model_parallel_region(seed_BNd)
         if self.config.scale != "none":
             size = visible_BN[..., None].to(dtype)
             seed_BNd = seed_BNd / (size.sqrt() if self.config.scale == "sqrt" else size)
         if self.target_projection is not None:
-            seed_BNd = seed_BNd + table[targets_BN].to(dtype) @ self.target_projection.to(dtype).t()
+            seed_BNd = seed_BNd + self._embedding(targets_BN, dtype) @ self.target_projection.to(dtype).t()
         return seed_BNd.transpose(0, 1).to(x_NBd.dtype).contiguous()
 
-    def _table(self, device: torch.device) -> Tensor:
-        if self.config.kernel == "learned":
-            return self.table
-        return fixed_table(self.rows, self.config.kernel, self.dim, self.config.width, device)
+    def _weights(self, targets_BC: Tensor, context_BC: Tensor, seen_BCC: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.learned:
+            queries_BCp, keys_BCp = self._embedding(targets_BC, dtype), self._embedding(context_BC, dtype)
+            return (queries_BCp @ keys_BCp.transpose(1, 2)) * seen_BCC
+        return look_up(targets_BC, context_BC, seen_BCC, fixed_kernel(*self._fixed, targets_BC.device, dtype))
+
+    def _embedding(self, positions_BC: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.learned:
+            return self.table[positions_BC].to(dtype)
+        return fixed_table(*self._fixed, positions_BC.device, dtype)[positions_BC]
+
+    @property
+    def _fixed(self) -> tuple[int, str, int, float]:
+        return self.rows, self.config.kernel, self.dim, self.config.width

@@ -38,6 +38,8 @@ from armd_scale.planning.hardware import GPU
 
 _REDUCED = {"allreduce_": 2.0, "_allgather_base_": 1.0, "_reduce_scatter_base_": 1.0}
 """Passes of the data over a ring, per collective of c10d."""
+_ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
+"""Operations that move nothing."""
 
 
 @dataclass
@@ -202,6 +204,7 @@ def run(config: RunConfig, first: int, last: int, gpu: GPU) -> Chunk:
 def _forget_tensors() -> None:
     """Drop what outlives a pass: tensors of one fake mode mean nothing outside it."""
     prefix.fixed_table.cache_clear()
+    prefix.fixed_kernel.cache_clear()
     parallel_state.destroy_global_memory_buffer()
     parallel_state._set_global_memory_buffer()
 
@@ -289,7 +292,7 @@ class _Watch(Live):
             self._collective(name.removeprefix("c10d::"), args)
         else:
             view = _storages(outputs) <= _storages(inputs)
-            if func._schema.is_mutable or not view:
+            if name not in _ALLOCATIONS and (func._schema.is_mutable or not view):
                 self._charge(func, name, args, kwargs or {}, out, inputs, outputs)
         return out
 
@@ -320,36 +323,58 @@ class _Watch(Live):
         return self.gpu.flops_tf32 if self.low else self.gpu.flops_float32
 
 
+def _all(inputs: list[Tensor], made: list[Tensor]) -> list[Tensor]:
+    return inputs
+
+
+def _sum_of_streams(inputs: list[Tensor], made: list[Tensor]) -> list[Tensor]:
+    # Without the columns that are dropped, the sum is not there any more.
+    return inputs if made[0].shape != inputs[0].shape else [made[0], inputs[-1]]
+
+
+_REGIONS: dict[tuple[Any, str], Callable[[list[Tensor], list[Tensor]], list[Tensor]]] = {
+    (layers, "normalise"): _all,
+    (layers, "add_normalise"): lambda inputs, made: [made[0], inputs[-1]],
+    (layers, "add_normalise_streams"): _sum_of_streams,
+    (layers, "rotate_queries"): lambda inputs, made: inputs[1:],
+    (layers, "rotate_keys"): lambda inputs, made: inputs[1:],
+    (layers, "gate"): _all,
+    (network, "cross_entropy"): _all,
+    (prefix, "look_up"): lambda inputs, made: [],
+}
+"""Where the network has fused regions, their names there, and what they keep for the backward pass of the tensors that
+they read and of those that they make."""
+
+
 class _Region(torch.autograd.Function):
-    """A fused region of the network: a kernel forward, a kernel backward, and its inputs kept between them."""
+    """A fused region of the network: a kernel forward, a kernel backward, and what it keeps between them."""
 
     @staticmethod
-    def forward(ctx: Any, watch: _Watch, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    def forward(ctx: Any, watch: _Watch, kept: Any, function: Callable[..., Any], *inputs: Any) -> Any:
         tensors = [one for one in inputs if isinstance(one, Tensor)]
-        ctx.watch, ctx.function, ctx.inputs = (
-            watch,
-            function,
-            [None if isinstance(one, Tensor) else one for one in inputs],
-        )
-        ctx.save_for_backward(*tensors)
-        return watch.kernel(lambda: function(*inputs), tensors)[0]
+        made = watch.kernel(lambda: function(*inputs), tensors)
+        ctx.watch = watch
+        ctx.shapes = [
+            (one.shape, one.dtype) for one, needed in zip(inputs, ctx.needs_input_grad[3:], strict=True) if needed
+        ]
+        ctx.save_for_backward(*kept(tensors, made))
+        return made[0] if len(made) == 1 else tuple(made)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        tensors = ctx.saved_tensors  # to be read once, where layers are computed again
-        saved = iter(tensors)
-        inputs = [next(saved) if one is None else one for one in ctx.inputs]
-        wanted = [one for one, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needed]
-        made = iter(ctx.watch.kernel(lambda: wanted, [*tensors, *gradients]))
-        return None, None, *(next(made) if needed else None for needed in ctx.needs_input_grad[2:])
+        made = ctx.watch.kernel(
+            lambda: [torch.empty(shape, dtype=dtype) for shape, dtype in ctx.shapes], [*ctx.saved_tensors, *gradients]
+        )
+        one = iter(made)
+        return None, None, None, *(next(one) if needed else None for needed in ctx.needs_input_grad[3:])
 
 
 @contextlib.contextmanager
 def _cuda_kernels(watch: _Watch) -> Iterator[None]:
     """Inside, the network runs as on CUDA: its regions of element-wise work are kernels of their own."""
     with contextlib.ExitStack() as stack:
-        for module, name in ((layers, "normalise"), (layers, "rotate"), (layers, "gate"), (network, "cross_entropy")):
-            region = functools.partial(_Region.apply, watch, getattr(module, name).__wrapped__)
+        for (module, name), kept in _REGIONS.items():
+            region = functools.partial(_Region.apply, watch, kept, getattr(module, name).__wrapped__)
             stack.enter_context(unittest.mock.patch.object(module, name, region))
         stack.enter_context(unittest.mock.patch.object(network, "on_cuda", return_value=True))
         yield

@@ -1,16 +1,19 @@
 """Every attention backend against the dense one."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
 
 from armd_scale.model import attention
 
 
 def _inputs(streams, batch, heads, key_heads, rows, keys, seed, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
-    q = torch.randn(streams, batch, heads, rows, 8, generator=g, dtype=dtype)
+    q = torch.randn(streams, batch, key_heads, heads // key_heads, rows, 8, generator=g, dtype=dtype)
     k, v = (torch.randn(batch, key_heads, keys, 8, generator=g, dtype=dtype) for _ in range(2))
     visible = torch.randint(1, keys + 1, (streams, batch, rows), generator=g).sort(-1).values
     return [q, k, v], visible
@@ -44,6 +47,42 @@ def test_sdpa_equals_dense(streams, batch, heads, rows, seed):
     torch.testing.assert_close(attention.dense(*tensors, None, causal=False), attention.dense(*tensors, everything))
 
 
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 99))
+def test_block_masks_show_what_is_visible(rows, keys, seed):
+    """The block mask that is written down at once is the one that PyTorch finds by looking at every key."""
+    _, visible = _inputs(1, 2, 1, 1, rows, keys, seed)
+    mask = attention.block_mask(visible[0], keys)
+
+    def sees(b, h, row, key):
+        return key < visible[0][b, row]
+
+    expected = create_block_mask(sees, 2, None, rows, keys, device="cpu")
+    for name in ("kv_num_blocks", "full_kv_num_blocks"):
+        assert torch.equal(getattr(mask, name), getattr(expected, name))
+    for kind in ("", "full_"):
+        count = getattr(mask, f"{kind}kv_num_blocks")[..., None]
+        there = torch.arange(getattr(mask, f"{kind}kv_indices").shape[-1]) < count
+        found, wanted = (getattr(one, f"{kind}kv_indices") for one in (mask, expected))
+        assert torch.equal(found[there], wanted[there])
+
+
+def test_kernels_are_measured_and_equal_to_dense():
+    """On CPU, PyTorch's flash attention is the one kernel that can be asked for."""
+    shapes = [(1, 2, 4, 1, 33, 8), (2, 2, 4, 1, 33, 8), (2, 1, 2, 2, 33, 8)]
+    table = attention.measure(shapes, torch.float32, torch.device("cpu"), repeats=3)
+    assert "flash" in table
+    assert all(seconds > 0 for seconds in table.values())
+    for shape in shapes:
+        streams, batch, key_heads, more, rows, _ = shape
+        tensors, _ = _inputs(streams, batch, key_heads * more, key_heads, rows, rows, 1, torch.float32)
+        expected, expected_gradients = _gradients(attention.dense, tensors, None)
+        for kernel in table:
+            got, gradients = _gradients(functools.partial(attention.sdpa, kernel=kernel), tensors, None)
+            torch.testing.assert_close(got, expected)
+            for a, b in zip(gradients, expected_gradients, strict=True):
+                torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 @pytest.mark.parametrize("streams", [1, 2])
 def test_flex_equals_dense(heads, streams):
@@ -72,7 +111,7 @@ def test_flex_backward_on_gpu(streams):
 
 
 def test_dense_by_hand():
-    q = torch.zeros(1, 1, 1, 2, 8, dtype=torch.float64)
+    q = torch.zeros(1, 1, 1, 1, 2, 8, dtype=torch.float64)
     v = torch.tensor([1.0, 3.0], dtype=torch.float64)[None, None, :, None].expand(1, 1, 2, 8)
     out = attention.dense(q, torch.randn(1, 1, 2, 8, dtype=torch.float64), v)
-    torch.testing.assert_close(out[0, 0, 0, :, 0], torch.tensor([1.0, 2.0], dtype=torch.float64))
+    torch.testing.assert_close(out[0, 0, 0, 0, :, 0], torch.tensor([1.0, 2.0], dtype=torch.float64))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from armd_scale import orders
 from armd_scale.config import ModelConfig, ParallelConfig
-from armd_scale.model import layers
+from armd_scale.model import layers, prefix
 from armd_scale.model.flops import (
     cut_by_cost,
     embedding_macs,
@@ -221,7 +221,7 @@ def test_flops_match_the_definition():
     d, n = 64, 256
     projections_and_mlp = d * d + d * d + 8 * d * d  # query, output, MLP of one row
     row = projections_and_mlp + n * d  # plus scores and sums over n / 2 keys
-    macs = 2 * row + 3 * row + 4 * 2 * d * d + 128 * (d + d) + 2 * d * d + 128 * d
+    macs = 2 * row + 3 * row + 4 * 2 * d * d + (128 + 2 * d) * d + 128 * d  # the seed by chunks
     assert training_flops_per_token(c) == 6 * macs
 
 
@@ -265,15 +265,22 @@ def test_fused_regions(backend, request):
     if backend == "inductor" and not request.config.getoption("--parity"):
         pytest.skip("compiles for half a minute: make parity")
     g = torch.Generator().manual_seed(0)
-    x, scale = (torch.randn(shape, generator=g, dtype=torch.float32) for shape in ((5, 3, 16), (16,)))
+    x, pair, scale = (torch.randn(shape, generator=g, dtype=torch.float32) for shape in ((5, 3, 16), (5, 6, 16), (16,)))
     heads, angles = torch.randn(5, 3, 2, 8, generator=g), torch.randn(5, 3, 1, 4, generator=g)
     targets = torch.randint(0, 16, (5, 3), generator=g)
     cases = [
         (layers.normalise, (x, scale, 1e-5, True)),
         (layers.normalise, (x, scale, 1e-5, False)),
-        (layers.rotate, (heads, angles.cos(), angles.sin())),
+        (layers.add_normalise, (x, x.flip(0), scale, 1e-5, True)),
+        (layers.add_normalise_streams, (pair, pair.flip(0), scale, 1e-5, True, 3, 0)),
+        (layers.add_normalise_streams, (pair, None, scale, 1e-5, False, 3, 3)),
+        (layers.rotate_queries, (heads, angles.cos(), angles.sin(), 2, 1, True)),
+        (layers.rotate_queries, (heads, angles.cos(), angles.sin(), 1, 3, False)),
+        (layers.rotate_keys, (heads.unsqueeze(2).expand(-1, -1, 3, -1, -1), angles.cos(), angles.sin())),
         (layers.gate, (x,)),
-        (layers.cross_entropy, (x, targets)),
+        (layers.cross_entropy, (x, targets, 16)),
+        (layers.cross_entropy, (x, targets.clamp(max=12), 13)),
+        (prefix.look_up, (targets, targets.flip(1), torch.ones(5, 3, 3, dtype=torch.bool).tril(), scale)),
     ]
     for region, inputs in cases:
         compiled = torch.compile(region.__wrapped__, backend=backend, fullgraph=True, dynamic=False)
@@ -283,9 +290,12 @@ def test_fused_regions(backend, request):
                 one.to(dtype).requires_grad_() if torch.is_tensor(one) and one.is_floating_point() else one
                 for one in inputs
             ]
-            out = function(*arguments)
+            made = function(*arguments)
+            made = made if isinstance(made, tuple) else (made,)
+            assert all(out.is_contiguous() for out in made)
             wanted = [one for one in arguments if torch.is_tensor(one) and one.requires_grad]
-            results.append([out, *torch.autograd.grad((out * out.detach().sin()).sum(), wanted)])
+            loss = sum((out * out.detach().sin()).sum() for out in made)
+            results.append([*made, *torch.autograd.grad(loss, wanted)])
         for exact, got in zip(*results, strict=True):
             torch.testing.assert_close(got.double(), exact.double(), atol=2e-5, rtol=2e-5)
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from armd_scale.model import prefix
+from armd_scale.config import ModelConfig
+from armd_scale.model import flops, prefix
 from armd_scale.model.prefix import PrefixAggregation, position_table
 from tests.conftest import MODELS, PAPER
 
@@ -32,10 +33,17 @@ def test_sinusoid_rows_have_unit_length():
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("chunk", [1, 3, 128])
+@pytest.mark.parametrize("chunk", [1, 3, 16])
 def test_chunks_equal_the_sum(kind, chunk, monkeypatch):
-    monkeypatch.setattr(prefix, "CHUNK", chunk)
+    monkeypatch.setattr(prefix, "rows_of_chunk", lambda config: chunk)
     _compare(MODELS[kind], None, 0)
+
+
+def test_short_texts_are_one_chunk_and_long_ones_have_a_state():
+    """The work for a target is the smaller of the two ways'."""
+    for length, dim, work in ((1024, 768, 1024), (1536, 768, 1536), (1538, 768, 128 + 2 * 768), (8192, 64, 256)):
+        config = ModelConfig(layers=2, hidden=128, heads=2, length=length, prefix={"dim": dim})
+        assert flops.embedding_macs(config) == work * 128
 
 
 @given(st.lists(st.integers(1, 16), min_size=16, max_size=16), st.sampled_from(list(MODELS)))
@@ -54,7 +62,10 @@ def _compare(config, visible, seed):
     context = torch.cat([torch.zeros(2, 1, dtype=torch.long), targets[:, :-1]], 1)
     limits = None if visible is None else visible.expand(2, 16)
     got = layer(x, context, targets, limits)
-    table = layer._table(torch.device("cpu")).double()
+    if config.prefix.kernel == "learned":
+        table = layer.table.double()
+    else:
+        table = position_table(17, config.prefix.kernel, config.prefix_dim, config.prefix.width)
     for b in range(2):
         for n in range(16):
             seen = n + 1 if visible is None else int(visible[n])

@@ -43,7 +43,7 @@ def test_a_run_of_layers_is_extrapolated(first, last, recompute):
     for one, two in ((short, whole), (short.forward, whole.forward), (short.backward, whole.backward)):
         for name, value in vars(one).items():
             if isinstance(value, int | float):
-                assert value == pytest.approx(vars(two)[name], rel=0.05 if name == "peak" else 1e-9), name
+                assert value == pytest.approx(vars(two)[name], rel=0.08 if name == "peak" else 1e-9), name
 
 
 @pytest.mark.parametrize(
