@@ -7,6 +7,7 @@
 ``arrange`` makes them for orders, ``corrupt`` for masked diffusion, whose context rows are the text itself.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -39,19 +40,20 @@ class Rows(NamedTuple):
     weights: Tensor | None = None
     """Factors of the NLL of the targets, [B, N] float32; None: all 1."""
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Rows":
+        """The rows with every tensor changed."""
+        visible = self.visible and Visible(*map(change, self.visible))
+        tokens = {name: change(getattr(self, name)) for name in self._fields[:4]}
+        return Rows(**tokens, visible=visible, weights=None if self.weights is None else change(self.weights))
+
     def to(self, device: torch.device | str) -> "Rows":
         """The same rows on ``device``."""
-        visible = self.visible and Visible(*(t.to(device, non_blocking=True) for t in self.visible))
-        tokens = {name: getattr(self, name).to(device, non_blocking=True) for name in self._fields[:4]}
-        weights = self.weights if self.weights is None else self.weights.to(device, non_blocking=True)
-        return Rows(**tokens, visible=visible, weights=weights)
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def fill(self, batch: int) -> "Rows":
         """The rows repeated from the first on until there are ``batch`` texts."""
         index = torch.arange(batch) % len(self.target_tokens)
-        visible = self.visible and Visible(*(t[index] for t in self.visible))
-        weights = self.weights if self.weights is None else self.weights[index]
-        return Rows(**{name: getattr(self, name)[index] for name in self._fields[:4]}, visible=visible, weights=weights)
+        return self.map(lambda tensor: tensor[index])
 
 
 def arrange(tokens_BN: np.ndarray, layout: Layout, bos_id: int) -> Rows:

@@ -1,11 +1,16 @@
 """One training step over all processes: Megatron-Core's schedule runs it, a DeepSpeed ZeRO engine updates the weights.
 
 The schedule runs forward and backward on the bare module and divides the loss by the number of micro-batches; DeepSpeed
-averages gradients over the data-parallel ranks, clips, steps the sharded optimiser and gathers the new weights.
+shards optimiser, gradients and weights, averages gradients over the data-parallel ranks and gathers weights.
 The engine's own ``forward`` and ``backward`` are never called: they would scale gradients again.
+
+A step is asked for, and its outcome looked at later: on CUDA the host runs ahead of the device. So whether a step is
+applied, and by how much its gradients are clipped, is decided on the device. (ZeRO-3 is the exception: DeepSpeed
+itself waits for the norm there.)
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import time
@@ -19,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -54,6 +60,27 @@ class Step(NamedTuple):
     """Sum of the flags that the ranks raised."""
     applied: bool
     """Whether the weights were updated."""
+    grad_norm: float
+    """Global gradient norm before clipping; it may be not finite where the step was not applied."""
+
+
+class Pending:
+    """A step that the device may still be working on."""
+
+    def __init__(self, told: Tensor) -> None:
+        self._done: torch.cuda.Event | None = None
+        self._told = told
+        if told.is_cuda:
+            self._told = torch.empty_like(told, device="cpu", pin_memory=True).copy_(told, non_blocking=True)
+            self._done = torch.cuda.Event(blocking=True)
+            self._done.record()
+
+    def result(self) -> Step:
+        """Wait for the step."""
+        if self._done:
+            self._done.synchronize()
+        loss, flags, applied, norm = self._told.tolist()
+        return Step(loss, int(flags), bool(applied), norm)
 
 
 class Engine:
@@ -73,17 +100,18 @@ class Engine:
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=self.chunks,
-            optimizer=optimizers.build(self.chunks, config.optimizer, fused=device.type == "cuda"),
+            optimizer=optimizers.build(self.chunks, config.optimizer),
             mpu=MegatronTopology(count_by_tensor_rank=self.zero == 3),
             config=_deepspeed_config(config, sum(p.numel() for p in self.chunks.parameters())),
         )
-        # ZeRO-0 reduces here, see _reduce_and_clip; DeepSpeed would send everything once more.
-        self._engine.enable_backward_allreduce = self.zero > 0
+        self._engine.enable_backward_allreduce = False  # see _reduce
+        # With these, every rank has the whole gradients, in the type in which they are summed.
+        self._whole_gradients = self.zero == 0 or isinstance(self._zero, BF16_Optimizer)
         # ZeRO-0 in float32 steps the bare optimiser; every other stage wraps it.
         self._base: optimizers.AveragedAdamW = self._zero.optimizer if self.zero else self._zero
-        self._norm = 0.0
         self._spans: deque[tuple[Any, Any]] = deque(maxlen=1000)  # begin and end of the passes of a step
         self._schedule = get_forward_backward_func()
+        self._uploads = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def _build_chunks(self) -> list[Stage]:
         """This rank's runs of layers: one, or several when stages are interleaved."""
@@ -145,27 +173,30 @@ class Engine:
         return event
 
     @property
-    def grad_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping; not finite for a step that was not applied."""
-        return float(self._engine.get_global_grad_norm()) if self.zero else self._norm
-
-    @property
     def state_names(self) -> tuple[str, ...]:
         """What is kept for every parameter, all float32: master weight, moments, moving average."""
         average = (optimizers.EMA,) if self._base.ema_decay else ()
         return (MASTER, *optimizers.MOMENTS, *average)
 
+    def upload(self, micro_batches: Sequence[Rows]) -> Sequence[Rows]:
+        """The micro-batches on the device. Another thread may call it during a step: neither waits for the other."""
+        if self._uploads is None:
+            return micro_batches
+        with torch.cuda.stream(self._uploads):
+            moved = [rows.map(Tensor.pin_memory).to(self.device) for rows in micro_batches]
+        self._uploads.synchronize()
+        steps = torch.cuda.default_stream(self.device)
+        for rows in moved:
+            rows.map(lambda tensor: tensor.record_stream(steps) or tensor)  # type: ignore[func-returns-value]
+        return moved
+
     def train_step(
-        self,
-        micro_batches: Sequence[Rows],
-        learning_rate: float,
-        accept: Callable[[float], bool] = math.isfinite,
-        flag: int = 0,
-    ) -> Step:
+        self, micro_batches: Sequence[Rows], learning_rate: float, limit: float = math.inf, flag: int = 0
+    ) -> Pending:
         """Forward, backward and update.
 
-        ``accept``: whether a step of this loss is applied, the same on all ranks; one with a gradient that is not
-        finite never is. ``flag``: what this rank has to tell the others.
+        ``limit``: a step of a larger loss is not applied, nor one whose loss or gradient is not finite. ``flag``: what
+        this rank has to tell the others.
         """
         for group in self._base.param_groups:
             group["lr"] = learning_rate
@@ -178,32 +209,33 @@ class Engine:
                 micro_batches, lambda nll: (nll.mean(), nll.detach().mean().clone()), forward_only=False
             )
             self._spans.append((started, self._now()))
-            loss, flags = self._agree(results, flag)
-            accepted = accept(loss)
-            if not accepted:
-                # DeepSpeed discards a step whose gradient norm is not finite, on all ranks, whatever the stage.
-                _gradient(next(self.chunks.parameters())).fill_(torch.nan)
             self._sum_sequence_parallel_gradients()
             self._sum_tied_gradients()
-        if self.zero == 0:
-            self._reduce_and_clip()
-            applied = math.isfinite(self._norm)
-            if not applied:
-                for param in self.chunks.parameters():
-                    param.grad = None
-                return Step(loss, flags, False)
-        self._engine.step()
-        return Step(loss, flags, self.zero == 0 or not self._zero.overflow)
+        self._reduce()
+        loss, flags, norm = self._agree(results, flag)
+        accepted = loss.isfinite() & (loss <= limit)
+        divisor = None
+        if self.zero < 3:
+            accepted &= norm.isfinite()
+            divisor = ((norm + 1e-6) / self.config.optimizer.clip).clamp(min=1.0).float()
+        self._base.guard(accepted, divisor)
+        self._update()
+        if self.zero == 3:
+            accepted &= not self._zero.overflow
+            norm = torch.as_tensor(self._zero._global_grad_norm, dtype=torch.float64, device=self.device)
+        return Pending(torch.stack([loss, flags, accepted.double(), norm]))
 
-    def _agree(self, losses: list[Tensor], flag: int) -> tuple[float, int]:
-        """Mean of the losses of the micro-batches over all ranks, and the sum of the flags, in one message."""
-        told = torch.tensor([0.0, float(flag)], dtype=torch.float64, device=self.device)
+    def _agree(self, losses: list[Tensor], flag: int) -> Tensor:
+        """Mean loss of the micro-batches over all ranks, sum of the flags, gradient norm, in one message."""
+        told = torch.zeros(3, dtype=torch.float64, device=self.device)
         if losses:
             told[0] = torch.stack(losses).mean()
+        told[1].fill_(flag)
+        told[2] = self._squares()
         dist.all_reduce(told)
-        loss, flags = told.tolist()
-        copies = parallel_state.get_data_parallel_world_size() * parallel_state.get_tensor_model_parallel_world_size()
-        return loss / copies, int(flags)
+        told[0] /= parallel_state.get_data_parallel_world_size() * parallel_state.get_tensor_model_parallel_world_size()
+        told[2].sqrt_()
+        return told
 
     def evaluate(self, micro_batches: Sequence[Rows]) -> tuple[float, int]:
         """Sum of the NLL in nats and number of tokens over the micro-batches of all data-parallel ranks."""
@@ -266,10 +298,9 @@ class Engine:
 
     def write_state(self, read: Callable[[nn.Parameter, str, str], Tensor], steps: int) -> None:
         """Set all states from ``read(param, parameter name, state name)`` after ``steps`` updates; collective."""
-        fused = self._base.defaults["fused"]
         for flat in self._masters():
             self._base.state[flat] = {
-                "step": torch.tensor(float(steps), device=flat.device if fused else "cpu"),
+                "step": torch.tensor(float(steps), device=flat.device),
                 **{name: torch.zeros_like(flat) for name in self.state_names if name != MASTER},
             }
         self.link_states()
@@ -341,24 +372,57 @@ class Engine:
                 dist.all_reduce(_gradient(chunk.embedding.weight), group=parallel_state.get_embedding_group())
 
     @torch.no_grad()
-    def _reduce_and_clip(self) -> None:
-        """ZeRO-0: average over data parallel and clip. DeepSpeed's own clipping counts replicated weights of the first
-        stage only.
+    def _reduce(self) -> None:
+        """Average the gradients over the data-parallel ranks, where it is not done yet."""
+        size = parallel_state.get_data_parallel_world_size()
+        if not self._whole_gradients:
+            if self.zero == 1:
+                self._zero.set_gradient_accumulation_boundary(True)
+                self._zero.reduce_gradients()
+        elif size > 1:
+            # DeepSpeed would copy what lies in one piece into buckets and back.
+            sums = self._zero.fp32_groups_gradients_flat if self.zero else map(_gradient, self.chunks.parameters())
+            for gradients in sums:
+                gradients /= size
+                dist.all_reduce(gradients, group=parallel_state.get_data_parallel_group())
+
+    @torch.no_grad()
+    def _squares(self) -> Tensor:
+        """This rank's share in the square of the gradient norm. DeepSpeed would ask the device for the norm, and for
+        ZeRO-0 count replicated weights of the first stage only; that of ZeRO-3 is its own.
         """
-        group, size = parallel_state.get_data_parallel_group(), parallel_state.get_data_parallel_world_size()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for param in self.chunks.parameters():
-            if size > 1:
-                dist.all_reduce(param.grad, group=group)
-                param.grad /= size
-            once = partition_dim(param) is not None or parallel_state.get_tensor_model_parallel_rank() == 0
-            if once and not getattr(param, "ds_pipe_replicated", False):
-                total += param.grad.double().pow(2).sum()
-        dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
-        self._norm = float(total.sqrt())
-        scale = min(1.0, self.config.optimizer.clip / (self._norm + 1e-6))  # a step without a finite norm is discarded
-        for param in self.chunks.parameters():
-            param.grad *= scale
+        pairs: Iterator[tuple[Tensor, nn.Parameter]] = iter(())
+        if self._whole_gradients:
+            pairs = ((_gradient(param), param) for param in self.chunks.parameters())
+        elif self.zero < 3:
+            found = (self._zero.averaged_gradients[group] for group in range(len(self._zero.bit16_groups)))
+            parts = ([one for one in group if not getattr(one, "_zero_padding", False)] for group in found)
+            pairs = itertools.chain(*map(zip, parts, self._zero.params_in_partition))
+        first = parallel_state.get_tensor_model_parallel_rank() == 0
+        counted = [
+            gradient
+            for gradient, param in pairs
+            if (first or partition_dim(param) is not None) and not getattr(param, "ds_pipe_replicated", False)
+        ]
+        if not counted:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        squares = torch.stack(torch._foreach_norm(counted)).double().square().sum()
+        return squares / parallel_state.get_data_parallel_world_size() if self._whole_gradients else squares
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """Step the optimiser, gather the new weights and forget the gradients."""
+        if not isinstance(self._zero, BF16_Optimizer):
+            self._engine.step()
+            return
+        # What its own step does, but for looking at the norm.
+        parts = self._zero.fp32_groups_flat_partition, self._zero.fp32_groups_gradient_flat_partition
+        for weights, gradients in zip(*parts, strict=True):
+            weights.grad = gradients
+        self._base.step()
+        self._zero._lazy_init_hp_params_optimizer_state()
+        self._zero.update_lp_params()
+        self._zero.zero_grad()
 
     def _masters(self) -> list[Tensor]:
         """The float32 tensors that the optimiser steps: this rank's part of the master weights."""
@@ -389,15 +453,17 @@ def _gradient(param: nn.Parameter) -> Tensor:
 
 def _deepspeed_config(config: RunConfig, parameters: int) -> dict[str, Any]:
     """DeepSpeed's settings for a rank that holds ``parameters`` weights before ZeRO cuts them."""
-    zero = config.parallel.zero
+    zero, bf16 = config.parallel.zero, config.train.dtype == "bfloat16"
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": 1,  # the schedule divides by the micro-batches already
         # Every step() is an update; what ZeRO-2 and 3 need for reducing once a step works in the managed mode only.
         "managed_gradient_accumulation": zero > 1,
-        "gradient_clipping": config.optimizer.clip if zero else 0.0,
+        # Below ZeRO-3 our engine clips, and refuses gradients that are not finite: DeepSpeed would wait for the device.
+        "gradient_clipping": config.optimizer.clip if zero == 3 else 0.0,
         "zero_optimization": {
             "stage": zero,
+            "compute_grad_norm": zero not in (1, 2) or (zero == 1 and bf16),
             "overlap_comm": False,  # gradients are reduced once, after the last micro-batch
             # DeepSpeed allocates the whole bucket, 2 GB by default, whatever the size of the model.
             "reduce_bucket_size": min(BUCKET, parameters),
@@ -405,9 +471,9 @@ def _deepspeed_config(config: RunConfig, parameters: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
-    if config.train.dtype == "bfloat16":
+    if bf16:
         # Without these, gradients would be accumulated and reduced in bfloat16.
-        settings["bf16"] = {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": True}
+        settings["bf16"] = {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": False}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         settings["communication_data_type"] = "fp32"
     return settings

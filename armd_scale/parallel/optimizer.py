@@ -1,4 +1,4 @@
-"""AdamW that also keeps a moving average of the weights.
+"""AdamW that also keeps a moving average of the weights, and that the device itself can tell to leave a step out.
 
 The average is a third state beside the two moments, so ZeRO shards it, and a checkpoint keeps it, exactly as those.
 """
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from armd_scale.config import OptimizerConfig
 
@@ -18,13 +18,22 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class AveragedAdamW(torch.optim.AdamW):
     """``torch.optim.AdamW`` with an exponential moving average of the parameters in ``state[param]["ema"]``.
 
-    After step t the average moves by 1 - min(decay, (1 + t) / (10 + t)), the warm-up of SEDD's set-up [D].
-    ``ema_decay`` 0 keeps none.
+    After update t the average moves by 1 - min(decay, (1 + t) / (10 + t)), the warm-up of SEDD's set-up [D]; it begins
+    with the weights after the first. ``ema_decay`` 0 keeps none.
     """
 
     def __init__(self, params: Iterable[Any], ema_decay: float, **options: Any) -> None:
-        super().__init__(params, **options)
+        super().__init__(params, fused=True, **options)
         self.ema_decay = ema_decay
+        # What the fused kernels look at on the device, under the names by which PyTorch's AdamW hands them on: the host
+        # need not know whether the step that it has asked for is one.
+        self.found_inf: Tensor | None = None
+        self.grad_scale: Tensor | None = None
+
+    def guard(self, accepted: Tensor, divisor: Tensor | None) -> None:
+        """From now on, ``step`` does nothing where ``accepted`` is False; gradients are divided by ``divisor``."""
+        self.found_inf = (~accepted).float()
+        self.grad_scale = divisor
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -38,13 +47,14 @@ class AveragedAdamW(torch.optim.AdamW):
                 state = self.state[param]
                 if EMA not in state:
                     state[EMA] = param.detach().clone()
-                    continue
-                step = float(state["step"])
-                state[EMA].lerp_(param, 1 - min(self.ema_decay, (1 + step) / (10 + step)))
+                updates = state["step"]
+                weight = 1 - ((1 + updates) / (10 + updates)).clamp(max=self.ema_decay)
+                weight = torch.where(updates > 1, weight, 1.0)
+                state[EMA].lerp_(param, weight if self.found_inf is None else weight * (1 - self.found_inf))
         return loss
 
 
-def build(module: nn.Module, config: OptimizerConfig, fused: bool) -> AveragedAdamW:
+def build(module: nn.Module, config: OptimizerConfig) -> AveragedAdamW:
     """The optimiser of a module: weight decay on matrices, none on norms."""
     matrices = [p for p in module.parameters() if p.dim() >= 2]
     vectors = [p for p in module.parameters() if p.dim() < 2]
@@ -55,6 +65,4 @@ def build(module: nn.Module, config: OptimizerConfig, fused: bool) -> AveragedAd
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        fused=fused,
-        foreach=False,  # beside the fused kernel it would only cost memory
     )

@@ -108,29 +108,30 @@ def heartbeats(run_dir: Path) -> list[dict[str, Any]]:
 
 
 class Spikes:
-    """Judges losses: one that is not finite, or far above those of the last applied steps, is not applied.
+    """The loss above which a step is not applied: far above those of the last applied steps.
 
-    All ranks see the same losses, so all judge alike. ``state`` belongs into checkpoints.
+    A step begins before the one before it is known, so its limit follows from those before that one, whether others are
+    known by now or not. All ranks see the same losses, so all judge alike. ``state`` belongs into checkpoints.
     """
 
     def __init__(self, nats: float | None, state: dict[str, Any]) -> None:
         self._nats = nats
-        self._recent: deque[float] = deque(state.get("recent_losses", []), maxlen=_WINDOW)
+        self._recent: deque[list[float]] = deque(state.get("recent_losses", []), maxlen=_WINDOW + 1)
 
     @property
     def state(self) -> dict[str, Any]:
         return {"recent_losses": list(self._recent)}
 
-    def accept(self, loss: float) -> bool:
-        """Whether a step of this loss is to be applied."""
-        if not math.isfinite(loss):
-            return False
-        known = self._nats is not None and len(self._recent) >= _LEAST
-        return not known or loss <= statistics.median(self._recent) + (self._nats or 0.0)
+    def limit(self, step: int) -> float:
+        """The largest loss with which ``step`` is applied."""
+        known = [loss for before, loss in self._recent if before < step - 1][-_WINDOW:]
+        if self._nats is None or len(known) < _LEAST:
+            return math.inf
+        return statistics.median(known) + self._nats
 
-    def applied(self, loss: float) -> None:
+    def applied(self, step: int, loss: float) -> None:
         """A step of this loss was applied."""
-        self._recent.append(loss)
+        self._recent.append([step, loss])
 
 
 def slow_ranks(seconds: np.ndarray) -> dict[int, float]:

@@ -22,7 +22,7 @@ from armd_scale.errors import UserError
 from armd_scale.model.flops import peak_flops, run_costs, run_edges, training_flops_per_token
 from armd_scale.model.rows import Rows
 from armd_scale.parallel import groups
-from armd_scale.parallel.engine import Engine, Step
+from armd_scale.parallel.engine import Engine, Pending
 from armd_scale.training import checkpoint, manifest, objectives, schedules
 from armd_scale.training.health import REQUEUE, STOP, Heartbeat, Signals, Spikes, Watchdog, slow_ranks
 from armd_scale.training.samples import Samples
@@ -78,6 +78,7 @@ class _Trainer:
         self.folder = config.directory / "checkpoints"
         self.step = 0
         self.updates = 0  # steps that were applied
+        self.grad_norm = math.nan  # of the last step that is known
         self.skipped: list[int] = []  # steps in a row that were not applied, up to now
         self._say(_layout(config))
         self.checkpointer = checkpoint.Checkpointer(
@@ -145,6 +146,7 @@ class _Trainer:
         total, train = self.config.total_steps, self.config.train
         marked, steps = time.perf_counter(), 0
         self.skipped = []
+        before: Pending | None = None  # the step that the device works on while the next one is asked for
         with concurrent.futures.ThreadPoolExecutor(1) as loader:
             batch = loader.submit(self.batch, self.step)
             while self.step < total:
@@ -152,25 +154,28 @@ class _Trainer:
                 micro_batches = batch.result()
                 batch = loader.submit(self.batch, min(self.step + 1, total - 1))
                 rate = schedules.learning_rate(self.step, self.config.optimizer, total)
-                result = self.engine.train_step(micro_batches, rate, self.spikes.accept, self.signals.flag)
-                self._judge(result)
-                if self.sample_log:
-                    self._log_samples(result.applied)
-                done, self.step, steps = self.step, self.step + 1, steps + 1
+                limit = self.spikes.limit(self.step)
+                running = self.engine.train_step(micro_batches, rate, limit, self.signals.flag)
+                flags = self._judge(self.step - 1, before) if before else 0
+                done, self.step, steps, before = self.step, self.step + 1, steps + 1, running
+                last_of_phase = self.step in (train.steps, total)
+                evaluating = self.step % train.eval_every == 0 or last_of_phase
+                recording = self.step % train.log_every == 0 or last_of_phase
+                saving = self.step % train.checkpoint_every == 0 or last_of_phase
+                if (evaluating or recording or saving or flags) and len(self.skipped) < train.max_skipped:
+                    flags, before = flags | self._judge(done, running), None
                 self.watchdog.step(time.perf_counter() - started)
-                self.heartbeat.beat(self.step)
+                self.heartbeat.beat(self.step - (before is not None))
                 if len(self.skipped) >= train.max_skipped:
                     return None
-                last_of_phase = self.step in (train.steps, total)
-                ending = bool(result.flags) and self.step < total
+                ending = bool(flags) and self.step < total
                 # What is saved amid steps that were not applied would be no place to go back to.
-                saving = (self.step % train.checkpoint_every == 0 and not self.skipped) or last_of_phase or ending
-                if (self.step % train.log_every == 0 or last_of_phase) and self.losses:
+                saving = (saving and (not self.skipped or last_of_phase)) or ending
+                if recording and self.losses:
                     now = time.perf_counter()
                     self.telemetry.write(self._record(done, rate, (now - marked) / steps))
                     self.losses, marked, steps = [], now, 0
                 paused = time.perf_counter()
-                evaluating = self.step % train.eval_every == 0 or last_of_phase
                 if evaluating or saving:
                     self.watchdog.arm(10)
                 if evaluating:
@@ -178,38 +183,44 @@ class _Trainer:
                 if saving:
                     self.save()
                 if ending:
-                    return STOP if result.flags >= STOP else REQUEUE
+                    return STOP if flags >= STOP else REQUEUE
                 self.watchdog.go_on()
                 marked += time.perf_counter() - paused  # the time of a step is that of training alone
         return 0
 
-    def _judge(self, result: Step) -> None:
-        """Keep count of a step that was applied, or say which samples one saw that was not."""
+    def _judge(self, step: int, pending: Pending) -> int:
+        """Wait for a step; keep count of one that was applied, or say which samples one saw that was not. Its flags."""
+        result, limit = pending.result(), self.spikes.limit(step)
+        self.grad_norm = result.grad_norm
+        if self.sample_log:
+            self._log_samples(step, result.applied)
         if result.applied:
             self.updates += 1
             self.losses.append(result.loss)
-            self.spikes.applied(result.loss)
+            self.spikes.applied(step, result.loss)
             self.skipped = []
-            return
-        self.skipped.append(self.step)
-        what = f"its loss is {result.loss:.4g}" if not self.spikes.accept(result.loss) else "a gradient is not finite"
+            return result.flags
+        self.skipped.append(step)
+        fine = math.isfinite(result.loss) and result.loss <= limit
+        what = "a gradient is not finite" if fine else f"its loss is {result.loss:.4g}"
         batch = self.config.train.global_batch
-        ids = self.samples.ids(self.step * batch, batch)
-        self._say(f"step {self.step + 1} is not applied: {what}; its samples (data set, number): {ids}")
+        ids = self.samples.ids(step * batch, batch)
+        self._say(f"step {step + 1} is not applied: {what}; its samples (data set, number): {ids}")
+        return result.flags
 
-    def _log_samples(self, applied: bool) -> None:
-        """Write down what this rank has trained on in the present step."""
+    def _log_samples(self, step: int, applied: bool) -> None:
+        """Write down what this rank has trained on in a step."""
         assert self.sample_log is not None
         share = self.config.train.global_batch // self.config.data_parallel
-        first = self.step * self.config.train.global_batch + self.engine.data_rank * share
-        line = {"step": self.step, "first": first, "applied": applied, "ids": self.samples.ids(first, share)}
+        first = step * self.config.train.global_batch + self.engine.data_rank * share
+        line = {"step": step, "first": first, "applied": applied, "ids": self.samples.ids(first, share)}
         self.sample_log.write({**line, "time": time.time()})
 
     def _go_back(self) -> None:
         """Go back to the newest checkpoint, and leave out the samples of the steps that could not be applied."""
         self.watchdog.arm(10)
         self.checkpointer.wait()
-        first, stop = self.skipped[0], self.step
+        first, stop = self.skipped[0], self.skipped[-1] + 1
         found = checkpoint.newest(self.folder)
         if found is None:
             raise UserError(self._runaway("and there is no checkpoint to go back to"))
@@ -224,16 +235,17 @@ class _Trainer:
             f"lengthen the warm-up, and go on from the newest checkpoint in {self.folder}"
         )
 
-    def batch(self, step: int) -> list[Rows]:
-        """This rank's micro-batches of a step."""
+    def batch(self, step: int) -> Sequence[Rows]:
+        """This rank's micro-batches of a step, on the device."""
         train, config = self.config.train, self.config
         share = train.global_batch // config.data_parallel
         first = self.engine.data_rank * share
         tokens = self.samples.read(step * train.global_batch + first, share)
-        return [
+        rows = [
             objectives.training_rows(config, tokens[part], step, range(first + part.start, first + part.stop))
             for part in self._parts(share)
         ]
+        return self.engine.upload(rows)
 
     def evaluate(self) -> dict[str, Any]:
         """Held-out loss in nats and bits per byte of every kind of the objective, with the averaged weights."""
@@ -276,7 +288,7 @@ class _Trainer:
             "loss": loss,
             "bits_per_byte": loss / _LN2 / self.samples.bytes_per_token,
             "learning_rate": rate,
-            "grad_norm": self.engine.grad_norm if math.isfinite(self.engine.grad_norm) else None,
+            "grad_norm": self.grad_norm if math.isfinite(self.grad_norm) else None,
             "phase": schedules.phase(done, config),
             "shuffled": schedules.shuffled_tokens(done, config),
             "streams": schedules.streams(done, config),

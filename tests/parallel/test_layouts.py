@@ -48,8 +48,9 @@ def train(rank, processes, rendezvous, run):
             slots = mine[start : start + run.train.micro_batch]
             micro_batches.append(objectives.training_rows(run, tokens[step, list(slots)], step, slots))
         rate = schedules.learning_rate(step, run.optimizer, STEPS)
-        losses.append(engine.train_step(micro_batches, rate).loss)
-        norms.append(engine.grad_norm)
+        result = engine.train_step(micro_batches, rate).result()
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
     with engine.averaged_weights():
         averaged = _whole(engine)
     states = _whole(engine)
@@ -221,6 +222,45 @@ def _plain(rank, processes, rendezvous, run):
         average = now if average is None else {n: decay * average[n] + (1 - decay) * now[n] for n in now}
     groups.stop()
     return losses, norms, now, average
+
+
+def _ask_nothing(rank, processes, rendezvous, run):
+    """Whether a step asks for the value of a tensor, and whether looking at what came of it does."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from armd_scale.parallel import groups
+    from armd_scale.parallel.engine import Engine
+    from armd_scale.training import objectives
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            asked.append(func.overloadpacket._qualified_op_name)
+            return func(*args, **(kwargs or {}))
+
+    groups.start(run.parallel, rank=rank, processes=processes, rendezvous=rendezvous, device=torch.device("cpu"))
+    engine = Engine(run, torch.device("cpu"))
+    share = 8 // run.data_parallel
+    tokens = np.random.default_rng(1).integers(0, run.model.vocab_size, (8, 16))
+    mine = range(engine.data_rank * share, (engine.data_rank + 1) * share)
+    rows = objectives.training_rows(run, tokens[list(mine)], 0, mine)
+    micro_batches = [rows.map(lambda tensor: tensor[:2]), rows.map(lambda tensor: tensor[2:4])]
+    engine.train_step(micro_batches, 1e-3)  # states are made
+    asked = []
+    with Watch():
+        engine.train_step(micro_batches, 1e-3, limit=50.0)
+    groups.stop()
+    return len(asked), asked.count("aten::_local_scalar_dense")
+
+
+@pytest.mark.parametrize(
+    ("processes", "zero", "dtype"), [(1, 0, "float32"), (2, 1, "float32"), (1, 1, "bfloat16"), (2, 2, "bfloat16")]
+)
+def test_a_step_asks_nothing_of_the_device(processes, zero, dtype):
+    """The host can run ahead: no value of a tensor is asked for between the data and the updated weights."""
+    run = config(processes=processes, train__dtype=dtype, train__micro_batch=2, parallel__zero=zero)
+    for operations, values in run_processes(processes, _ask_nothing, run):
+        assert operations > 500
+        assert values == 0
 
 
 def test_a_layout_repeated_is_bit_exact():

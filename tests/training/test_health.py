@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+import statistics
 import time
 
 import numpy as np
@@ -24,17 +25,22 @@ from tests.training.test_runs import data, figures, run, start  # noqa: F401  (d
 
 def test_spikes_are_judged_by_the_median():
     spikes = health.Spikes(2.0, {})
-    for number in range(40):
-        assert spikes.accept(5.0 + number % 3)
-        spikes.applied(5.0 + number % 3)
-    assert spikes.accept(7.9)
-    assert not spikes.accept(8.1)
-    assert not spikes.accept(math.nan)
-    again = health.Spikes(2.0, json.loads(json.dumps(spikes.state)))
-    assert not again.accept(8.1)
-    assert again.accept(7.9)
-    assert health.Spikes(None, spikes.state).accept(1e9)
-    assert health.Spikes(2.0, {}).accept(1e9), "nothing is a spike at the beginning"
+    for step in range(100):
+        assert spikes.limit(step) == (math.inf if step < 17 else 8.0), "nothing is a spike at the beginning"
+        spikes.applied(step, 5.0 + step % 3)
+    assert health.Spikes(None, spikes.state).limit(100) == math.inf
+
+
+def test_the_limit_of_a_step_leaves_out_the_step_before_it():
+    """Which may run still; one that is known already, as after a checkpoint, changes nothing."""
+    spikes = health.Spikes(2.0, {})
+    for step in range(80):
+        spikes.applied(step, float(step))
+    early = spikes.limit(81)
+    spikes.applied(80, 80.0)
+    assert spikes.limit(81) == early == 2 + statistics.median(range(16, 80))
+    assert health.Spikes(2.0, json.loads(json.dumps(spikes.state))).limit(81) == early
+    assert spikes.limit(82) == early + 1
 
 
 def test_lines_survive_a_full_disk(tmp_path, monkeypatch, capsys):
