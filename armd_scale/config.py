@@ -294,6 +294,12 @@ class TrainConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of weights and activations; master weights and moments are always float32, and so are sums of gradients, but
     for those of micro-batches with ZeRO-2 and 3."""
+    fp8: bool = False
+    """Products of the layers in FP8, each tensor with a scale of its own: e4m3 forward, e5m2 for gradients. On CUDA by
+    TransformerEngine; on a CPU numbers are rounded as there, which shows what it does to the loss and is slower."""
+    attention: Literal["measured", "flash", "cudnn", "FA3", "FA4"] = "measured"
+    """Kernel of attention without a mask. ``measured``: on CUDA the fastest on the shapes of the run, measured at its
+    start; on a CPU PyTorch's choice. FA3 and FA4 need FlashAttention-3 or 4."""
     log_every: Positive = 10
     """Steps between two lines of ``metrics.jsonl``."""
     eval_every: Positive = 1_000
@@ -515,7 +521,22 @@ class RunConfig(Section):
             raise ValueError("cluster.tasks_per_node must equal cluster.gpus_per_node: one process per GPU")
         if self.objective == "armd":
             self._check_orders()
+        if self.train.fp8:
+            self._check_fp8()
         return self
+
+    def _check_fp8(self) -> None:
+        model, parts = self.model, self.parallel.tensor
+        sizes = {
+            "model.hidden": model.hidden,
+            "model.length": model.length // (parts if self.parallel.sequence else 1),
+            "model.ffn / parallel.tensor": model.ffn_width // parts,
+            "heads x width / parallel.tensor": model.hidden // parts,
+            "2 x key heads x width / parallel.tensor": 2 * model.key_heads * model.head_dim // parts,
+        }
+        for name, size in sizes.items():
+            if size % 16:
+                raise ValueError(f"train.fp8 needs products of multiples of 16, but {name} = {size}")
 
     def _check_orders(self) -> None:
         model = self.model
@@ -629,6 +650,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
     return {
         **{name: values[name] for name in ("objective", "seed", "model", "data")},
         **{f"train.{name}": values["train"][name] for name in ("global_batch", "dtype")},
+        **({"train.fp8": True} if config.train.fp8 else {}),
     }
 
 

@@ -10,7 +10,7 @@ sees every key: ``causal`` is False, and there is no mask.
   may be named; with ``visible``: a boolean mask.
 - ``flex``: ``visible`` as a block mask, for CUDA.
 - ``dense``: the reference: explicit scores and softmax in the type of its inputs (float64 in tests).
-- ``measure``: the table by which a kernel is chosen: seconds of every one that runs here, for the shapes of a run.
+- ``measure``: the table by which a kernel is chosen: seconds of every one that runs here.
 
 Shapes: queries [S, B, G, R, N, D] of S streams, with R query heads for each of G key heads; keys and values
 [B, G, M, D]; ``visible`` [S, B, N].
@@ -165,27 +165,24 @@ def activate(kernel: str | None) -> None:
 
 
 def measure(
-    shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device, causal: bool = True, repeats: int = 10
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, causal: bool = True, repeats: int = 10
 ) -> dict[str, float]:
-    """Seconds of a forward and a backward pass over queries of all ``shapes`` [S, B, G, R, N, D], by every kernel that
-    can run here: the median of ``repeats``.
+    """Seconds of a forward and a backward pass over queries of a ``shape`` [S, B, G, R, N, D], by every kernel that can
+    run here: the median of ``repeats``.
     """
-    inputs = []
-    for shape in shapes:
-        _, B, G, _, N, D = shape
-        sizes = shape, (B, G, N, D), (B, G, N, D)
-        inputs.append([torch.randn(size, dtype=dtype, device=device, requires_grad=True) for size in sizes])
+    _, B, G, _, N, D = shape
+    sizes = shape, (B, G, N, D), (B, G, N, D)
+    q, k, v = (torch.randn(size, dtype=dtype, device=device, requires_grad=True) for size in sizes)
     table = {}
     for kernel in KERNELS:
-        # A kernel that is not installed, not built for this device or not made for these shapes says so in many ways.
+        # A kernel that is not installed, not built for this device or not made for this shape says so in many ways.
         with contextlib.suppress(RuntimeError, ImportError, ValueError, AttributeError, AssertionError):
             activate(kernel)
             seconds = []
             for _ in range(3 + repeats):
                 _finish(device)
                 started = time.perf_counter()
-                for q, k, v in inputs:
-                    sdpa(q, k, v, None, causal, kernel).sum().backward()
+                sdpa(q, k, v, None, causal, kernel).sum().backward()
                 _finish(device)
                 seconds.append(time.perf_counter() - started)
             table[kernel] = sorted(seconds[3:])[repeats // 2]

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from armd_scale.config import ModelConfig
 from armd_scale.model.attention import attend
+from armd_scale.model.float8 import Float8ColumnParallelLinear, Float8RowParallelLinear
 
 _M = TypeVar("_M", bound=nn.Module)
 _T = TypeVar("_T")
@@ -139,8 +140,11 @@ class Linears(NamedTuple):
     """Cut along its inputs."""
 
 
-def linears() -> Linears:
-    """TransformerEngine's linears where they can run, else Megatron-Core's own. They hold the same weights."""
+def linears(fp8: bool = False) -> Linears:
+    """TransformerEngine's linears where they can run, else Megatron-Core's own. They hold the same weights.
+
+    ``fp8``: TransformerEngine's have it by their context; on a CPU, those that round as they do.
+    """
     if torch.cuda.is_available():
         from megatron.core.extensions import transformer_engine
 
@@ -149,6 +153,8 @@ def linears() -> Linears:
                 ModuleSpec(transformer_engine.TEColumnParallelLinear),
                 ModuleSpec(transformer_engine.TERowParallelLinear),
             )
+    if fp8:
+        return Linears(ModuleSpec(Float8ColumnParallelLinear), ModuleSpec(Float8RowParallelLinear))
     return Linears(ModuleSpec(ColumnParallelLinear), ModuleSpec(RowParallelLinear))
 
 

@@ -8,9 +8,12 @@ The other objectives have one stream, the embeddings of the context rows: ``ar``
 (the shift query), ``mdm`` the token that a row masks.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.enums import ModelType
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     VocabParallelEmbedding,
@@ -56,7 +59,7 @@ class Stage(nn.Module):
         head_batch: int | None = None,
     ) -> None:
         super().__init__()
-        kinds = kinds or linears()
+        kinds = kinds or linears(bool(parallel.fp8))
         self.head_batch = head_batch
         last = config.layers if last is None else last
         self.config = parallel  # Megatron's schedules read it, and the next, under these names
@@ -139,10 +142,17 @@ class Stage(nn.Module):
                 inputs = (of_both, of_context, seen and seen[2])
             if self.recompute == "full" and torch.is_grad_enabled():
                 # One tensor is kept a layer, so the sum is made.
-                h = torch.add(*checkpoint(layer, h, None, *inputs, use_reentrant=False, preserve_rng_state=False))
+                h = torch.add(
+                    *checkpoint(self._through, layer, h, None, *inputs, use_reentrant=False, preserve_rng_state=False)
+                )
             else:
-                h, update = layer(h, update, *inputs)
+                h, update = self._through(layer, h, update, *inputs)
         return h if update is None else h + update
+
+    def _through(self, layer: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor]:
+        # Here, and not around all layers: what is computed again needs the context as well.
+        with get_fp8_context(self.config):
+            return layer(*inputs)
 
     def logits(self, h: Tensor) -> Tensor:
         """This rank's part of the vocabulary for each row, [N, B, V / tensor], float32."""

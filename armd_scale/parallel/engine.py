@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from armd_scale.config import RunConfig
 from armd_scale.model.flops import run_edges
+from armd_scale.model.layers import Attention
 from armd_scale.model.network import Stage
 from armd_scale.model.rows import Rows
 from armd_scale.parallel import optimizer as optimizers
@@ -86,12 +87,17 @@ class Pending:
 class Engine:
     """The sharded model of a run on this rank, and the operations that all ranks do together."""
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, attention_kernel: str | None = None) -> None:
         self.config = config
         self.device = device
         self.zero = config.parallel.zero
-        self._parallel = transformer_config(config.model, config.parallel, getattr(torch, config.train.dtype))
+        self._parallel = transformer_config(
+            config.model, config.parallel, getattr(torch, config.train.dtype), config.train.fp8
+        )
         self.chunks = nn.ModuleList(self._build_chunks())
+        for module in self.chunks.modules():
+            if isinstance(module, Attention):
+                module.kernel = attention_kernel
         initialise(self.chunks, config.model, config.seed)
         self.chunks.to(device)
         # Neither is wanted: operations that DeepSpeed would probe with a compiler at every start, and a line a step.

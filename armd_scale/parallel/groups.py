@@ -18,16 +18,25 @@ from armd_scale.config import ModelConfig, ParallelConfig
 from armd_scale.parallel import megatron_cpu
 
 
-def start(parallel: ParallelConfig, *, rank: int, processes: int, rendezvous: str | Path, device: torch.device) -> None:
+def start(
+    parallel: ParallelConfig,
+    *,
+    rank: int,
+    processes: int,
+    rendezvous: str | Path,
+    device: torch.device,
+    backend: str | None = None,
+) -> None:
     """Join ``processes`` processes and build the groups of a layout.
 
     ``rendezvous``: an init method of torch.distributed (``tcp://host:port``) or the path of a file on a shared disk.
+    ``backend``: of torch.distributed, by default NCCL for GPUs and gloo for CPUs.
     """
     megatron_cpu.install()
     # DeepSpeed reads these even when the group exists already.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(device.index or 0))
     method = str(rendezvous) if "://" in str(rendezvous) else f"file://{Path(rendezvous).resolve()}"
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     dist.init_process_group(
         backend, init_method=method, rank=rank, world_size=processes, timeout=datetime.timedelta(minutes=30)
     )
@@ -45,7 +54,9 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, fp8: bool = False
+) -> TransformerConfig:
     """Megatron-Core's configuration: the shapes that its schedules read, and the layout."""
     # Freeing sent activations while they may still be in flight gave wrong gradients on gloo.
     cuda = torch.cuda.is_available()
@@ -69,6 +80,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
+        fp8="hybrid" if fp8 else None,
+        fp8_recipe="tensorwise",  # the others keep histories, which a checkpoint would have to hold
         perform_initialization=False,
         use_cpu_initialization=not cuda,
         gradient_accumulation_fusion=False,

@@ -23,7 +23,7 @@ from armd_scale.model.flops import peak_flops, run_costs, run_edges, training_fl
 from armd_scale.model.rows import Rows
 from armd_scale.parallel import groups
 from armd_scale.parallel.engine import Engine, Pending
-from armd_scale.training import checkpoint, manifest, objectives, schedules
+from armd_scale.training import checkpoint, kernels, manifest, objectives, schedules
 from armd_scale.training.health import REQUEUE, STOP, Heartbeat, Signals, Spikes, Watchdog, slow_ranks
 from armd_scale.training.samples import Samples
 from armd_scale.training.telemetry import Lines, Telemetry, say
@@ -74,7 +74,8 @@ class _Trainer:
         self.signals = Signals()
         self.watchdog = Watchdog(config.directory / "stacks", rank, config.train)
         self.heartbeat = Heartbeat(config.directory, rank)
-        self.engine = Engine(config, device)
+        kernels.check_fp8(config, device)
+        self.engine = Engine(config, device, kernels.attention_kernel(config, device))
         self.folder = config.directory / "checkpoints"
         self.step = 0
         self.updates = 0  # steps that were applied

@@ -224,6 +224,19 @@ def _plain(rank, processes, rendezvous, run):
     return losses, norms, now, average
 
 
+@pytest.mark.parametrize(
+    "layout", [{}, {"tensor": 2, "processes": 2, "parallel__recompute": "full"}], ids=["one", "tp2"]
+)
+def test_fp8_follows_float32(layout):
+    """Rounded as on a GPU: losses stay near the float32 ones, and are others."""
+    losses, _, states, _ = start(config(train__fp8=True, **layout))
+    expected = start(config())
+    np.testing.assert_allclose(losses, expected[0], atol=0.1)
+    assert np.abs(np.subtract(losses, expected[0])).min() > 1e-6
+    moved = states["weight/norm.weight"] - expected[2]["weight/norm.weight"]
+    assert 0 < float(moved.abs().max()) < 0.05
+
+
 def _ask_nothing(rank, processes, rendezvous, run):
     """Whether a step asks for the value of a tensor, and whether looking at what came of it does."""
     from torch.utils._python_dispatch import TorchDispatchMode

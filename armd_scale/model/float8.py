@@ -1,0 +1,57 @@
+"""FP8 for the linears of layers where there are no FP8 matrix units: TransformerEngine's numbers without its speed.
+
+Inputs and weights are rounded to e4m3 and gradients to e5m2 ("hybrid"), each tensor scaled so that its largest value is
+the largest of the type ("current scaling", which leaves nothing behind that a checkpoint would have to keep). Products
+are those of the type of the run.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest values to ``x`` that a scaled FP8 type has, in the type of ``x``."""
+    largest = x.abs().amax().float()
+    scale = torch.where(largest > 0, torch.finfo(dtype).max / largest, 1.0)
+    return ((x.float() * scale).to(dtype).float() / scale).to(x.dtype)
+
+
+class _Forward(torch.autograd.Function):
+    """Rounds what goes in; gradients pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return rounded(x, torch.float8_e4m3fn)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class _Backward(torch.autograd.Function):
+    """Rounds the gradient that comes in; what goes forward passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return rounded(gradient, torch.float8_e5m2)
+
+
+class Float8ColumnParallelLinear(ColumnParallelLinear):
+    """Megatron-Core's linear, on rounded numbers."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
+        return _Backward.apply(super()._forward_impl(_Forward.apply(input), _Forward.apply(weight), *args, **options))
+
+
+class Float8RowParallelLinear(RowParallelLinear):
+    """Megatron-Core's linear, on rounded numbers."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
+        return _Backward.apply(super()._forward_impl(_Forward.apply(input), _Forward.apply(weight), *args, **options))

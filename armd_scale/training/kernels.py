@@ -1,0 +1,88 @@
+"""Which kernels a run uses.
+
+- ``check_fp8``: whether FP8 can be had.
+- ``attention_kernel``: the fastest attention of those that run on its GPU, by measuring them on its own shapes. The
+  table is written into the run folder, so that a run that goes on uses the kernel it began with, to the last bit.
+"""
+
+import json
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+from megatron.core.extensions import transformer_engine
+
+from armd_scale.config import RunConfig
+from armd_scale.errors import UserError
+from armd_scale.files import write_atomically
+from armd_scale.model import attention
+from armd_scale.model.network import streams_of
+
+FILE = "attention.json"
+
+
+def check_fp8(config: RunConfig, device: torch.device) -> None:
+    """``UserError`` when the run wants FP8 from a GPU without TransformerEngine."""
+    if config.train.fp8 and device.type == "cuda" and not transformer_engine.HAVE_TE:
+        raise UserError("train.fp8 needs TransformerEngine on a GPU: pip install 'transformer-engine[pytorch]'")
+
+
+def shapes(config: RunConfig) -> Counter[tuple[int, ...]]:
+    """Shapes of the queries [S, B, G, R, N, D] of this rank's attention without a mask, and layers that have them."""
+    model, parallel = config.model, config.parallel
+    heads = model.key_heads // parallel.tensor, model.heads // model.key_heads
+    kinds = (streams_of(model, index)[1] for index in range(model.layers))
+    return Counter((streams, config.train.micro_batch, *heads, model.length, model.head_dim) for streams in kinds)
+
+
+def attention_kernel(config: RunConfig, device: torch.device) -> str | None:
+    """The kernel of ``attention.KERNELS`` for a run, the same on all ranks; None: PyTorch's choice. Collective.
+
+    ``UserError`` when the one that the configuration names cannot run here.
+    """
+    wanted: str | None = config.train.attention
+    if wanted == "measured":
+        if device.type != "cuda":
+            return None
+        told = [_measured(config, device) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(told, src=0, device=device)
+        wanted = told[0]
+    if wanted is None:
+        return None
+    if wanted not in attention.measure(next(iter(shapes(config))), _dtype(config), device, _causal(config), repeats=1):
+        raise UserError(f"train.attention = {wanted} cannot run here: name another kernel, or leave it out")
+    attention.activate(wanted)
+    return wanted
+
+
+def _measured(config: RunConfig, device: torch.device) -> str | None:
+    path = config.directory / FILE
+    layers, name = shapes(config), torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    setting = {"device": name, "torch": torch.__version__, "dtype": config.train.dtype, "shapes": _listed(layers)}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if {key: known.get(key) for key in setting} != setting:
+        tables = {shape: attention.measure(shape, _dtype(config), device, _causal(config)) for shape in layers}
+        everywhere = set.intersection(*(set(table) for table in tables.values()))
+        seconds = {
+            kernel: sum(count * tables[shape][kernel] for shape, count in layers.items()) for kernel in everywhere
+        }
+        known = {
+            **setting,
+            "seconds": seconds,
+            "chosen": min(seconds, key=lambda kernel: seconds[kernel], default=None),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(known, indent=1) + "\n")
+    return known["chosen"]
+
+
+def _listed(layers: Counter[tuple[int, ...]]) -> list[list[int]]:
+    return [[*shape, count] for shape, count in sorted(layers.items())]
+
+
+def _dtype(config: RunConfig) -> torch.dtype:
+    return getattr(torch, config.train.dtype)
+
+
+def _causal(config: RunConfig) -> bool:
+    return config.objective != "mdm"
