@@ -8,6 +8,7 @@ python tools/bench.py train [--layers 12 --hidden 768] [--length 1024] [--batch 
 import argparse
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -63,6 +64,8 @@ def main() -> None:
     train.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="on a CPU")
     train.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     train.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    train.add_argument("--fp8", action="store_true", help="layers in FP8, see train.fp8")
+    train.add_argument("--trace", type=Path, help="folder for a profile of one more step of each kind")
     train.add_argument("--plot", type=Path, help="picture of how cost grows along the size that has several values")
     train.add_argument("--json", type=Path, help="write all figures to this file as well")
     one = commands.add_parser("_one")  # one measurement in a process of its own
@@ -241,6 +244,8 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
     varied = [name for name, values in sizes.items() if len(values) > 1]
     if len(varied) > 1 or (args.plot and not varied):
         raise UserError("give several values of one of --hidden, --length and --batch; --plot needs them")
+    if args.trace:
+        args.trace.mkdir(parents=True, exist_ok=True)
     if any(hidden % 64 for hidden in args.hidden) or min(args.layers, args.steps, *args.length, *args.batch) < 1:
         raise UserError("--hidden must be a multiple of 64, the other sizes at least 1")
     versions = {
@@ -261,16 +266,19 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
         print(f"\nhidden {size['hidden']}, {size['batch']} texts of {size['length']} tokens\n  {'':<22}{columns}")
         common = {"layers": args.layers, "vocab": args.vocab, "steps": args.steps, **size}
         common |= {"device": args.device, "dtype": args.dtype}
-        own = {"norm": args.norm, "mlp": args.mlp, "recompute": args.recompute}
+        own = {"norm": args.norm, "mlp": args.mlp, "recompute": args.recompute, "fp8": args.fp8}
         left_to_right = 0.0
         for name, kind in KINDS.items():
             if kind is None:
                 row = _one("train_transformers", args.threads, **common)
             else:
-                row = _one("train_armd_scale", args.threads, **common, **own, **kind)
+                words = [name, f"hidden {size['hidden']}", f"{size['batch']} x {size['length']}"]
+                trace = str(args.trace / f"{', '.join(words)}.json") if args.trace else None
+                row = _one("train_armd_scale", args.threads, **common, **own, **kind, trace=trace)
             left_to_right = left_to_right or row["seconds"]  # AR comes first
             row |= {"kind": name, **size, "ratio": row["seconds"] / left_to_right}
             facts["rows"].append(row)
+            profile = row.get("profile", [])
             share = row["flops"] / row["seconds"]
             mfu = f"{share / limit['peak']:>8.1%}" if limit["peak"] else f"{'':>8}"
             plan = f"{row['planned'] / row['memory']:>8.2f}" if row["planned"] else ""
@@ -279,6 +287,8 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
                 f"{row['ratio']:>8.2f}{share / limit['flops']:>10.1%}{mfu}{row['memory'] / 1e9:>9.2f} GB{plan}",
                 flush=True,
             )
+            for operation in profile:
+                print(f"    {operation['name']:<60.60}{operation['count']:>6}{1e3 * operation['seconds']:>10.2f} ms")
     if args.plot:
         _plot_training(facts["rows"], varied[0], args.plot)
     return facts
@@ -293,28 +303,37 @@ def _matrix_products(device: str, dtype: str, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     size = 2048 if device == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-    times = _step_times(lambda: a @ b, 10, device)
+    seconds = _step_seconds(lambda: a @ b, 10, device)
     name = "" if device == "cpu" else torch.cuda.get_device_name(device)
-    return {"flops": 2 * size**3 / min(times), "name": name, "peak": peak_flops(name) if name else None}
+    return {"flops": 2 * size**3 / seconds, "name": name, "peak": peak_flops(name) if name else None}
 
 
-def _step_times(step: Callable[[], Any], count: int, device: str) -> list[float]:
-    """Seconds of ``count`` steps, after three that warm up."""
+def _step_seconds(step: Callable[[], Any], count: int, device: str) -> float:
+    """Median seconds of ``count`` steps, after three that warm up. A GPU is not waited for between them: what counts is
+    the time from the end of one step to the end of the next.
+    """
     import torch
 
-    times = []
+    if device == "cpu":
+        times = []
+        for _ in range(3 + count):
+            started = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - started)
+        return sorted(times[3:])[count // 2]
+    events = []
     for _ in range(3 + count):
-        started = time.perf_counter()
         step()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return times[3:]
+        events.append(torch.cuda.Event(enable_timing=True))
+        events[-1].record()
+    torch.cuda.synchronize()
+    times = sorted(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events[2:]))
+    return times[count // 2]
 
 
 def _train_armd_scale(
     objective: str, layers: int, hidden: int, vocab: int, length: int, batch: int, steps: int, device: str, dtype: str,
-    threads: int, norm: str, mlp: str, recompute: str, streams: int = 1,
+    threads: int, norm: str, mlp: str, recompute: str, fp8: bool, trace: str | None, streams: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
     """Whole steps of the training loop's engine: forward, backward, ZeRO-1 update with moving average."""
     import numpy as np
@@ -324,7 +343,7 @@ def _train_armd_scale(
     from armd_scale.model.flops import training_flops_per_token
     from armd_scale.parallel import groups
     from armd_scale.parallel.engine import Engine
-    from armd_scale.training import objectives
+    from armd_scale.training import kernels, objectives
 
     torch.set_num_threads(threads)
     cuda = device != "cpu"
@@ -337,7 +356,7 @@ def _train_armd_scale(
                 "ar_steps": 0, "permutation_steps": 0, "rho": min(32, length), "strided_steps": 1000 * (streams > 1),
                 "streams": [streams],
             },
-            "train": {"steps": 1000, "global_batch": batch, "micro_batch": batch, "dtype": dtype},
+            "train": {"steps": 1000, "global_batch": batch, "micro_batch": batch, "dtype": dtype, "fp8": fp8},
             "parallel": {"recompute": recompute},
             "cluster": {"gpus_per_node": int(cuda)},
         }
@@ -348,11 +367,13 @@ def _train_armd_scale(
         torch.set_float32_matmul_precision("high" if dtype == "bfloat16" else "highest")
     with tempfile.TemporaryDirectory() as folder:
         groups.start(config.parallel, rank=0, processes=1, rendezvous=f"{folder}/store", device=place)
-        engine = Engine(config, place)
+        kernels.check_fp8(config, place)
+        engine = Engine(config, place, kernels.attention_kernel(config.model_copy(update={"run_dir": folder}), place))
         tokens = np.random.default_rng(0).integers(0, vocab, (batch, length))
         first = 1000 if streams > 1 else 0
-        rows = objectives.training_rows(config, tokens, first, range(batch))
-        times = _step_times(lambda: engine.train_step([rows], 1e-4), steps, device)
+        rows = engine.upload([objectives.training_rows(config, tokens, first, range(batch))])
+        seconds = _step_seconds(lambda: engine.train_step(rows, 1e-4), steps, device)
+        profile = _profile(lambda: engine.train_step(rows, 1e-4).result(), cuda, trace) if trace else []
         groups.stop()
     memory, planned = _memory(), 0.0
     if cuda:
@@ -362,7 +383,24 @@ def _train_armd_scale(
         memory = torch.cuda.max_memory_allocated()
         planned = Planner(find("h200" if "H200" in torch.cuda.get_device_name() else "h100")).plan(config).peak.total
     flops = training_flops_per_token(config.model) * batch * length
-    return {"seconds": sorted(times)[len(times) // 2], "flops": flops, "memory": memory, "planned": planned}
+    return {"seconds": seconds, "flops": flops, "memory": memory, "planned": planned, "profile": profile}
+
+
+def _profile(step: Callable[[], Any], cuda: bool, path: str) -> list[dict[str, Any]]:
+    """The operations that take longest of one step, by their own time; the whole trace goes to ``path``."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
+    with profile(activities=activities) as found:
+        step()
+    found.export_chrome_trace(path)
+    own = "self_device_time_total" if cuda else "self_cpu_time_total"
+    rows = [
+        {"name": one.key, "count": one.count, "seconds": getattr(one, own) / 1e6}
+        for one in found.key_averages()
+        if not (cuda and one.device_type.name == "CPU")
+    ]
+    return sorted(rows, key=lambda row: -row["seconds"])[:15]
 
 
 def _train_transformers(
@@ -389,11 +427,11 @@ def _train_transformers(
         optimizer.step()
         optimizer.zero_grad()
 
-    times = _step_times(step, steps, device)
+    seconds = _step_seconds(step, steps, device)
     memory = _memory() if device == "cpu" else torch.cuda.max_memory_allocated()
     macs = layers * (12 * hidden**2 + length * hidden) + vocab * hidden
     return {
-        "seconds": sorted(times)[len(times) // 2], "flops": 6 * macs * batch * length, "memory": memory, "planned": 0.0,
+        "seconds": seconds, "flops": 6 * macs * batch * length, "memory": memory, "planned": 0.0,
     }  # fmt: skip
 
 

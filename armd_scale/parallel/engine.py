@@ -113,6 +113,9 @@ class Engine:
         self._engine.enable_backward_allreduce = False  # see _reduce
         # With these, every rank has the whole gradients, in the type in which they are summed.
         self._whole_gradients = self.zero == 0 or isinstance(self._zero, BF16_Optimizer)
+        self._untouched: set[nn.Parameter] = set()  # whose sum of gradients is that of the step before
+        if isinstance(self._zero, BF16_Optimizer):
+            self._sum_in_float32()
         # ZeRO-0 in float32 steps the bare optimiser; every other stage wraps it.
         self._base: optimizers.AveragedAdamW = self._zero.optimizer if self.zero else self._zero
         self._spans: deque[tuple[Any, Any]] = deque(maxlen=1000)  # begin and end of the passes of a step
@@ -148,6 +151,26 @@ class Engine:
         """This rank's parameters under their global names."""
         for chunk in self.chunks:
             yield from chunk.named_parameters()
+
+    def _sum_in_float32(self) -> None:
+        """Let every gradient go into its float32 sum as soon as it is there. DeepSpeed's own hooks make a float32 copy
+        of it first, and its step zeroes all sums.
+        """
+
+        def add(param: nn.Parameter) -> None:
+            assert param.grad is not None
+            total = _gradient(param)
+            gradient, param.grad = param.grad.view_as(total), None
+            if param in self._untouched:
+                self._untouched.remove(param)
+                total.copy_(gradient)
+            else:
+                total.add_(gradient)
+
+        for params, sums in zip(self._zero.bf16_groups, self._zero.fp32_groups_gradients, strict=True):
+            for param, total in zip(params, sums, strict=True):
+                param._hp_grad = total
+                param.register_post_accumulate_grad_hook(add)
 
     @property
     def data_rank(self) -> int:
@@ -207,6 +230,7 @@ class Engine:
         for group in self._base.param_groups:
             group["lr"] = learning_rate
         self.chunks.train()
+        self._untouched = set(self.chunks.parameters())
         # ZeRO-2 and 3 reduce when the context ends: all micro-batches of the step in one pass.
         with self._engine.coalesce_grad_reduction() if self.zero > 1 else contextlib.nullcontext():
             # The schedule divides the loss in place, so what is logged is a copy.
@@ -428,7 +452,6 @@ class Engine:
         self._base.step()
         self._zero._lazy_init_hp_params_optimizer_state()
         self._zero.update_lp_params()
-        self._zero.zero_grad()
 
     def _masters(self) -> list[Tensor]:
         """The float32 tensors that the optimiser steps: this rank's part of the master weights."""
@@ -478,8 +501,8 @@ def _deepspeed_config(config: RunConfig, parameters: int) -> dict[str, Any]:
         "steps_per_print": 10**9,
     }
     if bf16:
-        # Without these, gradients would be accumulated and reduced in bfloat16.
-        settings["bf16"] = {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": False}
+        # Without these, gradients would be reduced in bfloat16; with ZeRO-1 our engine sums them, see _sum_in_float32.
+        settings["bf16"] = {"enabled": True, "immediate_grad_update": False, "check_grad_overflow": False}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         settings["communication_data_type"] = "fp32"
     return settings

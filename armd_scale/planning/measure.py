@@ -52,8 +52,16 @@ class Pass:
     """Floating-point operations of matrix products and attention."""
     seconds: float = 0.0
     """Sum over the operations of the longer of its arithmetic and its memory traffic."""
+    moved: float = 0.0
+    """Bytes that the operations read and write."""
     sent: float = 0.0
     """Bytes that this rank sends over the tensor-parallel group, by the ring algorithm."""
+    products: float = 0.0
+    """Seconds of matrix products."""
+    attention: float = 0.0
+    """Seconds of attention."""
+    regions: float = 0.0
+    """Seconds of fused regions."""
 
 
 @dataclass
@@ -272,8 +280,17 @@ class _Watch(Live):
         self._inside = True
         made = [leaf for leaf in tree_leaves(work()) if isinstance(leaf, Tensor)]
         self._inside = False
-        self.counts.seconds += self.gpu.operation(0.0, sum(tensor.nbytes for tensor in inputs), self.gpu.flops)
+        read = sum(tensor.nbytes for tensor in inputs)
+        self.counts.regions += self._count(0.0, read + sum(tensor.nbytes for tensor in made), self.gpu.flops)
         return [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in made]
+
+    def _count(self, flops: float, moved: float, rate: float) -> float:
+        """Count an operation; its seconds."""
+        seconds = self.gpu.operation(flops, moved, rate)
+        self.counts.flops += flops
+        self.counts.moved += moved
+        self.counts.seconds += seconds
+        return seconds
 
     def turn(self) -> Pass:
         """End of a pass: its counts. What is alive stays known."""
@@ -313,9 +330,12 @@ class _Watch(Live):
             causal = args[place] if len(args) > place else kwargs.get("is_causal", False)
             # Two products forward, five backward; of causal attention over the half of the scores that is not masked.
             flops = (5 if backward else 2) * 2 * batch * heads * rows * key.shape[2] * width / (2 if causal else 1)
-        self.counts.flops += flops
         moved = sum(tensor.nbytes for tensor in inputs) + sum(tensor.nbytes for tensor in outputs)
-        self.counts.seconds += self.gpu.operation(flops, moved, self._rate(inputs))
+        seconds = self._count(flops, moved, self._rate(inputs))
+        if "attention" in name:
+            self.counts.attention += seconds
+        elif flops:
+            self.counts.products += seconds
 
     def _rate(self, inputs: list[Tensor]) -> float:
         if not any(tensor.dtype is torch.float32 and tensor.dim() > 1 for tensor in inputs):

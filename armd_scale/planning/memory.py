@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 
 from armd_scale.config import RunConfig
 from armd_scale.parallel.engine import BUCKET
-from armd_scale.planning.hardware import GPU
 from armd_scale.planning.measure import Chunk
 from armd_scale.planning.schedule import operations
 
@@ -26,26 +25,23 @@ class Memory:
     """Float32 master weights, moments and moving average."""
     activations: float
     buffers: float
-    """Of collectives, and what an operation of the update needs for itself."""
+    """Of collectives."""
 
     @property
     def total(self) -> float:
         return sum(asdict(self).values())
 
 
-def rank_memory(config: RunConfig, gpu: GPU, rank: int, chunks: list[Chunk]) -> Memory:
+def rank_memory(config: RunConfig, rank: int, chunks: list[Chunk]) -> Memory:
     """The largest moment of a pipeline rank: in the passes, in the reduction, or in the update."""
     zero, ranks = config.parallel.zero, config.data_parallel
     low = config.train.dtype == "bfloat16"
     states = sum(chunk.parameters for chunk in chunks)
-    matrices = sum(chunk.matrices for chunk in chunks)
     largest = max(chunk.largest for chunk in chunks)
     width = 2 if low else 4
     shard = states / (ranks if zero else 1)
     kinds = (2 if zero == 0 else 3) + (config.optimizer.ema > 0)
     optimizer = 4 * kinds * shard
-    # Plain AdamW makes a root and a quotient of the whole group; the fused one, on CUDA, nothing.
-    temporary = 0 if gpu.cuda else 2 * 4 * (matrices / ranks if zero else largest)
     bucket = min(BUCKET, states)
     shared = max(chunk.shared for chunk in chunks)
     weights, resident, gathered = width * states, 0.0, 0.0
@@ -70,7 +66,7 @@ def rank_memory(config: RunConfig, gpu: GPU, rank: int, chunks: list[Chunk]) -> 
         # With ZeRO-3 the gradients of a layer come when its gathered weights go.
         Memory(weights + gathered, resident + (0 if zero == 3 else grads), optimizer, activations, shared + filling),
         Memory(weights, resident + grads, optimizer, 0.0, shared + reduction),
-        Memory(weights, resident + update, optimizer, 0.0, shared + temporary),
+        Memory(weights, resident + update, optimizer, 0.0, shared),
     ]
     return max(moments, key=lambda memory: memory.total)
 

