@@ -2,9 +2,11 @@
 
 python tools/gpu.py --json gpu.json          # on a machine with one H100: about 10 minutes
 python tools/gpu.py --device cpu --quick     # the same steps at toy sizes, to try the tool itself
+python tools/gpu.py --wheels wheels          # on a machine without a network: first installs the wheels of a folder
 
 Correctness comes first: training losses in every kind of order, of every objective, against the float64 standalone
-model, and generated texts against those of the CPU. Timings are those of ``tools/bench.py``.
+model; generated texts against those of the CPU; two processes on the one GPU, over gloo, against one on the CPU. Then
+whether a step waits for the GPU, and the attention kernels. Timings are those of ``tools/bench.py``.
 """
 
 import argparse
@@ -40,9 +42,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true", help="toy sizes")
+    parser.add_argument("--wheels", type=Path, help="folder of packages to install first, beside those that are there")
+    parser.add_argument("--trace", type=Path, help="folder for profiles of training steps")
     parser.add_argument("--json", type=Path, help="write all figures to this file as well")
     args = parser.parse_args()
 
+    if args.wheels:
+        _install(args.wheels)
     if args.json:
         check_writable(args.json)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -51,14 +57,18 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in facts["environment"].items()))
     dtypes = ["float32", "bfloat16"] if args.device == "cuda" else ["float32"]
     facts["correctness"] = [row for dtype in dtypes for row in _correctness(args.device, dtype)]
+    facts["correctness"] += _two_processes(args.device)
     print(f"\n{'correctness':<44}{'largest difference':>20}{'allowed':>10}")
     for row in facts["correctness"]:
         mark = "" if row["right"] else "   WRONG"
         print(f"  {row['what']:<42}{row['difference']:>20.1e}{row['allowed']:>10.0e}{mark}")
+    facts["waits"] = _waits(args.device)
+    print(f"\na training step, once it is under way, waits for the device: {facts['waits']}")
     wrong = [row["what"] for row in facts["correctness"] if not row["right"]]
     if wrong:
         raise UserError(f"results on {args.device} are wrong ({', '.join(wrong)}): no timing is worth taking")
-    facts["timings"] = _timings(args.device, args.quick)
+    facts["attention"] = _attention(args.device, args.quick)
+    facts["timings"] = _timings(args.device, args.quick, args.trace)
     facts["targets"] = _targets(facts["timings"])
     print(f"\n{'':<58}{'target':>10}{'measured':>12}")
     for row in facts["targets"]:
@@ -66,6 +76,20 @@ def main() -> None:
         print(f"  {row['what']:<56}{row['sign']} {row['target']:<8g}{row['measured']:>12.3f}   {verdict}")
     if args.json:
         write_atomically(args.json, json.dumps(facts, indent=1) + "\n")
+
+
+def _install(wheels: Path) -> None:
+    """Install the wheels of a folder beside what is there, and begin anew with them."""
+    files = sorted(map(str, wheels.glob("*.whl")))
+    if not files:
+        raise UserError(f"there are no wheels in {wheels}")
+    site = tempfile.mkdtemp(prefix="armd-scale-")
+    options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", site]
+    if subprocess.run([sys.executable, "-m", "pip", "install", *options, *files], check=False).returncode:
+        raise UserError(f"the wheels in {wheels} could not be installed: see above")
+    path = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))
+    words = [word for word in sys.argv if word != "--wheels" and word != str(wheels)]
+    os.execve(sys.executable, [sys.executable, *words], {**os.environ, "PYTHONPATH": path})
 
 
 def _environment(device: str) -> dict[str, str]:
@@ -138,7 +162,113 @@ def _texts(model: Any, objective: str, place: Any) -> dict[str, Any]:
     return {"what": f"texts, {objective}, float64", "difference": share, "allowed": 0.01, "right": share <= 0.01}
 
 
-def _timings(device: str, quick: bool) -> dict[str, Any]:
+def _toy_run(processes: int, **parallel: int) -> Any:
+    """A small run in float32; a learned table, because gloo gathers nothing of a GPU."""
+    from armd_scale.config import RunConfig
+
+    shape = {"layers": 4, "hidden": 128, "heads": 4, "length": 64, "vocab_size": 500, "bos_id": 0, "init_std": 0.05}
+    return RunConfig.model_validate(
+        {
+            "model": {**shape, "prefix": {"kernel": "learned"}},
+            "orders": {"ar_steps": 0, "permutation_steps": 1, "rho": 32, "strided_steps": 2, "streams": [4]},
+            "optimizer": {"warmup_steps": 0, "lr": 1e-3},
+            "train": {"steps": 2, "global_batch": 8, "micro_batch": 2, "dtype": "float32"},
+            "parallel": {"zero": 0, **parallel},
+            "cluster": {"tasks_per_node": processes},
+        }
+    )
+
+
+def _losses(rank: int, device: str, run: Any, folder: str) -> None:
+    """Losses of a few steps of a rank, base training and strided, into a file."""
+    from armd_scale.parallel import groups
+    from armd_scale.parallel.engine import Engine
+    from armd_scale.training import objectives
+
+    place, count = torch.device(device, 0) if device == "cuda" else torch.device("cpu"), run.cluster.processes
+    groups.start(run.parallel, rank=rank, processes=count, rendezvous=f"{folder}/store", device=place, backend="gloo")
+    engine, losses = Engine(run, place), []
+    for step in range(run.total_steps):
+        tokens = np.random.default_rng(step).integers(0, 500, (8, 64))
+        share = 8 // run.data_parallel
+        first = engine.data_rank * share
+        slots = [range(start, start + 2) for start in range(first, first + share, 2)]
+        rows = [objectives.training_rows(run, tokens[slot.start : slot.stop], step, slot) for slot in slots]
+        losses.append(engine.train_step(engine.upload(rows), 1e-3).result().loss)
+    if rank == 0:
+        Path(folder, "losses.json").write_text(json.dumps(losses), encoding="utf-8")
+    groups.stop()
+
+
+def _two_processes(device: str) -> list[dict[str, Any]]:
+    """Data and tensor parallelism of two processes on the device against one process on the CPU, over gloo."""
+    found = []
+    layouts = {"one": (1, "cpu", {}), "data 2": (2, device, {}), "tensor 2": (2, device, {"tensor": 2})}
+    for processes, place, parallel in layouts.values():
+        with tempfile.TemporaryDirectory() as folder:
+            run = _toy_run(processes, **parallel)
+            torch.multiprocessing.spawn(_losses, (place, run, folder), nprocs=processes)
+            found.append(json.loads(Path(folder, "losses.json").read_text(encoding="utf-8")))
+    rows = []
+    for name, losses in zip(list(layouts)[1:], found[1:], strict=True):
+        difference = float(np.abs(np.subtract(losses, found[0])).max())
+        what = f"losses of four steps, {name}, on one device"
+        rows.append({"what": what, "difference": difference, "allowed": 2e-3, "right": difference < 2e-3})
+    return rows
+
+
+def _waits(device: str) -> str:
+    """Whether a step of the training engine makes the host wait for the GPU."""
+    from armd_scale.parallel import groups
+    from armd_scale.parallel.engine import Engine
+    from armd_scale.training import objectives
+
+    if device == "cpu":
+        return "there is no GPU"
+    run = _toy_run(1, zero=1)
+    run = run.model_copy(update={"train": run.train.model_copy(update={"dtype": "bfloat16"})})
+    place, answer = torch.device("cuda", 0), "no"
+    with tempfile.TemporaryDirectory() as folder:
+        groups.start(run.parallel, rank=0, processes=1, rendezvous=f"{folder}/store", device=place)
+        engine = Engine(run, place)
+        tokens = np.random.default_rng(0).integers(0, 500, (8, 64))
+        for step in (0, run.total_steps - 1):  # base training and strided
+            rows = engine.upload([objectives.training_rows(run, tokens, step, range(8))])
+            for _ in range(3):
+                engine.train_step(rows, 1e-3).result()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                pending = engine.train_step(rows, 1e-3)
+            except RuntimeError as error:
+                answer = f"yes ({str(error).splitlines()[0]})"
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            pending.result()
+        groups.stop()
+    return answer
+
+
+def _attention(device: str, quick: bool) -> list[dict[str, Any]]:
+    """Milliseconds of attention, forward and backward, by every kernel that runs here."""
+    from armd_scale.model import attention
+
+    place, dtype = (
+        (torch.device("cuda", 0), torch.bfloat16) if device == "cuda" else (torch.device("cpu"), torch.float32)
+    )
+    rows = []
+    print("\nattention, forward and backward, ms")
+    for size in [QUICK] if quick else [SMALL, LARGE]:
+        heads = size["hidden"] // 64
+        for streams in (1, 2):
+            shape = (streams, size["batch"], heads, 1, size["length"], 64)
+            table = attention.measure(shape, dtype, place)
+            rows.append({"shape": shape, "seconds": table})
+            found = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in table.items())
+            print(f"  {streams} streams, {size['batch']} x {heads} heads x {size['length']}: {found}")
+    return rows
+
+
+def _timings(device: str, quick: bool, trace: Path | None) -> dict[str, Any]:
     """Figures of ``tools/bench.py``: training at two sizes, decoding."""
     dtype = "bfloat16" if device == "cuda" else "float32"
     where = ["--device", device, "--dtype", dtype]
@@ -146,9 +276,10 @@ def _timings(device: str, quick: bool) -> dict[str, Any]:
     modern = ["--norm", "rmsnorm", "--mlp", "swiglu"]
     steps = ["--steps", "2"] if quick else []
     less = ["--vocab", "1000", "--threads", "1"] if quick else []
+    seen = ["--trace", str(trace)] if trace else []
     out = {
-        "train small": _bench("train", *where, *_options(small), *less, *steps),
-        "train large": _bench("train", *where, *_options(large), *modern, *less, *steps),
+        "train small": _bench("train", *where, *_options(small), *less, *steps, *seen),
+        "train large": _bench("train", *where, *_options(large), *modern, *less, *steps, *seen),
     }
     shape = _options({name: small[name] for name in ("layers", "hidden", "length")})
     batches = ["--batch", "1", "2" if quick else "64", "--streams", "1", "4"]

@@ -96,4 +96,4 @@ def corrupt(tokens_BN: np.ndarray, masked_BN: np.ndarray, weight_B: np.ndarray, 
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(array, dtype=np.int64))
+    return torch.from_numpy(np.array(array, dtype=np.int64, order="C"))

@@ -64,6 +64,11 @@ class Pass:
     """Seconds of fused regions."""
 
 
+def add_up(passes: list[Pass]) -> Pass:
+    """The sums of all fields."""
+    return Pass(**{one.name: sum(getattr(each, one.name) for each in passes) for one in fields(Pass)})
+
+
 @dataclass
 class Chunk:
     """A run of layers on one rank."""

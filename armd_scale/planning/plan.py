@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from armd_scale.config import RunConfig, with_vocabulary
 from armd_scale.model.flops import run_edges, training_flops_per_token
 from armd_scale.planning.hardware import COMMUNICATION, GPU, MEMORY, RESERVED
-from armd_scale.planning.measure import Chunk, Meter, Pass
+from armd_scale.planning.measure import Chunk, Meter, Pass, add_up
 from armd_scale.planning.memory import Memory, rank_memory
 from armd_scale.planning.schedule import bubble, simulate
 
@@ -41,6 +41,8 @@ class Plan:
     """Bytes that a rank sends in a step, by group."""
     seconds: dict[str, float]
     """Parts of a step."""
+    work: Pass
+    """Forward and backward of a micro-batch on the rank that takes longest for it."""
 
     @property
     def step(self) -> float:
@@ -88,6 +90,7 @@ class Planner:
         reduction = self._link(config, traffic["data parallel"], config.data_parallel, parallel.tensor)
         reduction += self._link(config, traffic["tied embedding"], 2, stage)
         share = states / (config.data_parallel if parallel.zero else 1)
+        sums = [add_up([one for chunk in rank for one in (chunk.forward, chunk.backward)]) for rank in ranks]
         return Plan(
             config=config,
             gpu=self.gpu,
@@ -98,6 +101,7 @@ class Planner:
             memory=[rank_memory(config, rank, chunks) for rank, chunks in enumerate(ranks)],
             bubble=bubble(spans),
             traffic=traffic,
+            work=max(sums, key=lambda work: work.seconds),
             seconds={
                 "passes": passes,
                 "gradients and weights": reduction,

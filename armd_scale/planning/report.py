@@ -77,6 +77,7 @@ def table(plan: Plan, recomputed: dict[str, Plan], assumed_vocabulary: bool) -> 
     facts = derived(plan)
     lines += [
         f"  a step takes about {plan.step:.2f} s ({parts})",
+        *_work(plan),
         f"  {facts['tokens_per_second']:,.0f} tokens/s, {facts['mfu']:.0%} MFU; {config.total_steps:,} steps = "
         f"{config.total_steps * tokens / 1e9:,.1f}e9 tokens: {facts['days']:.1f} days, "
         f"{facts['gpu_hours']:,.0f} GPU-hours",
@@ -91,6 +92,25 @@ def table(plan: Plan, recomputed: dict[str, Plan], assumed_vocabulary: bool) -> 
     if assumed_vocabulary:
         lines.append(f"  the vocabulary is not known before the data is prepared: {config.model.vocab_size:,} assumed")
     return "\n".join(lines)
+
+
+def _work(plan: Plan) -> list[str]:
+    """Where the passes of a micro-batch spend their time, beside what the GPU could do at best."""
+    work, gpu = plan.work, plan.gpu
+    rest = work.seconds - work.products - work.attention - work.regions
+    kinds = {
+        "matrix products": work.products,
+        "attention": work.attention,
+        "fused element-wise regions": work.regions,
+        "the rest": rest,
+    }
+    parts = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in kinds.items())
+    floors = f"{1e3 * work.flops / gpu.flops:.1f} and {1e3 * work.moved / gpu.bandwidth:.1f} ms"
+    return [
+        f"  a micro-batch takes {1e3 * work.seconds:.1f} ms on the busiest stage:",
+        f"  {parts} ms;",
+        f"  its {work.flops / 1e12:.3g} TFLOP and {work.moved / 1e9:.3g} GB moved take {floors} at the peaks",
+    ]
 
 
 def comparison(plan: Plan, others: list[Plan]) -> str:
