@@ -290,7 +290,10 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
             for operation in profile:
                 print(f"    {operation['name']:<60.60}{operation['count']:>6}{1e3 * operation['seconds']:>10.2f} ms")
     if args.plot:
-        _plot_training(facts["rows"], varied[0], args.plot)
+        from armd_scale.planning.report import draw_growth
+
+        title = {"hidden": "width", "length": "tokens of a text", "batch": "texts of a step"}[varied[0]]
+        draw_growth([{**row, "place": row[varied[0]]} for row in facts["rows"]], title, args.plot)
     return facts
 
 
@@ -433,32 +436,6 @@ def _train_transformers(
     return {
         "seconds": seconds, "flops": 6 * macs * batch * length, "memory": memory, "planned": 0.0,
     }  # fmt: skip
-
-
-def _plot_training(rows: list[dict[str, Any]], along: str, path: Path) -> None:
-    """Time and memory of a token along one size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 3, figsize=(13, 4), dpi=120)
-    for kind in KINDS:
-        group = [row for row in rows if row["kind"] == kind]
-        places = [row[along] for row in group]
-        micro = [1e6 * row["seconds"] / row["batch"] / row["length"] for row in group]
-        drawn = micro, [row["ratio"] for row in group], [row["memory"] / 1e9 for row in group]
-        for axes, values in zip(panels, drawn, strict=True):
-            axes.plot(places, values, "o-", ms=4, lw=1.2, label=kind)
-    for axes, title in zip(panels, ("microseconds a token", "times AR's step", "memory, GB"), strict=True):
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel({"hidden": "width", "length": "tokens of a text", "batch": "texts of a step"}[along])
-        axes.set_xscale("log", base=2)
-        axes.grid(alpha=0.2)
-    panels[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
 
 
 def _timed(run: Callable[[int], int], batch: int, length: int, device: str) -> dict[str, float]:

@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from armd_scale.config import ModelConfig
 from armd_scale.model.layers import fused
 
-CHUNK = 128
+CHUNK = 128, 1024
+"""Least and most rows of a chunk of a text that has several."""
 
 
 def rows_of_chunk(config: ModelConfig) -> int:
-    """Rows of a chunk in training with one token a block."""
-    return config.length if config.length <= 2 * config.prefix_dim else CHUNK
+    """Rows of a chunk in training with one token a block: as many as cost what the state does, within bounds."""
+    state = 2 * config.prefix_dim
+    return config.length if config.length <= state else min(max(state, CHUNK[0]), CHUNK[1])
 
 
 def position_table(rows: int, kernel: str, dim: int, width: float) -> Tensor:

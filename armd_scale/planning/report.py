@@ -1,5 +1,6 @@
 """A plan in words."""
 
+from pathlib import Path
 from typing import Any
 
 from armd_scale.planning.hardware import ARITHMETIC, COMMUNICATION, MEMORY, RESERVED
@@ -124,3 +125,32 @@ def comparison(plan: Plan, others: list[Plan]) -> str:
     if plan.fits and faster > 0.02:
         lines.append(f"  the first would be {faster:.0%} faster than the configured one")
     return "\n".join(lines)
+
+
+def draw_growth(rows: list[dict[str, Any]], along: str, path: Path) -> None:
+    """A picture of what a token costs along one size; rows have kind, place, seconds, batch, length, ratio, memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 3, figsize=(13, 4), dpi=120)
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        group = [row for row in rows if row["kind"] == kind]
+        places = [row["place"] for row in group]
+        micro = [1e6 * row["seconds"] / row["batch"] / row["length"] for row in group]
+        drawn = micro, [row["ratio"] for row in group], [row["memory"] / 1e9 for row in group]
+        for axes, values in zip(panels, drawn, strict=True):
+            axes.plot(places, values, "o-", ms=4, lw=1.2, label=kind)
+    for axes, title in zip(panels, ("microseconds a token", "times AR's step", "memory, GB"), strict=True):
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(along)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(places, [f"{place:,}" for place in places])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.2)
+    panels[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
