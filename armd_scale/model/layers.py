@@ -48,16 +48,13 @@ def fused(function: Callable[..., _T]) -> Callable[..., _T]:
     Elsewhere it runs as it is written. A region compiles anew for new shapes, of which a run has few; the compiler
     would stop, without a word, after eight.
     """
+    torch._dynamo.config.recompile_limit = _SHAPES
     compiled = torch.compile(function, dynamic=False)
 
     @functools.wraps(function)
     def region(x: Tensor, *more: Any) -> _T:
-        if not on_cuda(x):
-            return function(x, *more)
-        torch._dynamo.config.recompile_limit = _SHAPES
-        return compiled(x, *more)
+        return compiled(x, *more) if on_cuda(x) else function(x, *more)
 
-    region.compiled = compiled  # type: ignore[attr-defined]  # for the tests
     return region
 
 

@@ -140,7 +140,7 @@ class Engine:
             )
             stage.vp_stage = chunk if parallel.chunks > 1 else None  # read by Megatron's schedules
             if stage.is_last and not stage.is_first and model.tied_head:
-                # The copy of the embedding that is the head: DeepSpeed counts it once in the gradient norm.
+                # The copy of the embedding that is the head: counted once in the gradient norm.
                 stage.embedding.weight.ds_pipe_replicated = True
             if self.zero == 3 and model.tied_head:
                 deepspeed.zero.register_external_parameter(stage, stage.embedding.weight)

@@ -5,8 +5,10 @@
   table is written into the run folder, so that a run that goes on uses the kernel it began with, to the last bit.
 """
 
+import contextlib
 import json
 from collections import Counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,16 +43,17 @@ def attention_kernel(config: RunConfig, device: torch.device) -> str | None:
     ``UserError`` when the one that the configuration names cannot run here.
     """
     wanted: str | None = config.train.attention
+    source = "train.attention"
     if wanted == "measured":
         if device.type != "cuda":
             return None
         told = [_measured(config, device) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(told, src=0, device=device)
-        wanted = told[0]
+        wanted, source = told[0], f"the choice of this run ({config.directory / FILE})"
     if wanted is None:
         return None
     if wanted not in attention.measure(next(iter(shapes(config))), _dtype(config), device, _causal(config), repeats=1):
-        raise UserError(f"train.attention = {wanted} cannot run here: name another kernel, or leave it out")
+        raise UserError(f"{source} = {wanted} cannot run here: name another kernel with train.attention")
     attention.activate(wanted)
     return wanted
 
@@ -59,20 +62,20 @@ def _measured(config: RunConfig, device: torch.device) -> str | None:
     path = config.directory / FILE
     layers, name = shapes(config), torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     setting = {"device": name, "torch": torch.__version__, "dtype": config.train.dtype, "shapes": _listed(layers)}
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):  # not there, or damaged: measured anew
+        known = json.loads(path.read_text(encoding="utf-8"))
     if {key: known.get(key) for key in setting} != setting:
         tables = {shape: attention.measure(shape, _dtype(config), device, _causal(config)) for shape in layers}
         everywhere = set.intersection(*(set(table) for table in tables.values()))
         seconds = {
             kernel: sum(count * tables[shape][kernel] for shape, count in layers.items()) for kernel in everywhere
         }
-        known = {
-            **setting,
-            "seconds": seconds,
-            "chosen": min(seconds, key=lambda kernel: seconds[kernel], default=None),
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(known, indent=1) + "\n")
+        chosen = min(seconds, key=lambda kernel: seconds[kernel], default=None)
+        known = {**setting, "seconds": seconds, "chosen": chosen}
+        with contextlib.suppress(OSError):  # the other ranks wait; a full disk is reported where it matters
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(known, indent=1) + "\n")
     return known["chosen"]
 
 
