@@ -5,8 +5,8 @@ python tools/gpu.py --device cpu --quick     # the same steps at toy sizes, to t
 python tools/gpu.py --wheels wheels          # on a machine without a network: first installs the wheels of a folder
 
 Correctness comes first: training losses in every kind of order, of every objective, against the float64 standalone
-model; generated texts against those of the CPU; two processes on the one GPU, over gloo, against one on the CPU. Then
-whether a step waits for the GPU, and the attention kernels. Timings are those of ``tools/bench.py``.
+model; gradients and generated texts against those of the CPU; two processes on the one GPU, over gloo, against one on
+the CPU. Then whether a step waits for the GPU, and the attention kernels. Timings are those of ``tools/bench.py``.
 """
 
 import argparse
@@ -145,10 +145,34 @@ def _correctness(device: str, dtype: str) -> list[dict[str, Any]]:
                 difference, allowed = float((got - expected).abs().max()), TOLERANCE[dtype]
                 what = f"loss, {objective} {name}, {dtype}".replace(" ,", ",")
                 rows.append({"what": what, "difference": difference, "allowed": allowed, "right": difference < allowed})
+                rows.append(_gradients(stage, batch, place, what.replace("loss", "gradients")))
             if dtype == "float32" and objective != "mdm":
                 rows.append(_texts(standalone, objective, place))
         groups.stop()
     return rows
+
+
+def _gradients(stage: Any, batch: Any, place: Any, what: str) -> dict[str, Any]:
+    """Gradients on the device beside those of the same network in float32 on the CPU: the largest relative difference
+    of a parameter's.
+    """
+    from armd_scale.config import ParallelConfig
+    from armd_scale.model.network import Stage
+    from armd_scale.parallel import groups
+
+    plain = Stage(stage.model, groups.transformer_config(stage.model, ParallelConfig(), torch.float32))
+    weights = {name: weight.detach().float().cpu() for name, weight in stage.named_parameters()}
+    plain.load_state_dict(weights, strict=False)
+    for network, rows in ((plain, batch), (stage, batch.to(place))):
+        network.zero_grad()
+        with torch.enable_grad():
+            network(rows).mean().backward()
+    found, difference = dict(stage.named_parameters()), 0.0
+    for name, param in plain.named_parameters():
+        other, gradient = found[name].grad, param.grad
+        difference = max(difference, float((other.float().cpu() - gradient).norm() / gradient.norm()))
+    allowed = 2e-3 if what.endswith("float32") else 0.1
+    return {"what": what, "difference": difference, "allowed": allowed, "right": difference < allowed}
 
 
 def _texts(model: Any, objective: str, place: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from tests.conftest import ROOT, run_processes, run_tool
 
 
 def tool(name):
+    sys.path.insert(0, str(ROOT / "tools"))  # as where it is the script that runs
     spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -28,7 +29,7 @@ def _correctness(rank, processes, rendezvous):
 
 def test_correctness_is_found_out():
     rows = run_processes(1, _correctness)[0]
-    assert len(rows) == 9
+    assert len(rows) == 16
     for row in rows:
         assert row["right"], row
         assert row["difference"] < 1e-5
@@ -45,7 +46,7 @@ def _broken(rank, processes, rendezvous):
 
 def test_an_error_is_found_out():
     wrong = [row["what"] for row in run_processes(1, _broken)[0] if not row["right"]]
-    assert len(wrong) == 7, "all losses, and no texts: those are of the standalone model alone"
+    assert len(wrong) == 7, "all losses; gradients have the same error, and texts are of the standalone model alone"
 
 
 def _loss_of_layouts(rank, processes, rendezvous, run, folder):
@@ -86,8 +87,8 @@ def test_targets_are_compared():
 
 
 def _step(rank, processes, rendezvous, kind, trace):
-    bench = tool("bench")
-    return bench._train_armd_scale(
+    bench = tool("benchmarks/train")
+    return bench.armd_scale(
         layers=2, hidden=64, vocab=500, length=32, batch=2, steps=2, device="cpu", dtype="float32", threads=1,
         norm="rmsnorm", mlp="swiglu", recompute="none", fp8=False, trace=trace, **kind,
     )  # fmt: skip

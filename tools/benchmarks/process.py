@@ -1,0 +1,45 @@
+"""Measurements in processes of their own: ``one`` starts them, and this file is what they run."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
+
+from armd_scale.errors import UserError
+
+
+def one(work: str, threads: int = 1, **arguments: Any) -> Any:
+    """What the function ``work`` ("module.function") of this package returns, on as many cores as it has threads."""
+    cores = sorted(os.sched_getaffinity(0))[:threads]
+    environment = {**os.environ, "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": str(threads)}
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+    if not work.startswith("data."):
+        arguments["threads"] = threads
+    done = subprocess.run(
+        [sys.executable, __file__, work, json.dumps(arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    )
+    if done.returncode:
+        raise UserError(f"the measurement {work} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def resident() -> int:
+    """Bytes of this process that are not mapped files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+if __name__ == "__main__":
+    module, _, name = sys.argv[1].partition(".")
+    function = getattr(importlib.import_module(f"benchmarks.{module}"), name)
+    print(json.dumps(function(**json.loads(sys.argv[2]))))
