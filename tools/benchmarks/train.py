@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import itertools
 import platform
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -55,8 +56,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             if kind is None:
                 row = one("train.transformers", args.threads, **common)
             else:
-                words = [name, f"hidden {size['hidden']}", f"{size['batch']} x {size['length']}"]
-                trace = str(args.trace / f"{', '.join(words)}.json") if args.trace else None
+                words = f"{name} hidden {size['hidden']} {size['batch']}x{size['length']}"
+                trace = str(args.trace / f"{re.sub('[^A-Za-z0-9]+', '-', words)}.json") if args.trace else None
                 row = one("train.armd_scale", args.threads, **common, **own, **kind, trace=trace)
             left_to_right = left_to_right or row["seconds"]  # AR comes first
             row |= {"kind": name, **size, "ratio": row["seconds"] / left_to_right}
