@@ -11,6 +11,7 @@ the CPU. Then whether a step waits for the GPU, and the attention kernels. Timin
 
 import argparse
 import copy
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -53,6 +54,13 @@ def main() -> None:
         check_writable(args.json)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no GPU here: --device cpu --quick tries the tool without one")
+    try:
+        for name in ("transformers", "armd_scale.inference", "armd_scale.training.loop"):
+            importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{error.name} is not installed: pip install -c constraints.txt -e '.[bench]', or see --wheels"
+        ) from error
     facts: dict[str, Any] = {"environment": _environment(args.device)}
     print(", ".join(f"{name} {value}" for name, value in facts["environment"].items()))
     dtypes = ["float32", "bfloat16"] if args.device == "cuda" else ["float32"]
