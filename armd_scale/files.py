@@ -9,6 +9,8 @@ from pathlib import Path
 
 from armd_scale.errors import UserError
 
+_PICTURES = (".png", ".pdf", ".svg")
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file by ``text``; a reader sees the old one or the new one, whatever happens."""
@@ -36,6 +38,13 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{path} cannot be written: there is no folder {path.parent}")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"{path} cannot be written: {'it is a folder' if path.is_dir() else 'its folder is read-only'}")
+
+
+def check_picture(path: Path) -> None:
+    """``UserError`` unless a picture can be written at ``path``."""
+    if path.suffix not in _PICTURES:
+        raise UserError(f"{path}: pictures are {', '.join(_PICTURES)}")
+    check_writable(path)
 
 
 @contextlib.contextmanager

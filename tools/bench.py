@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import data, decode, train
 
 from armd_scale.errors import UserError, cli
-from armd_scale.files import check_writable, write_atomically
+from armd_scale.files import check_picture, check_writable, write_atomically
 
 
 def main() -> None:
@@ -60,12 +60,13 @@ def main() -> None:
     of_train.add_argument("--plot", type=Path, help="picture of how cost grows along the size that has several values")
     of_train.add_argument("--json", type=Path, help="write all figures to this file as well")
     args = parser.parse_args()
-    for peer in ("datasets", "transformers"):
+    for peer in ("datasets", "transformers") if args.command == "data" else ("transformers",):
         if importlib.util.find_spec(peer) is None:
             raise UserError(f"{peer} is not installed: pip install -c constraints.txt -e '.[bench]'")
-    for path in (args.json, getattr(args, "plot", None)):
-        if path:
-            check_writable(path)
+    if args.json:
+        check_writable(args.json)
+    if getattr(args, "plot", None):
+        check_picture(args.plot)
     if args.command == "data":
         facts = data.measure(args.text, args.vocab, args.tokenizer)
     else:

@@ -8,13 +8,14 @@ Runs behind one name are repetitions with other seeds: the line is their mean, t
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from armd_scale.errors import UserError, cli
-from armd_scale.files import check_writable
+from armd_scale.files import check_picture
 
 
 def main() -> None:
@@ -23,12 +24,14 @@ def main() -> None:
     parser.add_argument("--figure", default="loss", help="a figure of metrics.jsonl (default: loss)")
     parser.add_argument("--out", type=Path, required=True, help="picture to write")
     args = parser.parse_args()
-    check_writable(args.out)
+    check_picture(args.out)
     curves = {}
     for words in args.runs:
         name, _, folders = words.partition("=")
         if not name or not folders:
             raise UserError(f"'{words}' is not NAME=RUN[,RUN...]")
+        if name in curves:
+            raise UserError(f"there are two lines '{name}': repetitions of a run go behind one name, with commas")
         curves[name] = _curve([Path(folder) for folder in folders.split(",")], args.figure)
     _draw(curves, args.figure, args.out)
     first = next(iter(curves.values()))[1][:, -1].mean()
@@ -49,15 +52,19 @@ def _curve(folders: list[Path], figure: str) -> tuple[np.ndarray, np.ndarray]:
         records = read_metrics(folder)
         if not records:
             raise UserError(f"{folder} has no metrics.jsonl: it is no run folder, or nothing is recorded yet")
-        known = {record["step"]: record[figure] for record in records if figure in record}
+        known = {record["step"]: record[figure] for record in records if _is_number(record.get(figure))}
         if not known:
-            names = sorted({name for record in records for name in record} - {"step"})
-            raise UserError(f"no record of {folder} has '{figure}'; there are {', '.join(names)}")
+            names = sorted({name for record in records for name in record if _is_number(record[name])} - {"step"})
+            raise UserError(f"no record of {folder} has a number '{figure}'; there are {', '.join(names)}")
         found.append(known)
     steps = sorted(set.intersection(*map(set, found)))
     if not steps:
         raise UserError(f"the runs {', '.join(map(str, folders))} have no step in common")
     return np.array(steps), np.array([[known[step] for step in steps] for known in found])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _draw(curves: dict[str, tuple[np.ndarray, np.ndarray]], figure: str, path: Path) -> None:

@@ -21,6 +21,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ LARGE = {"layers": 22, "hidden": 2048, "length": 2048, "batch": 8}
 QUICK = {"layers": 2, "hidden": 64, "length": 64, "batch": 2}
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
 """Largest difference of a token's NLL to float64, in nats, with weights of unit scale."""
+GRADIENTS = {"float32": 2e-3, "bfloat16": 0.1}
+"""Largest relative difference of the gradient of a weight to that of float32 on the CPU."""
+_INSTALLED = "ARMD_SCALE_WHEELS"
 
 
 def main() -> None:
@@ -44,12 +48,18 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true", help="toy sizes")
     parser.add_argument("--wheels", type=Path, help="folder of packages to install first, beside those that are there")
+    parser.add_argument(
+        "--reference", type=Path, help="instead: write what a GPU is compared with, computed on the CPU"
+    )
     parser.add_argument("--trace", type=Path, help="folder for profiles of training steps")
     parser.add_argument("--json", type=Path, help="write all figures to this file as well")
     args = parser.parse_args()
 
-    if args.wheels:
+    if args.wheels and _INSTALLED not in os.environ:
         _install(args.wheels)
+    if args.reference:
+        torch.save({"passes": _passes("cpu", "float32"), "losses": _losses_of_layout(1, "cpu")}, args.reference)
+        return
     if args.json:
         check_writable(args.json)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -64,8 +74,9 @@ def main() -> None:
     facts: dict[str, Any] = {"environment": _environment(args.device)}
     print(", ".join(f"{name} {value}" for name, value in facts["environment"].items()))
     dtypes = ["float32", "bfloat16"] if args.device == "cuda" else ["float32"]
-    facts["correctness"] = [row for dtype in dtypes for row in _correctness(args.device, dtype)]
-    facts["correctness"] += _two_processes(args.device)
+    reference = _reference()
+    facts["correctness"] = [row for dtype in dtypes for row in _correctness(args.device, dtype, reference["passes"])]
+    facts["correctness"] += _two_processes(args.device, reference["losses"])
     print(f"\n{'correctness':<44}{'largest difference':>20}{'allowed':>10}")
     for row in facts["correctness"]:
         mark = "" if row["right"] else "   WRONG"
@@ -96,8 +107,7 @@ def _install(wheels: Path) -> None:
     if subprocess.run([sys.executable, "-m", "pip", "install", *options, *files], check=False).returncode:
         raise UserError(f"the wheels in {wheels} could not be installed: see above")
     path = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))
-    words = [word for word in sys.argv if word != "--wheels" and word != str(wheels)]
-    os.execve(sys.executable, [sys.executable, *words], {**os.environ, "PYTHONPATH": path})
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "PYTHONPATH": path, _INSTALLED: site})
 
 
 def _environment(device: str) -> dict[str, str]:
@@ -110,77 +120,106 @@ def _environment(device: str) -> dict[str, str]:
     return found
 
 
-@torch.no_grad()
-def _correctness(device: str, dtype: str) -> list[dict[str, Any]]:
-    """Losses of the training network on the device, in a process group of one, against the float64 model."""
-    from armd_scale import inference, orders
-    from armd_scale.config import ModelConfig, ParallelConfig
-    from armd_scale.model.network import Stage
-    from armd_scale.model.rows import arrange, corrupt
-    from armd_scale.parallel import groups
-    from armd_scale.parallel.sharding import initialise
-    from armd_scale.training.export import standalone_config
+def _reference() -> dict[str, Any]:
+    """What ``--reference`` writes, of a process that sees no GPU: where one is, Megatron-Core and DeepSpeed use it."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, __file__, "--reference", f"{folder}/reference.pt"]
+        if subprocess.run(words, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=False).returncode:
+            raise UserError("the reference could not be computed on the CPU: see above")
+        return torch.load(f"{folder}/reference.pt")
 
-    place, rows = torch.device(device, 0) if device == "cuda" else torch.device("cpu"), []
-    tokens = np.random.default_rng(0).integers(0, 1000, (2, 256))
-    natural = orders.left_to_right(256)
+
+def _cases() -> Iterator[tuple[str, str, Any, Any]]:
+    """Objective, kind of order, layout and rows of everything that is compared."""
+    from armd_scale import orders
+    from armd_scale.model.rows import arrange, corrupt
+
+    natural, tokens = orders.left_to_right(256), _tokens()
     layouts = {"left to right": natural, "any order": orders.shuffled(256, 256, 1)}
     layouts |= {f"strided, S = {s}": orders.strided(256, s) for s in (2, 4, 8)}
-    with tempfile.TemporaryDirectory() as folder:
-        groups.start(ParallelConfig(), rank=0, processes=1, rendezvous=f"{folder}/store", device=place)
-        for objective in ("armd", "ar", "mdm"):
-            model = ModelConfig(
-                objective=objective, layers=4, hidden=256, heads=4, length=256, vocab_size=1000, bos_id=0, init_std=0.05
-            )
-            stage = Stage(model, groups.transformer_config(model, ParallelConfig(), getattr(torch, dtype)))
-            initialise([stage], model, 0)
-            standalone = inference.ARMD(standalone_config(model, eos_id=1)).double()
-            exact = {name: weight.detach().double() for name, weight in stage.named_parameters()}
-            exact["embedding.weight"] = exact["embedding.weight"][: model.symbols]
-            standalone.load_state_dict(exact)
-            stage.to(place)
-            masked = np.random.default_rng(1).random(tokens.shape) < 0.5
-            for name, layout in layouts.items() if objective == "armd" else [("", natural)]:
-                if objective == "mdm":
-                    batch = corrupt(tokens, masked, np.ones(2), model.symbols - 1)
-                    logp = standalone.predict(standalone.denoise(batch.context_tokens)).log_softmax(-1)
-                    expected = -logp.gather(-1, torch.from_numpy(tokens)[..., None])[..., 0] * torch.from_numpy(masked)
-                else:
-                    batch = arrange(tokens, layout, 0)
-                    order, blocks = (torch.from_numpy(np.array(field)) for field in layout)
-                    expected = standalone.nll(torch.from_numpy(tokens), order, blocks)[:, order - 1]
-                got = stage(batch.to(place)).detach().double().cpu()
-                difference, allowed = float((got - expected).abs().max()), TOLERANCE[dtype]
-                what = f"loss, {objective} {name}, {dtype}".replace(" ,", ",")
-                rows.append({"what": what, "difference": difference, "allowed": allowed, "right": difference < allowed})
-                rows.append(_gradients(stage, batch, place, what.replace("loss", "gradients")))
-            if dtype == "float32" and objective != "mdm":
-                rows.append(_texts(standalone, objective, place))
-        groups.stop()
-    return rows
+    for name, layout in layouts.items():
+        yield "armd", f" {name}", layout, arrange(tokens, layout, 0)
+    yield "ar", "", natural, arrange(tokens, natural, 0)
+    yield "mdm", "", natural, corrupt(tokens, _masked(), np.ones(2), 1000)
 
 
-def _gradients(stage: Any, batch: Any, place: Any, what: str) -> dict[str, Any]:
-    """Gradients on the device beside those of the same network in float32 on the CPU: the largest relative difference
-    of a parameter's.
-    """
-    from armd_scale.config import ParallelConfig
+def _tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 1000, (2, 256))
+
+
+def _masked() -> np.ndarray:
+    return np.random.default_rng(1).random((2, 256)) < 0.5
+
+
+@torch.enable_grad()
+def _passes(device: str, dtype: str) -> dict[str, Any]:
+    """Losses and gradients of the training network on the device, in a process group of one; and its weights."""
+    from armd_scale.config import ModelConfig, ParallelConfig
     from armd_scale.model.network import Stage
     from armd_scale.parallel import groups
+    from armd_scale.parallel.sharding import initialise
 
-    plain = Stage(stage.model, groups.transformer_config(stage.model, ParallelConfig(), torch.float32))
-    weights = {name: weight.detach().float().cpu() for name, weight in stage.named_parameters()}
-    plain.load_state_dict(weights, strict=False)
-    for network, rows in ((plain, batch), (stage, batch.to(place))):
-        network.zero_grad()
-        with torch.enable_grad():
-            network(rows).mean().backward()
-    found, difference = dict(stage.named_parameters()), 0.0
-    for name, param in plain.named_parameters():
-        other, gradient = found[name].grad, param.grad
-        difference = max(difference, float((other.float().cpu() - gradient).norm() / gradient.norm()))
-    allowed = 2e-3 if what.endswith("float32") else 0.1
-    return {"what": what, "difference": difference, "allowed": allowed, "right": difference < allowed}
+    place = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
+    found: dict[str, Any] = {}
+    stages: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        groups.start(ParallelConfig(), rank=0, processes=1, rendezvous=f"{folder}/store", device=place)
+        for objective, kind, _, rows in _cases():
+            if objective not in stages:
+                model = ModelConfig(
+                    objective=objective, layers=4, hidden=256, heads=4, length=256, vocab_size=1000, bos_id=0,
+                    init_std=0.05,
+                )  # fmt: skip
+                stage = Stage(model, groups.transformer_config(model, ParallelConfig(), getattr(torch, dtype)))
+                initialise([stage], model, 0)
+                stages[objective] = stage.to(place)
+                weights = {name: weight.detach().double().cpu() for name, weight in stage.named_parameters()}
+                found[f"network, {objective}"] = {"model": model.model_dump(), "weights": weights}
+            stage = stages[objective]
+            stage.zero_grad()
+            losses = stage(rows.to(place))
+            losses.mean().backward()
+            gradients = {name: weight.grad.float().cpu() for name, weight in stage.named_parameters()}
+            found[objective + kind] = {"losses": losses.detach().double().cpu(), "gradients": gradients}
+        groups.stop()
+    return found
+
+
+@torch.no_grad()
+def _correctness(device: str, dtype: str, reference: dict[str, Any]) -> list[dict[str, Any]]:
+    """Losses on the device against the float64 model, gradients against those of the CPU, texts against the CPU's."""
+    from armd_scale import inference
+    from armd_scale.config import ModelConfig
+    from armd_scale.training.export import standalone_config
+
+    found, rows, models = _passes(device, dtype), [], {}
+    place = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
+
+    def compare(what: str, difference: float, allowed: float) -> None:
+        rows.append({"what": what, "difference": difference, "allowed": allowed, "right": difference < allowed})
+
+    for objective, kind, layout, batch in _cases():
+        if objective not in models:
+            model = ModelConfig.model_validate({**found[f"network, {objective}"]["model"], "objective": objective})
+            models[objective] = inference.ARMD(standalone_config(model, eos_id=1)).double()
+            weights = dict(found[f"network, {objective}"]["weights"])
+            weights["embedding.weight"] = weights["embedding.weight"][: model.symbols]
+            models[objective].load_state_dict(weights)
+        standalone = models[objective]
+        if objective == "mdm":
+            logp = standalone.predict(standalone.denoise(batch.context_tokens)).log_softmax(-1)
+            expected = -logp.gather(-1, torch.from_numpy(_tokens())[..., None])[..., 0] * torch.from_numpy(_masked())
+        else:
+            order, blocks = (torch.from_numpy(np.array(field)) for field in layout)
+            expected = standalone.nll(torch.from_numpy(_tokens()), order, blocks)[:, order - 1]
+        name = objective + kind
+        compare(f"loss, {name}, {dtype}", float((found[name]["losses"] - expected).abs().max()), TOLERANCE[dtype])
+        pairs = ((found[name]["gradients"][key], value) for key, value in reference[name]["gradients"].items())
+        difference = max(float((one - other).norm() / other.norm()) for one, other in pairs)
+        compare(f"gradients, {name}, {dtype}", difference, GRADIENTS[dtype])
+    if dtype == "float32":
+        rows += [_texts(models[objective], objective, place) for objective in ("armd", "ar")]
+    return rows
 
 
 def _texts(model: Any, objective: str, place: Any) -> dict[str, Any]:
@@ -232,18 +271,20 @@ def _losses(rank: int, device: str, run: Any, folder: str) -> None:
     groups.stop()
 
 
-def _two_processes(device: str) -> list[dict[str, Any]]:
+def _losses_of_layout(processes: int, device: str, **parallel: int) -> list[float]:
+    with tempfile.TemporaryDirectory() as folder:
+        run = _toy_run(processes, **parallel)
+        torch.multiprocessing.spawn(_losses, (device, run, folder), nprocs=processes)
+        return json.loads(Path(folder, "losses.json").read_text(encoding="utf-8"))
+
+
+def _two_processes(device: str, reference: list[float]) -> list[dict[str, Any]]:
     """Data and tensor parallelism of two processes on the device against one process on the CPU, over gloo."""
-    found = []
-    layouts = {"one": (1, "cpu", {}), "data 2": (2, device, {}), "tensor 2": (2, device, {"tensor": 2})}
-    for processes, place, parallel in layouts.values():
-        with tempfile.TemporaryDirectory() as folder:
-            run = _toy_run(processes, **parallel)
-            torch.multiprocessing.spawn(_losses, (place, run, folder), nprocs=processes)
-            found.append(json.loads(Path(folder, "losses.json").read_text(encoding="utf-8")))
     rows = []
-    for name, losses in zip(list(layouts)[1:], found[1:], strict=True):
-        difference = float(np.abs(np.subtract(losses, found[0])).max())
+    layouts: dict[str, dict[str, int]] = {"data 2": {}, "tensor 2": {"tensor": 2}}
+    for name, parallel in layouts.items():
+        losses = _losses_of_layout(2, device, **parallel)
+        difference = float(np.abs(np.subtract(losses, reference)).max())
         what = f"losses of four steps, {name}, on one device"
         rows.append({"what": what, "difference": difference, "allowed": 2e-3, "right": difference < 2e-3})
     return rows
@@ -273,6 +314,7 @@ def _waits(device: str) -> str:
                 pending = engine.train_step(rows, 1e-3)
             except RuntimeError as error:
                 answer = f"yes ({str(error).splitlines()[0]})"
+                break
             finally:
                 torch.cuda.set_sync_debug_mode("default")
             pending.result()

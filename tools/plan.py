@@ -10,13 +10,14 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the plan is made on fake tensors of the CPU, wherever it runs
 
 from armd_scale import config as configs
 from armd_scale.errors import UserError, cli
-from armd_scale.files import check_writable, write_atomically
+from armd_scale.files import check_picture, check_writable, write_atomically
 
 
 def main() -> None:
@@ -38,8 +39,10 @@ def main() -> None:
         parser.error("--vocab must be from 1 to 100 million and --alternatives at least 0")
     if bool(args.plot) > bool(args.along):
         parser.error("--plot needs --along")
-    for path in filter(None, (args.json, args.plot)):
-        check_writable(path)
+    if args.json:
+        check_writable(args.json)
+    if args.plot:
+        check_picture(args.plot)
     overrides = list(args.overrides)
     if args.nodes is not None:
         overrides.append(f"cluster.nodes={args.nodes}")
@@ -55,12 +58,7 @@ def main() -> None:
 
     gpu = hardware.find(args.gpu or ("h100" if config.cluster.gpus_per_node else "cpu"))
     planner = Planner(gpu)
-    try:
-        plan = planner.plan(config)
-    except RuntimeError as error:
-        if "overflow" not in str(error):
-            raise
-        raise UserError(f"a tensor of this model has more bytes than can be counted: {error}") from error
+    plan = _planned(planner, config)
     kinds = ("none", "selective", "full")
     recomputed = {kind: planner.plan(with_recompute(config, kind)) for kind in kinds}
     print(report.table(plan, recomputed, assumed_vocabulary=assumed), flush=True)
@@ -79,6 +77,15 @@ def main() -> None:
         write_atomically(args.json, json.dumps({"plan": facts[0], "alternatives": facts[1:]}, indent=1) + "\n")
 
 
+def _planned(planner: Any, config: configs.RunConfig) -> Any:
+    try:
+        return planner.plan(config)
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        raise UserError(f"a tensor of this model has more bytes than can be counted: {error}") from error
+
+
 def _along(args: argparse.Namespace, overrides: list[str]) -> None:
     """Plans of all objectives along the values of fields."""
     from armd_scale.planning import hardware, report
@@ -88,20 +95,24 @@ def _along(args: argparse.Namespace, overrides: list[str]) -> None:
     values = [text.split(",") for _, text in fields]
     if len({len(several) for several in values}) > 1 or not all(map(all, values)):
         raise UserError("--along wants FIELD=A,B,... with as many values for every field")
+    try:
+        places = [float(value) for value in values[0]]
+    except ValueError:
+        raise UserError(f"--along wants numbers for its first field, not {args.along[0]}") from None
     planner = Planner(hardware.find(args.gpu or "h100"))
     if not planner.gpu.cuda:
         raise UserError("no times are known for a CPU: --along plans for a GPU")
     rows = []
     print(f"{'':<20}{'objective':>10}{'ms a step':>12}{'to AR':>8}{'MFU':>8}{'GB':>8}")
-    for place in zip(*values, strict=True):
+    for number, place in zip(places, zip(*values, strict=True), strict=True):
         chosen = [f"{name}={value}" for (name, _), value in zip(fields, place, strict=True)]
         left_to_right = 0.0
         for objective in ("ar", "armd", "mdm"):
             config = configs.load(args.config, [*overrides, *chosen, f"objective={objective}"])
-            plan = planner.plan(assume_vocabulary(config, args.vocab))
+            plan = _planned(planner, assume_vocabulary(config, args.vocab))
             left_to_right = left_to_right or plan.step
             row = {
-                "kind": objective.upper(), "place": float(place[0]), "seconds": plan.step, "memory": plan.peak.total,
+                "kind": objective.upper(), "place": number, "seconds": plan.step, "memory": plan.peak.total,
                 "batch": config.train.global_batch, "length": config.model.length, "ratio": plan.step / left_to_right,
                 "mfu": plan.mfu,
             }  # fmt: skip

@@ -170,9 +170,13 @@ def measure(
     """Seconds of a forward and a backward pass over queries of a ``shape`` [S, B, G, R, N, D], by every kernel that can
     run here: the median of ``repeats``.
     """
-    _, B, G, _, N, D = shape
-    sizes = shape, (B, G, N, D), (B, G, N, D)
-    q, k, v = (torch.randn(size, dtype=dtype, device=device, requires_grad=True) for size in sizes)
+    S, B, G, R, N, D = shape
+    sizes = (N, B, G, S, R, D), (N, B, G, D), (N, B, G, D), (N, B, G, S, R, D)
+    made = [torch.randn(size, dtype=dtype, device=device) for size in sizes]
+    # In memory as the layers have them.
+    q, gradient = (x.permute(3, 1, 2, 4, 0, 5) for x in (made[0], made[3]))
+    k, v = (x.permute(1, 2, 0, 3) for x in made[1:3])
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
     table = {}
     for kernel in KERNELS:
         # A kernel that is not installed, not built for this device or not made for this shape says so in many ways.
@@ -182,7 +186,7 @@ def measure(
             for _ in range(3 + repeats):
                 _finish(device)
                 started = time.perf_counter()
-                sdpa(q, k, v, None, causal, kernel).sum().backward()
+                torch.autograd.grad(sdpa(q, k, v, None, causal, kernel), (q, k, v), gradient)
                 _finish(device)
                 seconds.append(time.perf_counter() - started)
             table[kernel] = sorted(seconds[3:])[repeats // 2]

@@ -15,7 +15,7 @@ from torch import Tensor
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest values to ``x`` that a scaled FP8 type has, in the type of ``x``."""
     largest = x.abs().amax().float()
-    scale = torch.where(largest > 0, torch.finfo(dtype).max / largest, 1.0)
+    scale = torch.where(largest > 0, torch.finfo(dtype).max / largest, 1.0).clamp(max=torch.finfo(torch.float32).max)
     return ((x.float() * scale).to(dtype).float() / scale).to(x.dtype)
 
 

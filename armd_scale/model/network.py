@@ -2,7 +2,7 @@
 
 The first stage embeds the context rows (stream X) and seeds the targets (stream G); layers below
 ``two_stream`` carry both streams, the rest G alone; the last stage scores the targets. What passes between stages is
-one tensor: [N, 2 B, d] while both streams live, [N, B, d] after that.
+one tensor, [N, 2 B, d], whose second half is empty where G lives alone.
 
 The other objectives have one stream, the embeddings of the context rows: ``ar`` predicts the next row's token from each
 (the shift query), ``mdm`` the token that a row masks.
@@ -111,8 +111,9 @@ class Stage(nn.Module):
             nll = self.nll(h, rows.target_tokens)
             return nll if rows.weights is None else nll * rows.weights
         missing = self.model.streams * len(rows.target_tokens) - h.shape[1]
-        if self.config.virtual_pipeline_model_parallel_size and missing:
-            h = torch.cat([h, torch.zeros_like(h)], dim=1)  # interleaved stages exchange tensors of one size
+        if self.config.pipeline_model_parallel_size > 1 and missing:
+            # Stages exchange tensors of one size: to tell each other another one they would wait for the device.
+            h = torch.cat([h, torch.zeros_like(h)], dim=1)
         return h
 
     def hidden(self, rows: Rows) -> Tensor:

@@ -211,6 +211,7 @@ class Engine:
         """The micro-batches on the device. Another thread may call it during a step: neither waits for the other."""
         if self._uploads is None:
             return micro_batches
+        torch.cuda.set_device(self.device)  # each thread has its own; that of a new one is GPU 0
         with torch.cuda.stream(self._uploads):
             moved = [rows.map(Tensor.pin_memory).to(self.device) for rows in micro_batches]
         self._uploads.synchronize()
@@ -272,9 +273,9 @@ class Engine:
         self.chunks.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         if micro_batches:
-            # Interleaved stages want full micro-batches, a multiple of their number; what is added is not counted.
+            # Stages want full micro-batches, interleaved ones a multiple of their number; what is added is not counted.
             padded, size = list(micro_batches), self.config.train.micro_batch
-            if len(self.chunks) > 1:
+            if self.config.parallel.pipeline > 1:
                 padded = [rows.fill(size) for rows in padded]
                 padded += [padded[-1]] * (-len(padded) % self.config.parallel.pipeline)
             with torch.no_grad():
@@ -379,8 +380,7 @@ class Engine:
             model=list(self.chunks),
             num_microbatches=len(micro_batches),
             seq_length=self.config.model.length,
-            # Interleaved stages exchange tensors of one size: both streams, see Stage.
-            micro_batch_size=self.config.train.micro_batch * (self.config.model.streams if len(self.chunks) > 1 else 1),
+            micro_batch_size=self.config.train.micro_batch * self.config.model.streams,  # of what stages exchange
             forward_only=forward_only,
         )
 

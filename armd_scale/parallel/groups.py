@@ -69,10 +69,6 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.chunks if parallel.chunks > 1 else None,
-        # Two streams between the first stages, one between the last. Interleaved stages exchange one size: they hang
-        # when Megatron exchanges shapes first and the next stage is also the one before.
-        variable_seq_lengths=parallel.pipeline > 1 and parallel.chunks == 1,
-        moe_token_dispatcher_type="alltoall",  # unused, but the default is refused with variable lengths
         batch_p2p_comm=False,  # with interleaving it silently gives wrong gradients
         overlap_p2p_comm=cuda and parallel.chunks > 1,
         deallocate_pipeline_outputs=cuda,
@@ -82,6 +78,7 @@ def transformer_config(
         bf16=dtype is torch.bfloat16,
         fp8="hybrid" if fp8 else None,
         fp8_recipe="tensorwise",  # the others keep histories, which a checkpoint would have to hold
+        disable_parameter_transpose_cache=True,  # Megatron would take the FP8 weights of the first step for ever
         perform_initialization=False,
         use_cpu_initialization=not cuda,
         gradient_accumulation_fusion=False,

@@ -131,7 +131,7 @@ class Meter:
         length = both + turning + single
         shape = config.model.model_copy(update={"layers": before + length + after, "two_stream_layers": two_stream})
         parallel = config.parallel
-        layout = parallel.tensor, parallel.sequence, parallel.recompute, parallel.chunks > 1
+        layout = parallel.tensor, parallel.sequence, parallel.recompute, parallel.pipeline > 1
         train = config.train.dtype, config.train.micro_batch, config.train.head_batch
         known = repr((shape, layout, train, has_first, has_last))
         if known not in self._known:
@@ -182,7 +182,7 @@ def run(config: RunConfig, first: int, last: int, gpu: GPU) -> Chunk:
             index = torch.zeros(batch, length, dtype=torch.int64)
             rows = Rows(index, index, index, index, visible=None)
             if not stage.is_first:
-                streams = model.streams if config.parallel.chunks > 1 else streams_of(config.model, first)[0]
+                streams = model.streams if config.parallel.pipeline > 1 else streams_of(config.model, first)[0]
                 rank_rows = length // config.parallel.tensor if config.parallel.sequence else length
             sharing = config.parallel.sequence and config.parallel.tensor > 1
             gathered = parallel_state.get_global_memory_buffer().get_tensor(

@@ -153,8 +153,7 @@ def _boundaries(config: RunConfig, edges: list[int]) -> list[float]:
     parallel, model = config.parallel, config.model
     rows = model.length / (parallel.tensor if parallel.sequence else 1)
     stream = rows * config.train.micro_batch * model.hidden * _width(config)
-    # Both streams while both live; interleaved stages always exchange tensors of the larger size.
-    return [stream * (model.streams if edge < model.two_stream or parallel.chunks > 1 else 1) for edge in edges[1:-1]]
+    return [stream * model.streams for _ in edges[1:-1]]  # tensors of one size, see Stage
 
 
 def _width(config: RunConfig) -> int:

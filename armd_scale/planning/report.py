@@ -90,6 +90,8 @@ def table(plan: Plan, recomputed: dict[str, Plan], assumed_vocabulary: bool) -> 
         f"  {RESERVED / 1e9:.0f} GB of a GPU are left for CUDA, NCCL and fragmentation; one token a block; "
         "no time for evaluation and checkpoints",
     ]
+    if config.train.fp8:
+        lines.append("  FP8 is planned as bfloat16")
     if assumed_vocabulary:
         lines.append(f"  the vocabulary is not known before the data is prepared: {config.model.vocab_size:,} assumed")
     return "\n".join(lines)

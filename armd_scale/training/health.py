@@ -116,7 +116,10 @@ class Spikes:
 
     def __init__(self, nats: float | None, state: dict[str, Any]) -> None:
         self._nats = nats
-        self._recent: deque[list[float]] = deque(state.get("recent_losses", []), maxlen=_WINDOW + 1)
+        recent = state.get("recent_losses", [])
+        # Up to 0.1.0, checkpoints held the losses without their steps.
+        pairs = [one if isinstance(one, list) else [-1, one] for one in recent]
+        self._recent: deque[list[float]] = deque(pairs, maxlen=_WINDOW + 1)
 
     @property
     def state(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.extensions import transformer_engine
+from megatron.core.utils import is_te_min_version
 
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError
@@ -24,9 +25,10 @@ FILE = "attention.json"
 
 
 def check_fp8(config: RunConfig, device: torch.device) -> None:
-    """``UserError`` when the run wants FP8 from a GPU without TransformerEngine."""
-    if config.train.fp8 and device.type == "cuda" and not transformer_engine.HAVE_TE:
-        raise UserError("train.fp8 needs TransformerEngine on a GPU: pip install 'transformer-engine[pytorch]'")
+    """``UserError`` when the run wants FP8 from a GPU without TransformerEngine, or with one that is too old for it."""
+    there = transformer_engine.HAVE_TE and is_te_min_version("2.2.0")
+    if config.train.fp8 and device.type == "cuda" and not there:
+        raise UserError("train.fp8 needs TransformerEngine on a GPU: pip install 'transformer-engine[pytorch]>=2.2'")
 
 
 def shapes(config: RunConfig) -> Counter[tuple[int, ...]]:
@@ -62,10 +64,10 @@ def _measured(config: RunConfig, device: torch.device) -> str | None:
     path = config.directory / FILE
     layers, name = shapes(config), torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     setting = {"device": name, "torch": torch.__version__, "dtype": config.train.dtype, "shapes": _listed(layers)}
-    known: dict[str, Any] = {}
+    known: Any = None
     with contextlib.suppress(OSError, ValueError):  # not there, or damaged: measured anew
         known = json.loads(path.read_text(encoding="utf-8"))
-    if {key: known.get(key) for key in setting} != setting:
+    if not isinstance(known, dict) or "chosen" not in known or {key: known.get(key) for key in setting} != setting:
         tables = {shape: attention.measure(shape, _dtype(config), device, _causal(config)) for shape in layers}
         everywhere = set.intersection(*(set(table) for table in tables.values()))
         seconds = {

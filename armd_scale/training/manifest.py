@@ -144,7 +144,7 @@ def check_identity(found: Path, config: RunConfig) -> None:
     for name, values in before.items():
         if isinstance(values, dict):
             before[name] = {**defaults[name], **values}
-    differing = [name for name in now if before.get(name) != now[name]]
+    differing = [name for name in {**now, **before} if before.get(name) != now.get(name)]
     if differing:
         raise UserError(
             f"{config.directory} holds a run with another '{differing[0]}' (checkpoint {found.name}): "

@@ -24,7 +24,8 @@ def tool(name):
 
 
 def _correctness(rank, processes, rendezvous):
-    return tool("gpu")._correctness("cpu", "float32")
+    gpu = tool("gpu")
+    return gpu._correctness("cpu", "float32", gpu._passes("cpu", "float32"))
 
 
 def test_correctness_is_found_out():
@@ -39,14 +40,15 @@ def test_correctness_is_found_out():
 def _broken(rank, processes, rendezvous):
     from armd_scale.model import layers
 
-    exact = layers._rotated
+    gpu = tool("gpu")
+    exact, reference = layers._rotated, gpu._passes("cpu", "float32")
     layers._rotated = lambda x, cos, sin: exact(x, sin, cos)
-    return tool("gpu")._correctness("cpu", "float32")
+    return gpu._correctness("cpu", "float32", reference)
 
 
 def test_an_error_is_found_out():
     wrong = [row["what"] for row in run_processes(1, _broken)[0] if not row["right"]]
-    assert len(wrong) == 7, "all losses; gradients have the same error, and texts are of the standalone model alone"
+    assert len(wrong) == 14, "all losses and gradients; texts are of the standalone model alone"
 
 
 def _loss_of_layouts(rank, processes, rendezvous, run, folder):
@@ -86,11 +88,25 @@ def test_targets_are_compared():
         assert met is verdict
 
 
+SIZES = {
+    "layers": 2, "hidden": 64, "vocab": 500, "length": 32, "batch": 2, "device": "cpu", "dtype": "float32",
+    "norm": "rmsnorm", "mlp": "swiglu", "recompute": "none", "fp8": False, "streams": 1,
+}  # fmt: skip
+
+
+def _planned(rank, processes, rendezvous):
+    return tool("benchmarks/train").planned("h100", 1, **{**SIZES, "device": "cuda", "objective": "armd"})
+
+
+def test_memory_is_planned_apart():
+    """What ``bench.py`` asks another process for, which sees no GPU."""
+    assert 1e6 < run_processes(1, _planned)[0] < 1e8
+
+
 def _step(rank, processes, rendezvous, kind, trace):
     bench = tool("benchmarks/train")
     return bench.armd_scale(
-        layers=2, hidden=64, vocab=500, length=32, batch=2, steps=2, device="cpu", dtype="float32", threads=1,
-        norm="rmsnorm", mlp="swiglu", recompute="none", fp8=False, trace=trace, **kind,
+        steps=2, threads=1, trace=trace, **{**SIZES, **kind},
     )  # fmt: skip
 
 
@@ -107,9 +123,27 @@ def test_a_step_is_timed(kind, tmp_path):
 
 
 def test_bad_words_are_refused(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    records = [{"step": step, "loss": 5.0 - step, "phase": "x", "grad_norm": None} for step in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    done = run_tool("tools/curves.py", "--out", tmp_path / "x.png", f"a={run}", f"b={run},{run}")
+    assert "b: step 2, loss 3.0000 (+0.0000 to the first line), 2 runs, 3.0000 to 3.0000" in done.stdout
+    assert (tmp_path / "x.png").stat().st_size > 1000
     for words, line in (
         (["tools/gpu.py", "--wheels", tmp_path, "--device", "cpu"], "there are no wheels in"),
         (["tools/bench.py", "train", "--hidden", 65], "--hidden must be a multiple of 64"),
+        (["tools/bench.py", "train", "--fp8", "--length", 24], "multiples of 16, but model.length = 24"),
+        (["tools/bench.py", "train", "--length", 8, 16, "--plot", tmp_path / "x.foo"], "pictures are .png, .pdf, .svg"),
+        (
+            ["tools/plan.py", "--config", "configs/125m.yaml", "--along", "parallel.recompute=none,full"],
+            "wants numbers",
+        ),
+        (["tools/plan.py", "--config", "configs/125m.yaml", "--along", "model.length=8,16", "train.seed=1"], "as many"),
+        (["tools/curves.py", "--out", tmp_path / "x.png", "a"], "is not NAME=RUN"),
+        (["tools/curves.py", "--out", tmp_path / "x.png", f"a={tmp_path}"], "has no metrics.jsonl"),
+        (["tools/curves.py", "--out", tmp_path / "x.png", f"a={run}", f"a={run}"], "there are two lines 'a'"),
+        (["tools/curves.py", "--out", tmp_path / "x.png", "--figure", "phase", f"a={run}"], "has a number 'phase'"),
         (["tools/bench.py", "train", "--plot", tmp_path / "x.png"], "give several values of one of"),
         (["tools/bench.py", "train", "--length", 8, 16, "--batch", 1, 2], "give several values of one of"),
     ):

@@ -31,6 +31,10 @@ def test_spikes_are_judged_by_the_median():
     assert health.Spikes(None, spikes.state).limit(100) == math.inf
 
 
+def test_losses_of_older_checkpoints_are_known():
+    assert health.Spikes(2.0, {"recent_losses": [5.0] * 20}).limit(1000) == 7.0
+
+
 def test_the_limit_of_a_step_leaves_out_the_step_before_it():
     """Which may run still; one that is known already, as after a checkpoint, changes nothing."""
     spikes = health.Spikes(2.0, {})

@@ -38,8 +38,9 @@ def test_the_table_is_measured_once(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(attention, "measure", lambda *_: pytest.fail("measured again"))
         assert kernels._measured(run, CPU) == "flash"
-    (tmp_path / kernels.FILE).write_text('{"chosen": ')
-    assert kernels._measured(run, CPU) == "flash", "a damaged table is measured anew"
+    for damaged in ('{"chosen": ', "[]", json.dumps({name: table[name] for name in table if name != "chosen"})):
+        (tmp_path / kernels.FILE).write_text(damaged)
+        assert kernels._measured(run, CPU) == "flash", "a damaged table is measured anew"
     tables = {"flash": 2.0, "cudnn": 1.0}
     monkeypatch.setattr(attention, "measure", lambda shape, *_: tables if shape[0] == 2 else {"flash": 5.0})
     wider = config(tmp_path, micro_batch=4)

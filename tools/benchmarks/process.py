@@ -14,11 +14,13 @@ if __name__ == "__main__":
 from armd_scale.errors import UserError
 
 
-def one(work: str, threads: int = 1, **arguments: Any) -> Any:
+def one(work: str, threads: int = 1, sees_gpu: bool = True, **arguments: Any) -> Any:
     """What the function ``work`` ("module.function") of this package returns, on as many cores as it has threads."""
     cores = sorted(os.sched_getaffinity(0))[:threads]
     environment = {**os.environ, "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": str(threads)}
     environment["TOKENIZERS_PARALLELISM"] = "false"
+    if not sees_gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     if not work.startswith("data."):
         arguments["threads"] = threads
     done = subprocess.run(
@@ -29,7 +31,8 @@ def one(work: str, threads: int = 1, **arguments: Any) -> Any:
         preexec_fn=lambda: os.sched_setaffinity(0, cores),
     )
     if done.returncode:
-        raise UserError(f"the measurement {work} failed: {done.stderr.strip().splitlines()[-1:]}")
+        last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or [f"exit code {done.returncode}"]
+        raise UserError(f"the measurement {work} failed: {last[0].strip()}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

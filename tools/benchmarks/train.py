@@ -32,6 +32,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         args.trace.mkdir(parents=True, exist_ok=True)
     if any(hidden % 64 for hidden in args.hidden) or min(args.layers, args.steps, *args.length, *args.batch) < 1:
         raise UserError("--hidden must be a multiple of 64, the other sizes at least 1")
+    places = [
+        {name: values[min(number, len(values) - 1)] for name, values in sizes.items()}
+        for number in range(max(map(len, sizes.values())))
+    ]
+    common = {"layers": args.layers, "vocab": args.vocab, "device": args.device, "dtype": args.dtype}
+    own = {"norm": args.norm, "mlp": args.mlp, "recompute": args.recompute, "fp8": args.fp8, "streams": 1}
+    for size in places:
+        for kind in filter(None, KINDS.values()):
+            _configuration(**{**common, **own, **size, **kind})
     versions = {
         name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed", "megatron-core")
     }
@@ -44,21 +53,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         + f"; a large matrix product here: {limit['flops'] / 1e12:.2f} TFLOP/s; "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
     )
-    for number in range(max(map(len, sizes.values()))):
-        size = {name: values[min(number, len(values) - 1)] for name, values in sizes.items()}
+    for size in places:
         columns = f"{'ms a step':>11}{'tokens/s':>12}{'to AR':>8}{'of limit':>10}{'MFU':>8}{'memory':>12}{'plan':>8}"
         print(f"\nhidden {size['hidden']}, {size['batch']} texts of {size['length']} tokens\n  {'':<22}{columns}")
-        common = {"layers": args.layers, "vocab": args.vocab, "steps": args.steps, **size}
-        common |= {"device": args.device, "dtype": args.dtype}
-        own = {"norm": args.norm, "mlp": args.mlp, "recompute": args.recompute, "fp8": args.fp8}
         left_to_right = 0.0
         for name, kind in KINDS.items():
             if kind is None:
-                row = one("train.transformers", args.threads, **common)
+                row = {**one("train.transformers", args.threads, steps=args.steps, **common, **size), "planned": 0.0}
             else:
                 words = f"{name} hidden {size['hidden']} {size['batch']}x{size['length']}"
                 trace = str(args.trace / f"{re.sub('[^A-Za-z0-9]+', '-', words)}.json") if args.trace else None
-                row = one("train.armd_scale", args.threads, **common, **own, **kind, trace=trace)
+                run = {**common, **own, **size, **kind}
+                row = one("train.armd_scale", args.threads, steps=args.steps, trace=trace, **run)
+                gpu = next((known.lower() for known in ("H200", "H100", "A100") if known in limit["name"]), None)
+                row["planned"] = one("train.planned", sees_gpu=False, gpu=gpu, **run) if gpu else 0.0
             left_to_right = left_to_right or row["seconds"]  # AR comes first
             row |= {"kind": name, **size, "ratio": row["seconds"] / left_to_right}
             facts["rows"].append(row)
@@ -118,36 +126,21 @@ def _step_seconds(step: Callable[[], Any], count: int, device: str) -> float:
     return times[count // 2]
 
 
-def armd_scale(
-    objective: str, layers: int, hidden: int, vocab: int, length: int, batch: int, steps: int, device: str, dtype: str,
-    threads: int, norm: str, mlp: str, recompute: str, fp8: bool, trace: str | None, streams: int = 1,
-) -> dict[str, Any]:  # fmt: skip
+def armd_scale(steps: int, threads: int, trace: str | None, **sizes: Any) -> dict[str, Any]:
     """Whole steps of the training loop's engine: forward, backward, ZeRO-1 update with moving average."""
     import numpy as np
     import torch
 
-    from armd_scale.config import RunConfig
     from armd_scale.model.flops import training_flops_per_token
     from armd_scale.parallel import groups
     from armd_scale.parallel.engine import Engine
     from armd_scale.training import kernels, objectives
 
     torch.set_num_threads(threads)
+    config = _configuration(**sizes)
+    device, dtype, vocab = sizes["device"], sizes["dtype"], sizes["vocab"]
+    batch, length = config.train.global_batch, config.model.length
     cuda = device != "cpu"
-    model = {"layers": layers, "hidden": hidden, "heads": hidden // 64, "length": length, "norm": norm, "mlp": mlp}
-    config = RunConfig.model_validate(
-        {
-            "objective": objective,
-            "model": {**model, "vocab_size": vocab, "bos_id": 0},
-            "orders": {
-                "ar_steps": 0, "permutation_steps": 0, "rho": min(32, length), "strided_steps": 1000 * (streams > 1),
-                "streams": [streams],
-            },
-            "train": {"steps": 1000, "global_batch": batch, "micro_batch": batch, "dtype": dtype, "fp8": fp8},
-            "parallel": {"recompute": recompute},
-            "cluster": {"gpus_per_node": int(cuda)},
-        }
-    )  # fmt: skip
     place = torch.device("cuda", 0) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(place)
@@ -157,20 +150,50 @@ def armd_scale(
         kernels.check_fp8(config, place)
         engine = Engine(config, place, kernels.attention_kernel(config.model_copy(update={"run_dir": folder}), place))
         tokens = np.random.default_rng(0).integers(0, vocab, (batch, length))
-        first = 1000 if streams > 1 else 0
+        first = 1000 if sizes["streams"] > 1 else 0
         rows = engine.upload([objectives.training_rows(config, tokens, first, range(batch))])
         seconds = _step_seconds(lambda: engine.train_step(rows, 1e-4), steps, device)
         profile = _profile(lambda: engine.train_step(rows, 1e-4).result(), cuda, trace) if trace else []
         groups.stop()
-    memory, planned = resident(), 0.0
-    if cuda:
-        from armd_scale.planning.hardware import find
-        from armd_scale.planning.plan import Planner
-
-        memory = torch.cuda.max_memory_allocated()
-        planned = Planner(find("h200" if "H200" in torch.cuda.get_device_name() else "h100")).plan(config).peak.total
+    memory = torch.cuda.max_memory_allocated() if cuda else resident()
     flops = training_flops_per_token(config.model) * batch * length
-    return {"seconds": seconds, "flops": flops, "memory": memory, "planned": planned, "profile": profile}
+    return {"seconds": seconds, "flops": flops, "memory": memory, "profile": profile}
+
+
+def _configuration(
+    objective: str, layers: int, hidden: int, vocab: int, length: int, batch: int, device: str, dtype: str, norm: str,
+    mlp: str, recompute: str, fp8: bool, streams: int,
+) -> Any:  # fmt: skip
+    """The run that a measured step belongs to; ``UserError`` where there is none of these sizes."""
+    from pydantic import ValidationError
+
+    from armd_scale.config import RunConfig
+
+    model = {"layers": layers, "hidden": hidden, "heads": hidden // 64, "length": length, "norm": norm, "mlp": mlp}
+    try:
+        return RunConfig.model_validate(
+            {
+                "objective": objective,
+                "model": {**model, "vocab_size": vocab, "bos_id": 0},
+                "orders": {
+                    "ar_steps": 0, "permutation_steps": 0, "rho": min(32, length),
+                    "strided_steps": 1000 * (streams > 1), "streams": [streams],
+                },
+                "train": {"steps": 1000, "global_batch": batch, "micro_batch": batch, "dtype": dtype, "fp8": fp8},
+                "parallel": {"recompute": recompute},
+                "cluster": {"gpus_per_node": int(device != "cpu")},
+            }
+        )  # fmt: skip
+    except ValidationError as error:
+        raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+
+
+def planned(gpu: str, threads: int, **sizes: Any) -> float:
+    """Peak memory by plan, in bytes; for a process that sees no GPU, where tensors would be fake ones of the CPU."""
+    from armd_scale.planning.hardware import find
+    from armd_scale.planning.plan import Planner
+
+    return Planner(find(gpu)).plan(_configuration(**sizes)).peak.total
 
 
 def _profile(step: Callable[[], Any], cuda: bool, path: str) -> list[dict[str, Any]]:
@@ -218,5 +241,5 @@ def transformers(
     memory = resident() if device == "cpu" else torch.cuda.max_memory_allocated()
     macs = layers * (12 * hidden**2 + length * hidden) + vocab * hidden
     return {
-        "seconds": seconds, "flops": 6 * macs * batch * length, "memory": memory, "planned": 0.0,
+        "seconds": seconds, "flops": 6 * macs * batch * length, "memory": memory,
     }  # fmt: skip
