@@ -82,6 +82,28 @@ def test_kernels_are_measured_and_equal_to_dense():
                 torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", [(1, 2, 4, 1, 256, 64), (2, 2, 4, 1, 256, 64), (2, 1, 2, 2, 256, 64)])
+def test_kernels_equal_dense_on_gpu(shape):
+    """In bfloat16, within its rounding."""
+    table = attention.measure(shape, torch.bfloat16, torch.device("cuda", 0), repeats=3)
+    assert {"flash", "cudnn"} <= set(table)
+    _, batch, key_heads, _, rows, width = shape
+    g = torch.Generator().manual_seed(0)
+    sizes = shape, (batch, key_heads, rows, width), (batch, key_heads, rows, width)
+    tensors = [torch.randn(size, generator=g).bfloat16().double() for size in sizes]
+    expected, expected_gradients = _gradients(attention.dense, tensors, None)
+    for kernel in table:
+        attention.activate(kernel)
+        on_gpu = [t.bfloat16().cuda().requires_grad_() for t in tensors]
+        out = attention.sdpa(*on_gpu, kernel=kernel)
+        weight = torch.arange(out.numel(), dtype=torch.float64).view(out.shape).sin().bfloat16().cuda()
+        gradients = torch.autograd.grad((out * weight).sum(), on_gpu)
+        for found, wanted in zip([out, *gradients], [expected, *expected_gradients], strict=True):
+            assert float((found.double().cpu() - wanted).norm() / wanted.norm()) < 0.02, kernel
+    attention.activate(None)
+
+
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 @pytest.mark.parametrize("streams", [1, 2])
 def test_flex_equals_dense(heads, streams):

@@ -259,11 +259,14 @@ def test_transformer_engine_is_used_where_it_can_run(monkeypatch):
     assert linears().row.module is transformer_engine.TERowParallelLinear
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor", "cuda"])
 def test_fused_regions(backend, request):
     """Each region of element-wise work, compiled without a break, gives its results and gradients in float64."""
     if backend == "inductor" and not request.config.getoption("--parity"):
         pytest.skip("compiles for half a minute: make parity")
+    if backend == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    place = "cuda" if backend == "cuda" else "cpu"
     g = torch.Generator().manual_seed(0)
     x, pair, scale = (torch.randn(shape, generator=g, dtype=torch.float32) for shape in ((5, 3, 16), (5, 6, 16), (16,)))
     heads, angles = torch.randn(5, 3, 2, 8, generator=g), torch.randn(5, 3, 1, 4, generator=g)
@@ -283,12 +286,14 @@ def test_fused_regions(backend, request):
         (prefix.look_up, (targets, targets.flip(1), torch.ones(5, 3, 3, dtype=torch.bool).tril(), scale)),
     ]
     for region, inputs in cases:
-        compiled = torch.compile(region.__wrapped__, backend=backend, fullgraph=True, dynamic=False)
+        name = "inductor" if backend == "cuda" else backend
+        compiled = torch.compile(region.__wrapped__, backend=name, fullgraph=True, dynamic=False)
         results = []
-        for function, dtype in ((region.__wrapped__, torch.float64), (compiled, torch.float32)):
+        for function, dtype, device in ((region.__wrapped__, torch.float64, "cpu"), (compiled, torch.float32, place)):
+            arguments = [one.to(device) if torch.is_tensor(one) else one for one in inputs]
             arguments = [
                 one.to(dtype).requires_grad_() if torch.is_tensor(one) and one.is_floating_point() else one
-                for one in inputs
+                for one in arguments
             ]
             made = function(*arguments)
             made = made if isinstance(made, tuple) else (made,)
@@ -297,7 +302,7 @@ def test_fused_regions(backend, request):
             loss = sum((out * out.detach().sin()).sum() for out in made)
             results.append([*made, *torch.autograd.grad(loss, wanted)])
         for exact, got in zip(*results, strict=True):
-            torch.testing.assert_close(got.double(), exact.double(), atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(got.double().cpu(), exact.double(), atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.one_process
