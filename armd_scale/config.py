@@ -649,8 +649,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
         values["data"].pop(name)
     return {
         **{name: values[name] for name in ("objective", "seed", "model", "data")},
-        **{f"train.{name}": values["train"][name] for name in ("global_batch", "dtype")},
-        **({"train.fp8": True} if config.train.fp8 else {}),
+        **{f"train.{name}": values["train"][name] for name in ("global_batch", "dtype", "fp8")},
     }
 
 

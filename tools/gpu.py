@@ -119,6 +119,10 @@ def _environment(device: str) -> dict[str, str]:
     return found
 
 
+def _place(device: str) -> torch.device:
+    return torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
+
+
 def _reference() -> dict[str, Any]:
     """What ``--reference`` writes, of a process that sees no GPU: where one is, Megatron-Core and DeepSpeed use it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +162,7 @@ def _passes(device: str, dtype: str) -> dict[str, Any]:
     from armd_scale.parallel import groups
     from armd_scale.parallel.sharding import initialise
 
-    place = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
+    place = _place(device)
     found: dict[str, Any] = {}
     stages: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -192,7 +196,7 @@ def _correctness(device: str, dtype: str, reference: dict[str, Any]) -> list[dic
     from armd_scale.training.export import standalone_config
 
     found, rows, models = _passes(device, dtype), [], {}
-    place = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
+    place = _place(device)
 
     def compare(what: str, difference: float, allowed: float) -> None:
         rows.append({"what": what, "difference": difference, "allowed": allowed, "right": difference < allowed})
@@ -255,7 +259,7 @@ def _losses(rank: int, device: str, run: Any, folder: str) -> None:
     from armd_scale.parallel.engine import Engine
     from armd_scale.training import objectives
 
-    place, count = torch.device(device, 0) if device == "cuda" else torch.device("cpu"), run.cluster.processes
+    place, count = _place(device), run.cluster.processes
     groups.start(run.parallel, rank=rank, processes=count, rendezvous=f"{folder}/store", device=place, backend="gloo")
     engine, losses = Engine(run, place), []
     for step in range(run.total_steps):
@@ -299,7 +303,7 @@ def _waits(device: str) -> str:
         return "there is no GPU"
     run = _toy_run(1, zero=1)
     run = run.model_copy(update={"train": run.train.model_copy(update={"dtype": "bfloat16"})})
-    place, answer = torch.device("cuda", 0), "no"
+    place, answer = _place(device), "no"
     with tempfile.TemporaryDirectory() as folder:
         groups.start(run.parallel, rank=0, processes=1, rendezvous=f"{folder}/store", device=place)
         engine = Engine(run, place)
@@ -325,9 +329,7 @@ def _attention(device: str, quick: bool) -> list[dict[str, Any]]:
     """Milliseconds of attention, forward and backward, by every kernel that runs here."""
     from armd_scale.model import attention
 
-    place, dtype = (
-        (torch.device("cuda", 0), torch.bfloat16) if device == "cuda" else (torch.device("cpu"), torch.float32)
-    )
+    place, dtype = _place(device), torch.bfloat16 if device == "cuda" else torch.float32
     rows = []
     print("\nattention, forward and backward, ms")
     for size in [QUICK] if quick else [SMALL, LARGE]:

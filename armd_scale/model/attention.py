@@ -19,7 +19,7 @@ Shapes: queries [S, B, G, R, N, D] of S streams, with R query heads for each of 
 import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -165,10 +165,15 @@ def activate(kernel: str | None) -> None:
 
 
 def measure(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, causal: bool = True, repeats: int = 10
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    causal: bool = True,
+    repeats: int = 10,
+    kernels: Iterable[str] = KERNELS,
 ) -> dict[str, float]:
-    """Seconds of a forward and a backward pass over queries of a ``shape`` [S, B, G, R, N, D], by every kernel that can
-    run here: the median of ``repeats``.
+    """Seconds of a forward and a backward pass over queries of a ``shape`` [S, B, G, R, N, D], by every one of the
+    ``kernels`` that can run here: the median of ``repeats``.
     """
     S, B, G, R, N, D = shape
     sizes = (N, B, G, S, R, D), (N, B, G, D), (N, B, G, D), (N, B, G, S, R, D)
@@ -178,7 +183,7 @@ def measure(
     k, v = (x.permute(1, 2, 0, 3) for x in made[1:3])
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     table = {}
-    for kernel in KERNELS:
+    for kernel in kernels:
         # A kernel that is not installed, not built for this device or not made for this shape says so in many ways.
         with contextlib.suppress(RuntimeError, ImportError, ValueError, AttributeError, AssertionError):
             activate(kernel)

@@ -212,13 +212,17 @@ class Engine:
         if self._uploads is None:
             return micro_batches
         torch.cuda.set_device(self.device)  # each thread has its own; that of a new one is GPU 0
-        with torch.cuda.stream(self._uploads):
-            moved = [rows.map(Tensor.pin_memory).to(self.device) for rows in micro_batches]
-        self._uploads.synchronize()
         steps = torch.cuda.default_stream(self.device)
-        for rows in moved:
-            rows.map(lambda tensor: tensor.record_stream(steps) or tensor)  # type: ignore[func-returns-value]
-        return moved
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = tensor.pin_memory().to(self.device, non_blocking=True)
+            moved.record_stream(steps)  # its memory is not given to the next upload while a step reads it
+            return moved
+
+        with torch.cuda.stream(self._uploads):
+            uploaded = [rows.map(move) for rows in micro_batches]
+        self._uploads.synchronize()
+        return uploaded
 
     def train_step(
         self, micro_batches: Sequence[Rows], learning_rate: float, limit: float = math.inf, flag: int = 0

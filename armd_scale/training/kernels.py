@@ -54,7 +54,8 @@ def attention_kernel(config: RunConfig, device: torch.device) -> str | None:
         wanted, source = told[0], f"the choice of this run ({config.directory / FILE})"
     if wanted is None:
         return None
-    if wanted not in attention.measure(next(iter(shapes(config))), _dtype(config), device, _causal(config), repeats=1):
+    shape = next(iter(shapes(config)))
+    if not attention.measure(shape, _dtype(config), device, _causal(config), repeats=1, kernels=[wanted]):
         raise UserError(f"{source} = {wanted} cannot run here: name another kernel with train.attention")
     attention.activate(wanted)
     return wanted

@@ -191,7 +191,7 @@ class _Trainer:
 
     def _judge(self, step: int, pending: Pending) -> int:
         """Wait for a step; keep count of one that was applied, or say which samples one saw that was not. Its flags."""
-        result, limit = pending.result(), self.spikes.limit(step)
+        result = pending.result()
         self.grad_norm = result.grad_norm
         if self.sample_log:
             self._log_samples(step, result.applied)
@@ -202,7 +202,7 @@ class _Trainer:
             self.skipped = []
             return result.flags
         self.skipped.append(step)
-        fine = math.isfinite(result.loss) and result.loss <= limit
+        fine = math.isfinite(result.loss) and result.loss <= self.spikes.limit(step)
         what = "a gradient is not finite" if fine else f"its loss is {result.loss:.4g}"
         batch = self.config.train.global_batch
         ids = self.samples.ids(step * batch, batch)

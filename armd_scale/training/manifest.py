@@ -140,11 +140,12 @@ def check_identity(found: Path, config: RunConfig) -> None:
     """``UserError`` when a checkpoint was made with another model, data, seed or batch than ``config`` asks for."""
     before, now = read(found).get("state", {}).get("identity", {}), identity(config)
     defaults = identity(RunConfig())
-    before = {"objective": defaults["objective"], **before}  # a field that did not exist then has its default
+    # A field that did not exist then has its default.
+    before = {**{name: defaults[name] for name in ("objective", "train.fp8")}, **before}
     for name, values in before.items():
         if isinstance(values, dict):
             before[name] = {**defaults[name], **values}
-    differing = [name for name in {**now, **before} if before.get(name) != now.get(name)]
+    differing = [name for name in now if before.get(name) != now[name]]
     if differing:
         raise UserError(
             f"{config.directory} holds a run with another '{differing[0]}' (checkpoint {found.name}): "

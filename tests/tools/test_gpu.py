@@ -94,7 +94,9 @@ SIZES = {
 
 
 def _planned(rank, processes, rendezvous):
-    return tool("benchmarks/train").planned("h100", 1, **{**SIZES, "device": "cuda", "objective": "armd"})
+    return tool("benchmarks/train").planned(
+        "NVIDIA H100 80GB HBM3", 1, **{**SIZES, "device": "cuda", "objective": "armd"}
+    )
 
 
 def test_memory_is_planned_apart():

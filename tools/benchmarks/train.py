@@ -65,7 +65,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 trace = str(args.trace / f"{re.sub('[^A-Za-z0-9]+', '-', words)}.json") if args.trace else None
                 run = {**common, **own, **size, **kind}
                 row = one("train.armd_scale", args.threads, steps=args.steps, trace=trace, **run)
-                gpu = next((known.lower() for known in ("H200", "H100", "A100") if known in limit["name"]), None)
+                gpu = limit["name"]
                 row["planned"] = one("train.planned", sees_gpu=False, gpu=gpu, **run) if gpu else 0.0
             left_to_right = left_to_right or row["seconds"]  # AR comes first
             row |= {"kind": name, **size, "ratio": row["seconds"] / left_to_right}
@@ -189,11 +189,14 @@ def _configuration(
 
 
 def planned(gpu: str, threads: int, **sizes: Any) -> float:
-    """Peak memory by plan, in bytes; for a process that sees no GPU, where tensors would be fake ones of the CPU."""
-    from armd_scale.planning.hardware import find
+    """Peak memory by plan, in bytes, 0 for a GPU that is not known by this name; for a process that sees no GPU, since
+    the tensors of a plan are fake ones of the CPU.
+    """
+    from armd_scale.planning.hardware import GPUS
     from armd_scale.planning.plan import Planner
 
-    return Planner(find(gpu)).plan(_configuration(**sizes)).peak.total
+    found = next((known for name, known in GPUS.items() if name.upper() in gpu), None)
+    return Planner(found).plan(_configuration(**sizes)).peak.total if found else 0.0
 
 
 def _profile(step: Callable[[], Any], cuda: bool, path: str) -> list[dict[str, Any]]:
@@ -240,6 +243,4 @@ def transformers(
     seconds = _step_seconds(step, steps, device)
     memory = resident() if device == "cpu" else torch.cuda.max_memory_allocated()
     macs = layers * (12 * hidden**2 + length * hidden) + vocab * hidden
-    return {
-        "seconds": seconds, "flops": 6 * macs * batch * length, "memory": memory,
-    }  # fmt: skip
+    return {"seconds": seconds, "flops": 6 * macs * batch * length, "memory": memory}
