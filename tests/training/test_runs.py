@@ -346,6 +346,18 @@ def test_fields_that_are_younger_than_a_checkpoint(tmp_path):
                 manifest.check_identity(folder, now)
 
 
+@pytest.mark.parametrize(("before", "now"), [(None, True), (False, True), (True, False)])
+def test_fp8_is_neither_begun_nor_left_on_the_way(before, now, tmp_path):
+    """Also not from a checkpoint that is older than the choice."""
+    was = configs.identity(RunConfig.model_validate({"train": {"fp8": bool(before)}}))
+    if before is None:
+        del was["train.fp8"]
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": {}, "state": {"identity": was}}))
+    manifest.check_identity(tmp_path, RunConfig.model_validate({"train": {"fp8": not now}}))
+    with pytest.raises(UserError, match=r"a run with another 'train.fp8'"):
+        manifest.check_identity(tmp_path, RunConfig.model_validate({"train": {"fp8": now}}))
+
+
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(data, tmp_path, capfd):
     """The disk is full once, on rank 0, when it closes a checkpoint: all ranks go on, and the next one is written."""
     config = run(data, data / "text.jsonl", tmp_path / "run", 2, 2)
