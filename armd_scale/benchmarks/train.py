@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from armd_scale.benchmarks.process import one, resident
 from armd_scale.errors import UserError
-from benchmarks.process import one, resident
 
 KINDS: dict[str, dict[str, Any] | None] = {
     "AR": {"objective": "ar"},
@@ -39,8 +39,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     common = {"layers": args.layers, "vocab": args.vocab, "device": args.device, "dtype": args.dtype}
     own = {"norm": args.norm, "mlp": args.mlp, "recompute": args.recompute, "fp8": args.fp8, "streams": 1}
     for size in places:
-        for kind in filter(None, KINDS.values()):
-            _configuration(**{**common, **own, **size, **kind})
+        for fields in filter(None, KINDS.values()):
+            _configuration(**{**common, **own, **size, **fields})
     versions = {
         name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed", "megatron-core")
     }
@@ -124,6 +124,18 @@ def _step_seconds(step: Callable[[], Any], count: int, device: str) -> float:
     torch.cuda.synchronize()
     times = sorted(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events[2:]))
     return times[count // 2]
+
+
+def free_memory(device: str) -> None:
+    """Return the memory of the measurement before, so that peaks are those of the next one."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def armd_scale(steps: int, threads: int, trace: str | None, **sizes: Any) -> dict[str, Any]:

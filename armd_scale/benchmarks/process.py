@@ -1,15 +1,14 @@
 """Measurements in processes of their own: ``one`` starts them, and this file is what they run."""
 
+import ctypes
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":
-    sys.path[0:1] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
 from armd_scale.errors import UserError
 
@@ -23,17 +22,28 @@ def one(work: str, threads: int = 1, sees_gpu: bool = True, **arguments: Any) ->
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if not work.startswith("data."):
         arguments["threads"] = threads
+
+    def start() -> None:
+        os.sched_setaffinity(0, cores)
+        die_with_parent()
+
     done = subprocess.run(
-        [sys.executable, __file__, work, json.dumps(arguments)],
+        [sys.executable, "-m", "armd_scale.benchmarks.process", work, json.dumps(arguments)],
         capture_output=True,
         text=True,
         env=environment,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        preexec_fn=start,
     )
     if done.returncode:
         last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or [f"exit code {done.returncode}"]
         raise UserError(f"the measurement {work} failed: {last[0].strip()}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, however that ends (Linux)."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def resident() -> int:
@@ -44,5 +54,5 @@ def resident() -> int:
 
 if __name__ == "__main__":
     module, _, name = sys.argv[1].partition(".")
-    function = getattr(importlib.import_module(f"benchmarks.{module}"), name)
+    function = getattr(importlib.import_module(f"armd_scale.benchmarks.{module}"), name)
     print(json.dumps(function(**json.loads(sys.argv[2]))))

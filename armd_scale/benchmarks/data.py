@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.process import one, resident
+from armd_scale.benchmarks.process import one, resident
 
 LENGTH = 1024
 """Tokens in a sample."""

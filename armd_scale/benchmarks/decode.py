@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from armd_scale.benchmarks.process import one
 from armd_scale.errors import UserError
-from benchmarks.process import one
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -39,7 +39,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         rows: dict[str, dict[str, float]] = {}
         for name, way in [("transformers GPT-2", None), *ways]:
             work = "decode.transformers" if way is None else "decode.armd_scale"
-            row = one(work, args.threads, **common, **({} if way is None else {"way": way}))
+            arguments: dict[str, Any] = common if way is None else {**common, "way": way}
+            row = one(work, args.threads, **arguments)
             rows[name] = row
             rate, peer = row["tokens_per_second"], rows["transformers GPT-2"]["tokens_per_second"]
             first = next((r["tokens_per_second"] for n, r in rows.items() if n == ways[0][0]), None)
@@ -71,12 +72,12 @@ def transformers(
         model.generate(prompt, max_new_tokens=count, do_sample=True, top_k=0, use_cache=True, pad_token_id=0)
         return count
 
-    return _timed(run, batch, length, device)
+    return _timed(run, batch, length, device, warm_up=32)
 
 
 def armd_scale(
     layers: int, hidden: int, vocab: int, length: int, batch: int, device: str, dtype: str, threads: int,
-    way: dict[str, int],
+    way: dict[str, Any],
 ) -> dict[str, float]:  # fmt: skip
     import torch
 
@@ -98,11 +99,12 @@ def armd_scale(
     def run(count: int) -> int:
         return sum(1 for _ in model.decode(model.plan([[FREE] * count] * batch, decoding)))
 
-    return _timed(run, batch, length, device)
+    # A captured graph belongs to texts of one length.
+    return _timed(run, batch, length, device, warm_up=32 if device == "cpu" else length)
 
 
-def _timed(run: Callable[[int], int], batch: int, length: int, device: str) -> dict[str, float]:
-    """Figures of one run over whole texts, after a short one that warms up."""
+def _timed(run: Callable[[int], int], batch: int, length: int, device: str, warm_up: int) -> dict[str, float]:
+    """Figures of one run over whole texts, after one of ``warm_up`` tokens."""
     import resource
 
     import torch
@@ -111,7 +113,7 @@ def _timed(run: Callable[[int], int], batch: int, length: int, device: str) -> d
         if device != "cpu":
             torch.cuda.synchronize()
 
-    run(min(length, 32) if device == "cpu" else length)
+    run(min(length, warm_up))
     wait()
     started = time.perf_counter()
     passes = run(length)

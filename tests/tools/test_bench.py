@@ -1,0 +1,72 @@
+"""``tools/bench.py train`` at toy sizes, and the command lines of ``bench``, ``plan`` and ``curves``."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from armd_scale.benchmarks import train
+from armd_scale.config import ModelConfig
+from armd_scale.model.flops import training_flops_per_token
+from tests.conftest import run_processes, run_tool
+
+SIZES = {
+    "layers": 2, "hidden": 64, "vocab": 500, "length": 32, "batch": 2, "device": "cpu", "dtype": "float32",
+    "norm": "rmsnorm", "mlp": "swiglu", "recompute": "none", "fp8": False, "streams": 1,
+}  # fmt: skip
+
+
+def _planned(rank, processes, rendezvous):
+    return train.planned("NVIDIA H100 80GB HBM3", 1, **{**SIZES, "device": "cuda", "objective": "armd"})
+
+
+def test_memory_is_planned_apart():
+    """What ``bench.py`` asks another process for, which sees no GPU."""
+    assert 1e6 < run_processes(1, _planned)[0] < 1e8
+
+
+def _step(rank, processes, rendezvous, kind, trace):
+    return train.armd_scale(
+        steps=2, threads=1, trace=trace, **{**SIZES, **kind},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [{"objective": "ar"}, {"objective": "armd", "streams": 4}, {"objective": "mdm"}])
+def test_a_step_is_timed(kind, tmp_path):
+    trace = str(tmp_path / "trace.json")
+    row = run_processes(1, _step, kind, trace)[0]
+    assert 0 < row["seconds"] < 60
+    shape = {"layers": 2, "hidden": 64, "heads": 1, "length": 32, "norm": "rmsnorm", "mlp": "swiglu"}
+    model = ModelConfig(**shape, vocab_size=500, bos_id=0, objective=kind["objective"])
+    assert row["flops"] == training_flops_per_token(model) * 64
+    assert any("mm" in operation["name"] for operation in row["profile"])
+    assert "traceEvents" in json.loads(Path(trace).read_text())
+
+
+def test_bad_words_are_refused(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    records = [{"step": step, "loss": 5.0 - step, "phase": "x", "grad_norm": None} for step in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    done = run_tool("tools/curves.py", "--out", tmp_path / "x.png", f"a={run}", f"b={run},{run}")
+    assert "b: step 2, loss 3.0000 (+0.0000 to the first line), 2 runs, 3.0000 to 3.0000" in done.stdout
+    assert (tmp_path / "x.png").stat().st_size > 1000
+    for words, line in (
+        (["tools/bench.py", "train", "--hidden", 65], "--hidden must be a multiple of 64"),
+        (["tools/bench.py", "train", "--fp8", "--length", 24], "multiples of 16, but model.length = 24"),
+        (["tools/bench.py", "train", "--length", 8, 16, "--plot", tmp_path / "x.foo"], "pictures are .png, .pdf, .svg"),
+        (
+            ["tools/plan.py", "--config", "configs/125m.yaml", "--along", "parallel.recompute=none,full"],
+            "wants numbers",
+        ),
+        (["tools/plan.py", "--config", "configs/125m.yaml", "--along", "model.length=8,16", "train.seed=1"], "as many"),
+        (["tools/curves.py", "--out", tmp_path / "x.png", "a"], "is not NAME=RUN"),
+        (["tools/curves.py", "--out", tmp_path / "x.png", f"a={tmp_path}"], "has no metrics.jsonl"),
+        (["tools/curves.py", "--out", tmp_path / "x.png", f"a={run}", f"a={run}"], "there are two lines 'a'"),
+        (["tools/curves.py", "--out", tmp_path / "x.png", "--figure", "phase", f"a={run}"], "has a number 'phase'"),
+        (["tools/bench.py", "train", "--plot", tmp_path / "x.png"], "give several values of one of"),
+        (["tools/bench.py", "train", "--length", 8, 16, "--batch", 1, 2], "give several values of one of"),
+    ):
+        done = run_tool(*words)
+        assert done.returncode == 2
+        assert line in done.stderr
