@@ -42,7 +42,7 @@ class Section(BaseModel):
 
 
 class PrefixConfig(Section):
-    """Prefix aggregation, the seed of the strictly causal stream (paper section 3.2; design section 2)."""
+    """Prefix aggregation, the seed of the strictly causal stream (paper section 3.2)."""
 
     kernel: Literal["gaussian", "sinusoid", "learned"] = "gaussian"
     """Position embedding rows. ``gaussian``: sines at normal quantiles, so that the inner product is about
@@ -59,7 +59,7 @@ class PrefixConfig(Section):
 
 
 class ModelConfig(Section):
-    """The network (design section 2)."""
+    """The network (docs/model.md)."""
 
     objective: Annotated[Objective, Field(exclude=True)] = "armd"
     """The run's ``objective``, which fills this in: it decides how many streams there are and what they see."""

@@ -4,7 +4,7 @@
     python tools/eval_zeroshot.py MODEL --text FILE... [--order left-to-right strided:4]
 
 MODEL is a model folder, a run folder (its newest checkpoint, of any layout), or a checkpoint in one. The suite's texts
-are looked for in DIR (docs/data.md has the table of files), or on a hub with ``--data hub``.
+are looked for in DIR (docs/evaluation.md has the table of files), or on a hub with ``--data hub``.
 """
 
 import argparse
@@ -162,7 +162,7 @@ def _suite(args: argparse.Namespace, protocol: Any, say: Any) -> list[tuple[str,
             say(f"{text.name}: {path} is not the file of the table (SHA-256 {text.sha256}): figures will differ")
         found.append((text.name, str(path), digest, *suites.read(text, path, protocol)))
     if not found:
-        raise UserError(f"{folder} holds none of the suite's texts; docs/data.md lists their files")
+        raise UserError(f"{folder} holds none of the suite's texts; docs/evaluation.md lists their files")
     return found
 
 

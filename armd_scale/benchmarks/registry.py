@@ -241,8 +241,9 @@ class Runner:
             entry.update(message)
         else:
             entry["figures"].append(figure)
-            print("  " + describe(figure, m.checks_results), flush=True)
         self._write()
+        if figure is not None:
+            print("  " + describe(figure, m.checks_results), flush=True)
 
     def _write(self) -> None:
         if self.path:

@@ -10,7 +10,7 @@
 The left-to-right and the masked-diffusion models are made of 1 -> 1 alone.
 
 Activations are [N, S * B, d], sequence first as Megatron's sequence parallelism wants; the S streams lie behind each
-other in the batch dimension, X first, so that one matrix product serves both (paper section 3.3; design section 2).
+other in the batch dimension, X first, so that one matrix product serves both (paper section 3.3).
 """
 
 import functools

@@ -42,7 +42,7 @@ def test_equals_the_reference(kind, length):
 
 
 def test_left_to_right_is_a_distribution():
-    """Identities 3 and 5: the probabilities of all texts sum to 1, and each is the token-by-token product."""
+    """The probabilities of all texts sum to 1, and each is the token-by-token product."""
     model = tiny_distribution(V, N, objective="ar", two_stream_layers=0)
     nll = model.nll(torch.tensor(TEXTS))
     assert float((-nll.sum(1)).exp().sum()) == pytest.approx(1, abs=1e-12)
@@ -64,7 +64,7 @@ def test_left_to_right_is_causal_bit_for_bit():
 @pytest.mark.parametrize("kind", ["ar", "ar modern"])
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(0, 99))
 def test_cached_decoding_is_the_one_pass_forward(kind, sizes, seed):
-    """Identity 6: prompts of any length side by side; the likeliest token of the whole pass is the one written."""
+    """Prompts of any length side by side; the likeliest token of the whole pass is the one written."""
     model = standalone(BASELINES[kind])
     draw = np.random.default_rng(seed)
     prompts = [draw.integers(0, 50, size).tolist() for size in sizes]

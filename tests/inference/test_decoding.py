@@ -66,7 +66,7 @@ def _texts(tasks, steps):
 )
 @pytest.mark.parametrize("case", CASES)
 def test_cached_steps_equal_one_pass(kind, streams, case, lockstep, spied, monkeypatch):
-    """Identity 6: the logits of every step are those of one pass over the finished text, in the same layout."""
+    """The logits of every step are those of one pass over the finished text, in the same layout."""
     model = standalone(MODELS[kind])
     tasks = model.plan(CASES[case], Decoding(streams=streams), seed=4)
     in_step, original = [], Lockstep.step
@@ -105,7 +105,7 @@ def _lanes(model, strategy, tasks, width):
 @pytest.mark.parametrize("way", [Decoding(draft=2), Decoding(draft=5), Decoding(draft=4, streams=4)])
 @pytest.mark.parametrize("case", CASES)
 def test_cached_scores_and_drafts_equal_one_pass(kind, way, case, spied):
-    """Identity 6 for exact parallel decoding: a score is the next token's distribution behind the draft before it; so
+    """In exact parallel decoding a score is the next token's distribution behind the draft before it; so
     is what the next draft is drawn from, behind the whole draft.
     """
     model = standalone(MODELS[kind])

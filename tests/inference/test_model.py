@@ -43,7 +43,7 @@ def test_equals_the_reference_in_every_layout(kind, length):
 
 @given(st.data())
 def test_strict_causality_is_exact(data):
-    """Identity 1: a token of a block >= B(n) does not change the output at n by a single bit."""
+    """Strict causality: a token of a block >= B(n) does not change the output at n by a single bit."""
     length = data.draw(st.integers(2, 16))
     model = standalone(MODELS[data.draw(st.sampled_from(list(MODELS)))])
     order = torch.tensor(data.draw(st.permutations(range(1, length + 1))))
@@ -60,7 +60,7 @@ def test_strict_causality_is_exact(data):
 
 
 def test_gradients_of_hidden_tokens_are_exactly_zero():
-    """Identity 1, by derivatives with respect to the embedding of each context token."""
+    """Strict causality, by derivatives with respect to the embedding of each context token."""
     model = standalone(MODELS["paper"])
     tokens = torch.arange(3, 15)[None]  # all different, so a row of the embedding is a position
     for layout in layouts(12).values():
@@ -82,7 +82,7 @@ def test_gradients_of_hidden_tokens_are_exactly_zero():
 
 @given(st.integers(0, 10**6))
 def test_equivariance(seed):
-    """Identity 2: swapping tokens of one block, with their positions, changes nothing but the order of the outputs."""
+    """Swapping tokens of one block, with their positions, changes nothing but the order of the outputs."""
     generator = np.random.default_rng(seed)
     model, length = standalone(MODELS["paper"]), 12
     order = generator.permutation(length) + 1
@@ -96,7 +96,7 @@ def test_equivariance(seed):
 
 @pytest.mark.parametrize("layout", ["left-to-right", "random", "strided-2", "random-blocks"])
 def test_probabilities_of_all_texts_sum_to_one(layout):
-    """Identity 3."""
+    """The probabilities of all texts sum to 1."""
     model, length, vocab = tiny_distribution(3, 5), 5, 3
     order, blocks = _tensors(layouts(length)[layout])
     texts = torch.tensor(list(itertools.product(range(vocab), repeat=length)))
@@ -105,7 +105,7 @@ def test_probabilities_of_all_texts_sum_to_one(layout):
 
 
 def test_left_to_right_is_the_product_of_its_steps():
-    """Identity 5: token n scored in the whole text and at the end of a text that stops there."""
+    """An exact likelihood: token n scored in the whole text and at the end of a text that stops there."""
     model = standalone(MODELS["modern"])
     tokens = _random_tokens(3, 16, 50)
     whole = model.nll(tokens)

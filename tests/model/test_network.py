@@ -45,7 +45,7 @@ def weights(stage, config):
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("length", [16, 11])
 def test_equals_the_reference_in_every_layout(kind, length):
-    """Identity 4: losses of every target, in float32 against float64."""
+    """Losses of every target, in float32 against float64."""
     config = MODELS[kind]
     stage = build(config)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, length))
@@ -120,7 +120,7 @@ def test_a_batch_may_mix_orders():
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("layout", ["random", "strided-4"])
 def test_strict_causality_of_the_training_network(kind, layout):
-    """Identity 1, bit for bit: a target's loss does not see tokens of its own or a later block."""
+    """Strict causality, bit for bit: a target's loss does not see tokens of its own or a later block."""
     config = MODELS[kind]
     stage = build(config)
     order, blocks = layouts(16)[layout]

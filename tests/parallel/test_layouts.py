@@ -1,4 +1,4 @@
-"""Identity 7: any layout gives the losses and the weights of one process; a layout repeated is bit-exact."""
+"""Any layout gives the losses and the weights of one process; a layout repeated is bit-exact."""
 
 import contextlib
 

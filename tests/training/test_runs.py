@@ -1,4 +1,4 @@
-"""Whole training runs on gloo: resuming, checkpoints, and what they refuse. Identity 8 on one layout."""
+"""Whole training runs on gloo: resuming, checkpoints, and what they refuse."""
 
 import errno
 import json
@@ -79,7 +79,7 @@ def figures(records):
 
 @pytest.mark.parametrize(("processes", "tensor"), [(1, 1), (4, 2)])
 def test_a_resumed_run_is_the_uninterrupted_one(data, tmp_path, processes, tensor):
-    """Identity 8: stopped after a checkpoint, in any phase, and resumed: the same losses and files, bit for bit."""
+    """Stopped after a checkpoint, in any phase, and resumed: the same losses and files, bit for bit."""
     text = data / "text.jsonl"
     whole = run(data, text, tmp_path / "whole", processes, tensor)
     expected = figures(start(whole))
