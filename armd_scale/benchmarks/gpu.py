@@ -5,14 +5,12 @@ A measurement is one function registered with ``registry.measurement`` in one of
 
 import argparse
 import datetime
-import importlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,7 +20,6 @@ from armd_scale.benchmarks import gpu_report, registry
 from armd_scale.errors import UserError, cli
 from armd_scale.files import check_writable
 
-ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = ("torch", "transformers", "numpy", "deepspeed", "megatron.core", "omegaconf", "pydantic", "zstandard")
 
 
@@ -57,6 +54,8 @@ def main() -> int:
             "or name a folder of wheels with --wheels"
         )
     _check_device(args.device)
+    from armd_scale.training.telemetry import git  # needs packages that were only now found
+
     if args.json:
         check_writable(args.json)
     if args.trace:
@@ -70,7 +69,7 @@ def main() -> int:
         facts = {
             "environment": environment(args.device),
             "date": datetime.date.today().isoformat(),
-            "commit": _commit(),
+            "commit": git("rev-parse", "HEAD"),
             "command": " ".join(["tools/gpu.py", *sys.argv[1:]]),
             "quick": args.quick,
         }
@@ -125,16 +124,6 @@ def environment(device: str) -> dict[str, str]:
     if device == "cuda":
         versions |= {"GPU": torch.cuda.get_device_name(), "CUDA": str(torch.version.cuda)}
     return versions
-
-
-def _commit() -> str | None:
-    """The commit of the checkout, where there is one."""
-    words = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

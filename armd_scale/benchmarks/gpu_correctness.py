@@ -7,6 +7,7 @@
 """
 
 import copy
+import functools
 import json
 import tempfile
 from collections.abc import Iterator
@@ -164,22 +165,27 @@ class Network:
     """The training network of an objective on a device, and the standalone model with its weights in float64."""
 
     def __init__(self, objective: str, dtype: str, place: torch.device) -> None:
-        from armd_scale import inference
         from armd_scale.config import ParallelConfig
         from armd_scale.model.network import Stage
         from armd_scale.parallel import groups
         from armd_scale.parallel.sharding import initialise
+
+        self.place, self.model = place, _model(objective)
+        stage = Stage(self.model, groups.transformer_config(self.model, ParallelConfig(), getattr(torch, dtype)))
+        initialise([stage], self.model, 0)
+        self.stage = stage.to(place)
+
+    @functools.cached_property
+    def standalone(self) -> Any:
+        """The standalone model in float64; the gradients' reference does without it."""
+        from armd_scale import inference
         from armd_scale.training.export import standalone_config
 
-        self.place = place
-        model = _model(objective)
-        stage = Stage(model, groups.transformer_config(model, ParallelConfig(), getattr(torch, dtype)))
-        initialise([stage], model, 0)
-        self.stage = stage.to(place)
-        self.standalone = inference.ARMD(standalone_config(model, eos_id=1)).double()
-        weights = {name: weight.detach().double().cpu() for name, weight in stage.named_parameters()}
-        weights["embedding.weight"] = weights["embedding.weight"][: model.symbols]
-        self.standalone.load_state_dict(weights)
+        standalone = inference.ARMD(standalone_config(self.model, eos_id=1)).double()
+        weights = {name: weight.detach().double().cpu() for name, weight in self.stage.named_parameters()}
+        weights["embedding.weight"] = weights["embedding.weight"][: self.model.symbols]
+        standalone.load_state_dict(weights)
+        return standalone
 
     def run(self, name: str, layout: Any, rows: Any, expected: bool) -> Pass:
         self.stage.zero_grad()
@@ -192,7 +198,7 @@ class Network:
     @torch.no_grad()
     def _expected(self, layout: Any, rows: Any) -> torch.Tensor:
         tokens = torch.from_numpy(_tokens())
-        if self.standalone.config.objective == "mdm":
+        if self.model.objective == "mdm":
             logp = self.standalone.predict(self.standalone.denoise(rows.context_tokens)).log_softmax(-1)
             return -logp.gather(-1, tokens[..., None])[..., 0] * torch.from_numpy(_masked())
         order, blocks = (torch.from_numpy(np.array(field)) for field in layout)

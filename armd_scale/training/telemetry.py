@@ -29,17 +29,18 @@ _PACKAGES = (
 )
 
 
+def git(*command: str) -> str | None:
+    """What git says of the source tree; None where there is no git or no checkout."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
 def environment() -> dict[str, Any]:
     """Versions of everything that a result depends on, and the state of the source tree."""
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*command: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
-
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
