@@ -1,0 +1,72 @@
+"""Data sets, checkpoints and model directories of version 0.1 still give the same numbers.
+
+``fixtures/v0.1`` was written by that version: ``text.jsonl``, the data set of it, a run stopped at step 4 of 8, model
+directories of an ``armd`` and an ``mdm`` run, and ``expected.json``: the figures of the rest of the run and of the
+models.
+"""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from armd_scale import config as configs
+from armd_scale import inference, orders
+from data_pipeline import prepare
+from tests.training.test_runs import figures, start
+
+OLD = Path(__file__).parent / "fixtures" / "v0.1"
+EXPECTED = json.loads((OLD / "expected.json").read_text())
+
+
+def test_a_data_set_is_prepared_to_the_same_bytes(tmp_path, monkeypatch):
+    shutil.copy(OLD / "text.jsonl", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    prepare.prepare(configs.load(OLD / "run" / "config.yaml"))
+    for path in (OLD / "data").rglob("*"):
+        if path.suffix in (".tar", ".model", ".parquet"):
+            assert (tmp_path / "data" / path.relative_to(OLD / "data")).read_bytes() == path.read_bytes(), path
+
+
+def test_a_run_resumes_from_a_checkpoint(tmp_path, monkeypatch):
+    shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    records = start(configs.load("run/config.yaml"))
+    assert figures([record for record in records if record["step"] > 4]) == EXPECTED["records"]
+
+
+@pytest.fixture(params=["package", "own code"])
+def load(request):
+    """Loads a model directory with the package, or with the code that the directory holds."""
+    if request.param == "package":
+        return lambda name: (inference, inference.load(OLD / name))
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(f"old_{name}", OLD / name / "modeling_armd.py")
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module, module.load(OLD / name)
+
+    return load
+
+
+def test_an_armd_model_directory_scores_and_writes_as_before(load):
+    code, model = load("armd")
+    tokens, strided = torch.tensor(EXPECTED["tokens"]), orders.strided(20, 4)
+    layout = torch.from_numpy(strided.order), torch.from_numpy(strided.block_ids)
+    torch.testing.assert_close(model.nll(tokens), torch.tensor(EXPECTED["nll"]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.nll(tokens, *layout), torch.tensor(EXPECTED["strided_nll"]), atol=1e-5, rtol=1e-5)
+    for name, decoding in (("generated", code.Decoding(streams=3)), ("exact", code.Decoding(draft=3))):
+        assert model.generate([[5, 6, 7]], length=24, decoding=decoding, seed=4).tolist() == EXPECTED[name]
+
+
+def test_an_mdm_model_directory_scores_and_writes_as_before(load):
+    code, model = load("mdm")
+    bound = model.bound(torch.tensor(EXPECTED["tokens"]), 4, seed=3)
+    torch.testing.assert_close(bound, torch.tensor(EXPECTED["bound"], dtype=bound.dtype), atol=1e-4, rtol=1e-6)
+    text = model.generate([[5, 6, 7]], length=24, decoding=code.Decoding(steps=6), seed=4)
+    assert text.tolist() == EXPECTED["ancestral"]
