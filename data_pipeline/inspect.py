@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from armd_scale import tokenizer as tokenizers
+from armd_scale.data import shards
+from armd_scale.data import tokenizer as tokenizers
+from armd_scale.data.shards import PackedDataset
 from armd_scale.errors import UserError, cli
-from data_pipeline import documents, shards
-from data_pipeline.shards import PackedDataset
+from data_pipeline import documents
 
 _READ = 4096  # samples that are looked at at a time
 

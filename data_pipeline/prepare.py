@@ -23,11 +23,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from armd_scale import tokenizer as tokenizers
 from armd_scale.config import RunConfig
+from armd_scale.data import readers, shards
+from armd_scale.data import tokenizer as tokenizers
 from armd_scale.errors import UserError
 from armd_scale.files import exclusive, write_atomically
-from data_pipeline import documents, readers, shards, units
+from data_pipeline import documents, units
 
 _BEFORE = {
     "min_characters": 0,

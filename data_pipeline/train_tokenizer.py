@@ -6,9 +6,9 @@ python -m data_pipeline.train_tokenizer --text 'corpus/*.jsonl.zst' --vocab 3200
 import argparse
 from pathlib import Path
 
-from armd_scale import tokenizer as tokenizers
+from armd_scale.data import readers
+from armd_scale.data import tokenizer as tokenizers
 from armd_scale.errors import UserError, cli
-from data_pipeline import readers
 from data_pipeline.prepare import paragraphs
 
 

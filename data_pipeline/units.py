@@ -22,12 +22,12 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from armd_scale import tokenizer as tokenizers
+from armd_scale.data import readers, shards
+from armd_scale.data import tokenizer as tokenizers
+from armd_scale.data.readers import PART_BYTES, Part, Record
+from armd_scale.data.shards import Place
+from armd_scale.data.tokenizer import token_type
 from armd_scale.files import write_atomically
-from armd_scale.tokenizer import token_type
-from data_pipeline import readers, shards
-from data_pipeline.readers import PART_BYTES, Part, Record
-from data_pipeline.shards import Place
 
 SPLITS = ("train", "heldout")
 DOCUMENT = np.dtype([("tokens", "<u4"), ("bytes", "<u8"), ("hash", "<u8", 2)])

@@ -24,11 +24,11 @@ import torch.multiprocessing
 from safetensors.torch import save_file
 
 from armd_scale import inference, orders
-from armd_scale import tokenizer as tokenizers
 from armd_scale.config import ModelConfig, ParallelConfig, PrefixConfig
+from armd_scale.data import tokenizer as tokenizers
+from armd_scale.data.tokenizer import Tokenizer
 from armd_scale.inference import ARMDConfig, folder
 from armd_scale.orders import Layout
-from armd_scale.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 

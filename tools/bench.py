@@ -14,9 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from armd_scale.benchmarks import data, decode, train
+from armd_scale.benchmarks import decode, train
 from armd_scale.errors import UserError, cli
 from armd_scale.files import check_picture, check_writable, write_atomically
+from data_pipeline import benchmark as data
 
 
 def main() -> None:

@@ -125,8 +125,8 @@ def main() -> None:
 
 def _texts(args: argparse.Namespace) -> list[tuple[str, str, str, list[str], int]]:
     """Name, place, SHA-256, documents and bytes of the texts on the command line."""
+    from armd_scale.data import readers
     from armd_scale.files import sha256
-    from data_pipeline import readers
 
     found = []
     for name in args.text:

@@ -48,8 +48,8 @@ def main() -> None:
     from rich.text import Text
 
     from armd_scale import inference
-    from armd_scale import tokenizer as tokenizers
-    from data_pipeline.readers import encodable
+    from armd_scale.data import tokenizer as tokenizers
+    from armd_scale.data.readers import encodable
 
     model = inference.load(args.model, args.device, getattr(torch, args.dtype) if args.dtype else None)
     tokenizer = tokenizers.load(args.model, model.config.vocab_size)

@@ -41,7 +41,7 @@ def main() -> None:
     import torch
 
     from armd_scale import inference
-    from armd_scale import tokenizer as tokenizers
+    from armd_scale.data import tokenizer as tokenizers
 
     model = inference.load(args.model, args.device, getattr(torch, args.dtype) if args.dtype else None)
     tokenizer = tokenizers.load(args.model, model.config.vocab_size)

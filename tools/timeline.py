@@ -56,9 +56,9 @@ def _rank(rank: int, config: RunConfig, steps: int, folder: str) -> None:
     from megatron.core import parallel_state
 
     from armd_scale import orders
-    from armd_scale.model.rows import arrange
     from armd_scale.parallel import groups
     from armd_scale.parallel.engine import Engine
+    from armd_scale.rows import arrange
 
     torch.set_num_threads(1)
     device = torch.device("cpu")

@@ -91,7 +91,7 @@ def _reference(context: Context) -> dict[str, Any]:
     """
     path = Path(context.shared, "reference.pt")
     if not path.exists():
-        one("gpu_correctness.write_reference", threads=2, sees_gpu=False, path=str(path))
+        one(f"{__name__}.write_reference", threads=2, sees_gpu=False, path=str(path))
     return torch.load(path)
 
 
@@ -109,7 +109,7 @@ def _place(device: str) -> torch.device:
 def _cases() -> Iterator[tuple[str, str, Any, Any]]:
     """Objective, kind of order, layout and rows of everything that is compared."""
     from armd_scale import orders
-    from armd_scale.model.rows import arrange, corrupt
+    from armd_scale.rows import arrange, corrupt
 
     natural, tokens = orders.left_to_right(256), _tokens()
     layouts = {"left to right": natural, "any order": orders.shuffled(256, 256, 1)}

@@ -14,13 +14,13 @@ from armd_scale.errors import UserError
 
 
 def one(work: str, threads: int = 1, sees_gpu: bool = True, **arguments: Any) -> Any:
-    """What the function ``work`` ("module.function") of this package returns, on as many cores as it has threads."""
+    """What the function ``work`` ("package.module.function") returns, on as many cores as it has threads."""
     cores = sorted(os.sched_getaffinity(0))[:threads]
     environment = {**os.environ, "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": str(threads)}
     environment["TOKENIZERS_PARALLELISM"] = "false"
     if not sees_gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    if not work.startswith("data."):
+    if not work.startswith("data_pipeline."):
         arguments["threads"] = threads
 
     def start() -> None:
@@ -53,6 +53,6 @@ def resident() -> int:
 
 
 if __name__ == "__main__":
-    module, _, name = sys.argv[1].partition(".")
-    function = getattr(importlib.import_module(f"armd_scale.benchmarks.{module}"), name)
+    module, _, name = sys.argv[1].rpartition(".")
+    function = getattr(importlib.import_module(module), name)
     print(json.dumps(function(**json.loads(sys.argv[2]))))

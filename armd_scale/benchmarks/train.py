@@ -44,7 +44,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     versions = {
         name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed", "megatron-core")
     }
-    limit = one("train.matrix_products", args.threads, device=args.device, dtype=args.dtype)
+    limit = one(f"{__name__}.matrix_products", args.threads, device=args.device, dtype=args.dtype)
     facts: dict[str, Any] = {"versions": versions, "cpu": platform.processor(), "limit": limit, "rows": []}
     facts |= {name: getattr(args, name) for name in ("layers", "vocab", "device", "dtype", "threads", "norm", "mlp")}
     print(
@@ -59,14 +59,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         left_to_right = 0.0
         for name, kind in KINDS.items():
             if kind is None:
-                row = {**one("train.transformers", args.threads, steps=args.steps, **common, **size), "planned": 0.0}
+                row = {
+                    **one(f"{__name__}.transformers", args.threads, steps=args.steps, **common, **size),
+                    "planned": 0.0,
+                }
             else:
                 words = f"{name} hidden {size['hidden']} {size['batch']}x{size['length']}"
                 trace = str(args.trace / f"{re.sub('[^A-Za-z0-9]+', '-', words)}.json") if args.trace else None
                 run = {**common, **own, **size, **kind}
-                row = one("train.armd_scale", args.threads, steps=args.steps, trace=trace, **run)
+                row = one(f"{__name__}.armd_scale", args.threads, steps=args.steps, trace=trace, **run)
                 gpu = limit["name"]
-                row["planned"] = one("train.planned", sees_gpu=False, gpu=gpu, **run) if gpu else 0.0
+                row["planned"] = one(f"{__name__}.planned", sees_gpu=False, gpu=gpu, **run) if gpu else 0.0
             left_to_right = left_to_right or row["seconds"]  # AR comes first
             row |= {"kind": name, **size, "ratio": row["seconds"] / left_to_right}
             facts["rows"].append(row)

@@ -8,10 +8,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from armd_scale.data.tokenizer import Tokenizer
 from armd_scale.errors import UserError
 from armd_scale.evaluation.models import Mapper
 from armd_scale.inference import ARMD, FREE, Decoding
-from armd_scale.tokenizer import Tokenizer
 
 _UNIT = 16
 

@@ -15,7 +15,7 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from armd_scale import inference
-from armd_scale import tokenizer as tokenizers
+from armd_scale.data import tokenizer as tokenizers
 from armd_scale.errors import UserError
 from armd_scale.inference import FREE, Decoding
 

@@ -14,11 +14,11 @@ from typing import Any, TypeAlias
 import torch
 
 from armd_scale import inference
-from armd_scale import tokenizer as tokenizers
+from armd_scale.data import tokenizer as tokenizers
+from armd_scale.data.tokenizer import Tokenizer
 from armd_scale.errors import UserError
 from armd_scale.inference import ARMD
 from armd_scale.inference.model import check_device
-from armd_scale.tokenizer import Tokenizer
 
 
 def resolve(path: Path) -> Path:

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 
 from armd_scale import inference
-from armd_scale import tokenizer as tokenizers
 from armd_scale.config import RunConfig
+from armd_scale.data import tokenizer as tokenizers
+from armd_scale.data.shards import PackedDataset
+from armd_scale.data.tokenizer import Tokenizer
 from armd_scale.evaluation import generation, likelihood
 from armd_scale.evaluation.models import alone
 from armd_scale.files import write_atomically
 from armd_scale.model.flops import FORMULAS, training_flops_per_token
-from armd_scale.tokenizer import Tokenizer
 from armd_scale.training import objectives
 from armd_scale.training.telemetry import environment, read_metrics
-from data_pipeline.shards import PackedDataset
 
 _UNIGRAM_SAMPLES = 100_000  # training samples whose tokens are counted
 

@@ -16,17 +16,17 @@ from pydantic import Field, ValidationError
 
 from armd_scale import config as configs
 from armd_scale.config import Count, Objective, Positive, RunConfig, Section
+from armd_scale.data.shards import PackedDataset
+from armd_scale.data.tokenizer import Tokenizer
 from armd_scale.errors import UserError
 from armd_scale.evaluation import generation, likelihood, suites
 from armd_scale.evaluation.models import alone, open_model
 from armd_scale.files import write_atomically
 from armd_scale.inference import ARMD
 from armd_scale.model.flops import training_flops_per_token
-from armd_scale.tokenizer import Tokenizer
 from armd_scale.training import objectives
 from armd_scale.training.export import load_run
 from armd_scale.training.telemetry import read_metrics
-from data_pipeline.shards import PackedDataset
 
 OBJECTIVES: tuple[Objective, ...] = ("ar", "armd", "mdm")
 """Variants that every study has, under these names; ``judge`` is the fourth."""

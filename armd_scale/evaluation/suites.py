@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from armd_scale.data import readers
+from armd_scale.data.tokenizer import Tokenizer
 from armd_scale.errors import UserError
 from armd_scale.evaluation.likelihood import cut
-from armd_scale.tokenizer import Tokenizer
-from data_pipeline import readers
 
 
 @dataclass(frozen=True)

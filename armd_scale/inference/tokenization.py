@@ -40,7 +40,7 @@ class ARMDTokenizer(PreTrainedTokenizer):
         text, kind = model.normalizer_spec, model.trainer_spec
         changed = text.precompiled_charsmap or text.add_dummy_prefix or text.remove_extra_whitespaces
         known = kind.model_type in (kind.UNIGRAM, kind.BPE) and not kind.treat_whitespace_as_suffix
-        self._by_segments = bool(not changed and known and kind.byte_fallback)  # as armd_scale.tokenizer decides
+        self._by_segments = bool(not changed and known and kind.byte_fallback)  # as armd_scale.data.tokenizer decides
         settings.setdefault("bos_token", self._processor.id_to_piece(self._processor.bos_id()))
         settings.setdefault("eos_token", self._processor.id_to_piece(self._processor.eos_id()))
         settings.setdefault("pad_token", settings["eos_token"])

@@ -37,7 +37,7 @@ from armd_scale.model.layers import (
     rotary,
 )
 from armd_scale.model.prefix import PrefixAggregation
-from armd_scale.model.rows import Rows
+from armd_scale.rows import Rows
 
 
 class Stage(nn.Module):

@@ -39,11 +39,11 @@ from armd_scale.config import RunConfig
 from armd_scale.model.flops import run_edges
 from armd_scale.model.layers import Attention
 from armd_scale.model.network import Stage
-from armd_scale.model.rows import Rows
 from armd_scale.parallel import optimizer as optimizers
 from armd_scale.parallel.groups import MegatronTopology, transformer_config
 from armd_scale.parallel.sharding import initialise, local_shape, partition_dim
 from armd_scale.parallel.timeline import Recorder, Timed
+from armd_scale.rows import Rows
 
 MASTER = "weight"
 """Name of the float32 master weights beside the optimiser's own states."""

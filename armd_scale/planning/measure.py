@@ -30,11 +30,11 @@ from torch.utils.flop_counter import flop_registry
 from armd_scale.config import RunConfig
 from armd_scale.model import layers, network, prefix
 from armd_scale.model.network import Stage, streams_of
-from armd_scale.model.rows import Rows
 from armd_scale.parallel import megatron_cpu
 from armd_scale.parallel.groups import transformer_config
 from armd_scale.parallel.sharding import global_shape
 from armd_scale.planning.hardware import GPU
+from armd_scale.rows import Rows
 
 _REDUCED = {"allreduce_": 2.0, "_allgather_base_": 1.0, "_reduce_scatter_base_": 1.0}
 """Passes of the data over a ring, per collective of c10d."""

@@ -26,10 +26,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from armd_scale.data.tokenizer import Tokenizer
 from armd_scale.inference import ARMD, FREE, Decoding, InputError, Task
 from armd_scale.inference.decoding import width
 from armd_scale.serving.engine import STOPPING, Busy, Engine, Event, Job, Stopping
-from armd_scale.tokenizer import Tokenizer
 
 BODY = 1 << 20
 """Most bytes of a request."""

@@ -21,17 +21,17 @@ from safetensors.torch import save_file
 
 from armd_scale import config as configs
 from armd_scale import inference, orders
-from armd_scale import tokenizer as tokenizers
 from armd_scale.config import ModelConfig, ParallelConfig, RunConfig
+from armd_scale.data import tokenizer as tokenizers
+from armd_scale.data.shards import PackedDataset
+from armd_scale.data.tokenizer import Tokenizer
 from armd_scale.errors import UserError
 from armd_scale.inference import ARMDConfig, folder
 from armd_scale.model.network import Stage
-from armd_scale.model.rows import Rows, arrange, corrupt
 from armd_scale.parallel import groups
-from armd_scale.tokenizer import Tokenizer
+from armd_scale.rows import Rows, arrange, corrupt
 from armd_scale.training import checkpoint, manifest, objectives
 from armd_scale.training.telemetry import read_metrics
-from data_pipeline.shards import PackedDataset
 
 TOLERANCE = 1e-3
 """Largest difference of float32 logits that two orders of summation can explain."""

@@ -18,16 +18,16 @@ import numpy as np
 import torch
 
 from armd_scale.config import RunConfig, identity, with_vocabulary
+from armd_scale.data.shards import PackedDataset
 from armd_scale.errors import UserError
 from armd_scale.model.flops import peak_flops, run_costs, run_edges, training_flops_per_token
-from armd_scale.model.rows import Rows
 from armd_scale.parallel import groups
 from armd_scale.parallel.engine import Engine, Pending
+from armd_scale.rows import Rows
 from armd_scale.training import checkpoint, kernels, manifest, objectives, schedules
 from armd_scale.training.health import REQUEUE, STOP, Heartbeat, Signals, Spikes, Watchdog, slow_ranks
 from armd_scale.training.samples import Samples
 from armd_scale.training.telemetry import Lines, Telemetry, say
-from data_pipeline.shards import PackedDataset
 
 _LN2 = float(np.log(2))
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from armd_scale import orders
 from armd_scale.config import Objective, RunConfig
-from armd_scale.model.rows import Rows, arrange, corrupt
 from armd_scale.orders import Layout, random_words
+from armd_scale.rows import Rows, arrange, corrupt
 from armd_scale.training import schedules
 
 _GOLDEN = (5**0.5 - 1) / 2

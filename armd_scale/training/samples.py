@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from armd_scale.config import RunConfig
+from armd_scale.data import shards
+from armd_scale.data.stream import Mixture, open_mixture, skipping
 from armd_scale.errors import UserError
 from armd_scale.files import write_atomically
-from data_pipeline import shards
-from data_pipeline.stream import Mixture, open_mixture, skipping
 
 _LEFT_OUT = "left_out.json"
 

@@ -14,14 +14,14 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from armd_scale import tokenizer as tokenizers
 from armd_scale.config import RunConfig
+from armd_scale.data import readers, shards
+from armd_scale.data import tokenizer as tokenizers
+from armd_scale.data.shards import PackedDataset
+from armd_scale.data.stream import Lost, Mixture, SampleStream, open_mixture
 from armd_scale.errors import UserError
 from armd_scale.training import samples
-from data_pipeline import readers, shards
 from data_pipeline.prepare import prepare
-from data_pipeline.shards import PackedDataset
-from data_pipeline.stream import Lost, Mixture, SampleStream, open_mixture
 
 TEXTS = [
     "First document.\n",

@@ -22,12 +22,13 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from armd_scale import tokenizer as tokenizers
 from armd_scale.config import RunConfig
+from armd_scale.data import readers, shards
+from armd_scale.data import tokenizer as tokenizers
+from armd_scale.data.shards import PackedDataset
 from armd_scale.errors import UserError
-from data_pipeline import documents, inspect, readers, shards, units
+from data_pipeline import documents, inspect, units
 from data_pipeline import prepare as preparing
-from data_pipeline.shards import PackedDataset
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "äöü", "你好"]

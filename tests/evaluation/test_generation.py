@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from armd_scale import inference
-from armd_scale import tokenizer as tokenizers
+from armd_scale.data import tokenizer as tokenizers
 from armd_scale.errors import UserError
 from armd_scale.evaluation import generation
 from armd_scale.training import manifest

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from armd_scale import inference
-from armd_scale import tokenizer as tokenizers
+from armd_scale.data import tokenizer as tokenizers
 from armd_scale.inference import FREE, Decoding
 from tests.conftest import PAPER, model_folder
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from armd_scale import orders
+from armd_scale.data import shards
+from armd_scale.data.shards import PackedDataset
 from armd_scale.errors import UserError
 from armd_scale.evaluation import likelihood, report
 from armd_scale.evaluation.models import alone
 from armd_scale.inference import InputError
-from data_pipeline import shards
-from data_pipeline.shards import PackedDataset
 from tests.conftest import BASELINES, MODELS, standalone
 
 

@@ -10,10 +10,10 @@ import torch
 from armd_scale import config as configs
 from armd_scale import inference
 from armd_scale.config import RunConfig
+from armd_scale.data.shards import PackedDataset
 from armd_scale.errors import UserError
 from armd_scale.evaluation.models import open_model
 from armd_scale.training import objectives
-from data_pipeline.shards import PackedDataset
 from tests.conftest import run_processes
 from tests.training.test_export import _export
 from tests.training.test_runs import data, run, start  # noqa: F401  (data is a fixture)

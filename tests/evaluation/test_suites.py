@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from armd_scale import inference
-from armd_scale import tokenizer as tokenizers
+from armd_scale.data import tokenizer as tokenizers
 from armd_scale.errors import UserError
 from armd_scale.evaluation import accuracy, suites
 from armd_scale.evaluation.models import alone

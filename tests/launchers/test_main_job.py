@@ -17,8 +17,8 @@ import yaml
 
 from armd_scale import config as configs
 from armd_scale import inference
-from armd_scale import tokenizer as tokenizers
 from armd_scale.config import RunConfig
+from armd_scale.data import tokenizer as tokenizers
 from armd_scale.errors import UserError
 from armd_scale.training import export
 from armd_scale.training.telemetry import read_metrics
@@ -108,7 +108,7 @@ def test_the_run_folder_holds_everything(finished):
 def test_heldout_figures_are_those_of_the_exported_model(finished):
     """The training loop's last evaluation (averaged weights, tensor parallel 2) and the exported model agree."""
     from armd_scale import orders
-    from data_pipeline.shards import PackedDataset
+    from armd_scale.data.shards import PackedDataset
 
     _, run, _ = finished
     last = [r for r in read_metrics(run) if "heldout_left_to_right" in r][-1]

@@ -20,10 +20,10 @@ from armd_scale.model.flops import (
 )
 from armd_scale.model.layers import Linears, linears
 from armd_scale.model.network import Stage
-from armd_scale.model.rows import arrange, corrupt
 from armd_scale.orders import Layout
 from armd_scale.parallel import groups
 from armd_scale.parallel.sharding import initialise
+from armd_scale.rows import arrange, corrupt
 from armd_scale.training.export import standalone_config
 from tests import reference
 from tests.conftest import BASELINES, MODELS, PAPER, layouts

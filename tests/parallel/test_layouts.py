@@ -195,10 +195,10 @@ def test_one_process_is_plain_adamw():
 
 def _plain(rank, processes, rendezvous, run):
     from armd_scale.model.network import Stage
-    from armd_scale.model.rows import arrange
     from armd_scale.orders import Layout
     from armd_scale.parallel import groups
     from armd_scale.parallel.sharding import initialise
+    from armd_scale.rows import arrange
     from armd_scale.training import schedules
 
     groups.start(run.parallel, rank=rank, processes=1, rendezvous=rendezvous, device=torch.device("cpu"))

@@ -40,9 +40,9 @@ def config(shape, processes=1, dtype="float32", model=None, **parallel):
 def steps(rank, count, rendezvous, run, watch):
     """Three steps of a rank under the context manager ``watch()``, which it returns."""
     from armd_scale import orders
-    from armd_scale.model.rows import arrange
     from armd_scale.parallel import groups
     from armd_scale.parallel.engine import Engine
+    from armd_scale.rows import arrange
 
     device, length = torch.device("cpu"), run.model.length
     groups.start(run.parallel, rank=rank, processes=count, rendezvous=rendezvous, device=device)

@@ -115,9 +115,9 @@ def _sent(rank, count, rendezvous, config):
     from torch.utils._pytree import tree_leaves
 
     from armd_scale import orders
-    from armd_scale.model.rows import arrange
     from armd_scale.parallel import groups
     from armd_scale.parallel.engine import Engine
+    from armd_scale.rows import arrange
 
     passes = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1, "allgather_": 1, "reduce_": 1}
     sent = {"send": 0.0, "ring": 0.0}

@@ -15,9 +15,9 @@ from tests.conftest import PAPER, run_processes
 
 def _passes(rank, count, rendezvous, run):
     from armd_scale import orders
-    from armd_scale.model.rows import arrange
     from armd_scale.parallel import groups
     from armd_scale.parallel.engine import Engine
+    from armd_scale.rows import arrange
 
     device, length = torch.device("cpu"), run.model.length
     groups.start(run.parallel, rank=rank, processes=count, rendezvous=rendezvous, device=device)

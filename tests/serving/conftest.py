@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from armd_scale import tokenizer as tokenizers
+from armd_scale.data import tokenizer as tokenizers
 from tests.conftest import PAPER, model_folder
 
 WORDS = "Return the class of a function, naïve words and 你好, with its arguments:\n\tx = y(z)  # comment\n" * 20

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from armd_scale import inference
-from armd_scale import tokenizer as tokenizers
+from armd_scale.data import tokenizer as tokenizers
 from armd_scale.inference import FREE, Decoding
 from armd_scale.serving.app import Text
 

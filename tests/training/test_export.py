@@ -36,8 +36,8 @@ def trained(data, tmp_path_factory):  # noqa: F811
 def _export(rank, count, rendezvous, config, out, file_bytes):
     """Export in this process; its facts, and the growth of memory that is not a mapped file."""
     from armd_scale.config import with_vocabulary
+    from armd_scale.data.shards import PackedDataset
     from armd_scale.training import export
-    from data_pipeline.shards import PackedDataset
 
     index = PackedDataset(config.data_directory / "train").index
     config = with_vocabulary(config, index["vocab_size"], index["bos_id"])

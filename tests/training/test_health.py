@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from armd_scale.config import RunConfig
+from armd_scale.data.shards import PackedDataset
+from armd_scale.data.stream import SampleStream
 from armd_scale.training import health, manifest, telemetry
 from armd_scale.training.telemetry import read_metrics
-from data_pipeline.shards import PackedDataset
-from data_pipeline.stream import SampleStream
 from tests.conftest import run_processes
 from tests.training.test_runs import data, figures, run, start  # noqa: F401  (data is a fixture)
 

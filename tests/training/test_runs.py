@@ -10,12 +10,12 @@ import torch
 
 from armd_scale import config as configs
 from armd_scale.config import RunConfig
+from armd_scale.data.shards import PackedDataset
+from armd_scale.data.stream import SampleStream
 from armd_scale.errors import UserError
 from armd_scale.training import manifest, samples, schedules
 from armd_scale.training.telemetry import read_metrics
 from data_pipeline import prepare
-from data_pipeline.shards import PackedDataset
-from data_pipeline.stream import SampleStream
 from tests.conftest import run_processes
 
 PANGRAMS = "the quick brown fox jumps over a lazy dog while seven wizards quietly judge my vow of black quartz"

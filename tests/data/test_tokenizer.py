@@ -9,8 +9,8 @@ import tokenizers as library
 from hypothesis import given
 from hypothesis import strategies as st
 
-from armd_scale import segments
-from armd_scale import tokenizer as tokenizers
+from armd_scale.data import segments
+from armd_scale.data import tokenizer as tokenizers
 from armd_scale.errors import UserError
 from tests.conftest import shared_data
 

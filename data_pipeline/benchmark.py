@@ -20,8 +20,8 @@ SHARDS = 10_000
 
 
 def measure(text: list[str], vocab: int, tokenizer: str | None) -> dict[str, Any]:
-    from armd_scale import tokenizer as tokenizers
-    from data_pipeline import readers
+    from armd_scale.data import readers
+    from armd_scale.data import tokenizer as tokenizers
     from data_pipeline.prepare import paragraphs
 
     facts: dict[str, Any] = {"versions": _versions(), "cpu": platform.processor() or platform.machine()}
@@ -41,7 +41,9 @@ def measure(text: list[str], vocab: int, tokenizer: str | None) -> dict[str, Any
             rows = {}
             for work in ("armd_scale", "datasets_map", "megatron"):
                 out = f"{folder}/{work}-{Path(path).name}"
-                seconds, tokens = one(f"data.prepare_{work}", text=str(jsonl), tokenizer=path, out=out)
+                seconds, tokens = one(
+                    f"data_pipeline.benchmark.prepare_{work}", text=str(jsonl), tokenizer=path, out=out
+                )
                 rows[work] = {"seconds": seconds, "megabytes_per_second": size / seconds / 1e6, "tokens": tokens}
             _table(rows, "megabytes_per_second", "MB/s")
             facts[f"prepare {name}"] = rows
@@ -49,11 +51,11 @@ def measure(text: list[str], vocab: int, tokenizer: str | None) -> dict[str, Any
         print("\nstreaming the packed samples once")
         rows = {}
         for work in ("armd_scale", "webdataset"):
-            seconds, tokens = one(f"data.stream_{work}", folder=prepared)
+            seconds, tokens = one(f"{__name__}.stream_{work}", folder=prepared)
             rows[work] = {"seconds": seconds, "megatokens_per_second": tokens / seconds / 1e6}
         _table(rows, "megatokens_per_second", "M tokens/s")
         facts["stream"] = rows
-        start, resume, before, after = one("data.start_up", folder=f"{folder}/many")
+        start, resume, before, after = one(f"{__name__}.start_up", folder=f"{folder}/many")
         facts["start-up"] = {"open": start, "resume": resume, "rss_before": before, "rss_after": after}
         print(
             f"\n{SHARDS:,} shards: first batch after {start:.2f} s, of step 1,000,000 after a restart {resume:.2f} s; "
@@ -89,7 +91,7 @@ def prepare_datasets_map(text: str, tokenizer: str, out: str) -> tuple[float, in
     """Hugging Face's way: tokenise in batches, then concatenate and cut, as its language modelling examples do."""
     import datasets
 
-    from armd_scale import tokenizer as tokenizers
+    from armd_scale.data import tokenizer as tokenizers
 
     datasets.disable_progress_bars()
     one = tokenizers.load(tokenizer)
@@ -117,7 +119,7 @@ def prepare_megatron(text: str, tokenizer: str, out: str) -> tuple[float, int]:
     import torch
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    from armd_scale import tokenizer as tokenizers
+    from armd_scale.data import tokenizer as tokenizers
 
     one = tokenizers.load(tokenizer)
     encode, count = _usual_encoder(one), 0
@@ -152,8 +154,8 @@ def _usual_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
 def stream_armd_scale(folder: str) -> tuple[float, int]:
     import numpy as np
 
-    from data_pipeline.shards import PackedDataset
-    from data_pipeline.stream import SampleStream
+    from armd_scale.data.shards import PackedDataset
+    from armd_scale.data.stream import SampleStream
 
     started = time.perf_counter()
     data = PackedDataset(Path(folder) / "train")
@@ -166,7 +168,7 @@ def stream_armd_scale(folder: str) -> tuple[float, int]:
 def stream_webdataset(folder: str) -> tuple[float, int]:
     import webdataset
 
-    from data_pipeline.shards import PackedDataset
+    from armd_scale.data.shards import PackedDataset
 
     index = PackedDataset(Path(folder) / "train").index
     names = [str(Path(folder) / "train" / shard["name"]) for shard in index["shards"]]
@@ -179,9 +181,9 @@ def stream_webdataset(folder: str) -> tuple[float, int]:
 def start_up(folder: str) -> tuple[float, float, int, int]:
     import numpy as np
 
-    from data_pipeline import shards
-    from data_pipeline.shards import PackedDataset
-    from data_pipeline.stream import SampleStream
+    from armd_scale.data import shards
+    from armd_scale.data.shards import PackedDataset
+    from armd_scale.data.stream import SampleStream
 
     Path(folder).mkdir()
     per_shard, tokens = 4, np.arange(4 * 64, dtype=np.uint16)

@@ -22,8 +22,8 @@ from typing import IO, Any, NamedTuple
 import fsspec
 import zstandard
 
+from armd_scale.data.builtin import python_documents
 from armd_scale.errors import UserError
-from data_pipeline.builtin import python_documents
 
 BUILTIN = "builtin:python"
 PART_BYTES = 32 << 20

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import webdataset
 
+from armd_scale.data.tokenizer import token_type
 from armd_scale.errors import UserError
 from armd_scale.files import sha256, write_atomically
-from armd_scale.tokenizer import token_type
 
 INDEX = "index.json"
 _BLOCK = 512  # unit of a tar file

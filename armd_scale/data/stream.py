@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from armd_scale.config import RunConfig
+from armd_scale.data.shards import PackedDataset
 from armd_scale.errors import UserError
 from armd_scale.orders import random_words
-from data_pipeline.shards import PackedDataset
 
 _ROUNDS = 4
 

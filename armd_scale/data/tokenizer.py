@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from armd_scale.data.segments import SegmentEncoder, bytelevel_cuts, sentencepiece_cuts
 from armd_scale.errors import UserError
-from armd_scale.segments import SegmentEncoder, bytelevel_cuts, sentencepiece_cuts
 
 _SPACE = "\u2581"
 """What sentencepiece writes for a space."""
