@@ -9,6 +9,7 @@ Fields marked [D] are decisions of this project where the paper is silent; ``doc
 """
 
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -17,15 +18,25 @@ from typing import Annotated, Any, Literal
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from armd_scale.errors import UserError
 from armd_scale.files import write_atomically
+from armd_scale.traits import DEFAULT, TRAITS, Traits
 
-Objective = Literal["armd", "ar", "mdm"]
+
+def _known_objective(name: str) -> str:
+    if name not in TRAITS:
+        raise ValueError(f"there is no objective '{name}': choose from {', '.join(TRAITS)}")
+    return name
+
+
+Objective = Annotated[str, AfterValidator(_known_objective)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1, le=10**9)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+TRAINING_ONLY = "training only"
+"""Mark of a field of ``ModelConfig`` that the exported model does not need."""
 
 
 class Section(BaseModel):
@@ -61,7 +72,7 @@ class PrefixConfig(Section):
 class ModelConfig(Section):
     """The network (docs/model.md)."""
 
-    objective: Annotated[Objective, Field(exclude=True)] = "armd"
+    objective: Annotated[Objective, Field(exclude=True)] = DEFAULT
     """The run's ``objective``, which fills this in: it decides how many streams there are and what they see."""
     layers: Positive = 12
     """Number of transformer layers, L."""
@@ -76,7 +87,7 @@ class ModelConfig(Section):
     length: Annotated[int, Field(ge=2)] = 1024
     """Tokens in a sequence without BOS, N; also the length of a packed sample."""
     two_stream_layers: Positive | None = None
-    """Leading layers with two streams; null: half of the layers, as in the paper. For ``armd``."""
+    """Leading layers with two streams; null: half of the layers, as in the paper. For objectives of two streams."""
     target_mlp: bool = True
     """Whether the target stream passes through the MLP of two-stream layers as well; the last of them always has it
     [D]."""
@@ -90,7 +101,11 @@ class ModelConfig(Section):
     """Base of the rotary frequencies; positions are always the original ones [D]."""
     norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
     """Added to the variance in every normalisation."""
-    init_std: Annotated[float, Field(gt=0.0)] = 0.02
+    qk_norm: bool = False
+    """RMSNorm of every head of queries and keys before the rotary embedding (as in Qwen3)."""
+    qkv_bias: bool = False
+    """Biases of queries, keys and values (as in Qwen2)."""
+    init_std: Annotated[float, Field(gt=0.0), TRAINING_ONLY] = 0.02
     """Standard deviation of initial weights; projections into the residual stream use it / sqrt(2 layers) [D]."""
     vocab_size: Positive | None = None
     """Size of the vocabulary; null: read from the data set's index."""
@@ -98,6 +113,16 @@ class ModelConfig(Section):
     """Token id at position 0; null: read from the data set's index."""
     prefix: PrefixConfig = PrefixConfig()
     """Prefix aggregation."""
+
+    @property
+    def traits(self) -> Traits:
+        """What the objective makes of the network."""
+        return TRAITS[self.objective]
+
+    @property
+    def residual_std(self) -> float:
+        """Standard deviation of initial projections into the residual stream."""
+        return self.init_std / math.sqrt(2 * self.layers)
 
     @property
     def key_heads(self) -> int:
@@ -112,7 +137,7 @@ class ModelConfig(Section):
     @property
     def two_stream(self) -> int:
         """Layers with two streams; 0 where the objective has one stream."""
-        if self.objective != "armd":
+        if self.traits.streams == 1:
             return 0
         return self.two_stream_layers or max(1, self.layers // 2)
 
@@ -138,7 +163,19 @@ class ModelConfig(Section):
     def symbols(self) -> int:
         """Entries of the vocabulary, and the mask token behind them where the objective has one."""
         assert self.vocab_size is not None
-        return self.vocab_size + (self.objective == "mdm")
+        return self.vocab_size + self.traits.mask
+
+    def exported(self) -> dict[str, Any]:
+        """Every field that the standalone model needs, with nulls filled in; those of ``prefix`` carry its name."""
+        names = [name for name, field in type(self).model_fields.items() if TRAINING_ONLY not in field.metadata]
+        values = {name: getattr(self, name) for name in names if name != "prefix"}
+        resolved = {
+            "kv_heads": self.key_heads,
+            "ffn": self.ffn_width,
+            "two_stream_layers": self.two_stream,
+            "prefix_dim": self.prefix_dim,
+        }
+        return values | {f"prefix_{name}": value for name, value in self.prefix.model_dump().items()} | resolved
 
     @model_validator(mode="after")
     def _fits(self) -> typing.Self:
@@ -153,7 +190,7 @@ class ModelConfig(Section):
 
 class OrderConfig(Section):
     """Training phases of ``armd``: left to right, progressive permutation, strided fine-tuning (paper sections 3.4 and
-    4). The other objectives have no orders and leave this section aside."""
+    4). Objectives without phases ignore this section."""
 
     ar_steps: Count = 9_000
     """Steps trained left to right only, i_AR."""
@@ -183,10 +220,10 @@ class DiffusionConfig(Section):
     """Noise of ``mdm``: a token is masked with probability t at time t, and never again (MDLM, arXiv 2406.07524)."""
 
     loss_form: Literal["time", "any-order"] = "any-order"
-    """``time``: mask every token with probability t and weigh by 1 / t (MDLM; with t for lambda also RADD's), which has
-    rare steps of a huge loss: use it with ``train.spike_nats=null``; ``any-order``: mask k tokens for a uniform k and
-    weigh by N / k, so that no text's loss exceeds the mean NLL of its masked tokens. Equal in expectation (RADD, arXiv
-    2406.03736) [D]."""
+    """Of ``mdm``. ``time``: mask every token with probability t and weigh by 1 / t (MDLM; with t for lambda also
+    RADD's), which has rare steps of a huge loss: use it with ``train.spike_nats=null``; ``any-order``: mask k tokens
+    for a uniform k and weigh by N / k, so that no text's loss exceeds the mean NLL of its masked tokens. Equal in
+    expectation (RADD, arXiv 2406.03736) [D]."""
 
 
 class MixtureConfig(Section):
@@ -431,16 +468,16 @@ class ClusterConfig(Section):
 class RunConfig(Section):
     """Everything that defines a run."""
 
-    name: str = "armd"
+    name: str = DEFAULT
     """Name of the run."""
     run_dir: str | None = None
     """Run folder; null: ``runs/<name>``."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of initial weights, data order and generation orders."""
-    objective: Objective = "armd"
-    """What is trained on the same data, layers, optimiser and layout. ``armd``: auto-regressive masked diffusion;
-    ``ar``: left to right with one causal stream (a GPT-2); ``mdm``: absorbing masked diffusion, one stream that sees
-    everything."""
+    objective: Objective = DEFAULT
+    """What is trained on the same data, layers, optimiser and layout (docs/objectives.md). ``armd``: auto-regressive
+    masked diffusion; ``ar``: left to right with one causal stream (a GPT-2); ``mdm``: absorbing masked diffusion, one
+    stream that sees everything."""
     model: ModelConfig = ModelConfig()
     """The network."""
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -470,8 +507,13 @@ class RunConfig(Section):
 
     @property
     def total_steps(self) -> int:
-        """Steps of all phases; strided fine-tuning is ``armd``'s alone."""
-        return self.train.steps + (self.orders.strided_steps if self.objective == "armd" else 0)
+        """Steps of the base training and of strided fine-tuning, where the objective has it."""
+        return self.train.steps + (self.orders.strided_steps if self.traits.phases else 0)
+
+    @property
+    def traits(self) -> Traits:
+        """What there is to know of the objective."""
+        return TRAITS[self.objective]
 
     @property
     def data_parallel(self) -> int:
@@ -488,7 +530,7 @@ class RunConfig(Section):
         """Let the network know the objective."""
         if not isinstance(values, dict) or not isinstance(values.get("model", {}), dict):
             return values
-        objective = values.get("objective", "armd")
+        objective = values.get("objective", DEFAULT)
         return {**values, "model": {"objective": objective, **values.get("model", {})}}
 
     @model_validator(mode="after")
@@ -519,7 +561,7 @@ class RunConfig(Section):
             )
         if self.cluster.gpus_per_node and self.cluster.gpus_per_node != self.cluster.tasks_per_node:
             raise ValueError("cluster.tasks_per_node must equal cluster.gpus_per_node: one process per GPU")
-        if self.objective == "armd":
+        if self.traits.phases:
             self._check_orders()
         if self.train.fp8:
             self._check_fp8()

@@ -68,12 +68,13 @@ def strided(length: int, streams: int) -> Layout:
     position are one block. When S does not divide the length, the first ``length % streams`` streams
     are one token longer, so only the last block is ragged. Blocks: S + ceil(N / S) - 1.
     """
+    from armd_scale.formulas import stream_bounds  # not above: preparing data needs no torch
+
     if streams < 1:
         raise UserError(f"a strided layout needs at least 1 stream, not {streams}")
-    streams = min(streams, length)
+    starts = np.array([start for start, _ in stream_bounds(length, streams)])
+    streams = len(starts)
     short, longer = divmod(length, streams)
-    stream = np.arange(streams)
-    starts = stream * short + np.minimum(stream, longer)
     # round r holds relative position r of each stream; the last round only the longer streams
     rounds = np.arange(short)[:, None] + starts[None, :]
     order = np.concatenate([rounds.reshape(-1), starts[:longer] + short]) + 1

@@ -55,9 +55,9 @@ def two_processes(context: Context) -> Iterator[Figure]:
 @measurement("host-waits", worth=90, seconds=25, quick_seconds=0, needs_gpu=True, checks_results=True)
 def host_waits(context: Context) -> Iterator[Figure]:
     """Operations of a training step that make the host wait for the device"""
+    from armd_scale.objectives.interface import training
     from armd_scale.parallel import groups
     from armd_scale.parallel.engine import Engine
-    from armd_scale.training import objectives
 
     run = toy_run(1, zero=1)
     run = run.model_copy(update={"train": run.train.model_copy(update={"dtype": "bfloat16"})})
@@ -67,7 +67,7 @@ def host_waits(context: Context) -> Iterator[Figure]:
         engine = Engine(run, place)
         tokens = np.random.default_rng(0).integers(0, 500, (8, 64))
         for kind, step in (("base", 0), ("strided", run.total_steps - 1)):
-            rows = engine.upload([objectives.training_rows(run, tokens, step, range(8))])
+            rows = engine.upload([training(run.objective).rows(run, tokens, step, range(8))])
             for _ in range(3):
                 engine.train_step(rows, 1e-3).result()
             torch.cuda.set_sync_debug_mode("error")
@@ -172,7 +172,7 @@ class Network:
 
         self.place, self.model = place, _model(objective)
         stage = Stage(self.model, groups.transformer_config(self.model, ParallelConfig(), getattr(torch, dtype)))
-        initialise([stage], self.model, 0)
+        initialise([stage], 0)
         self.stage = stage.to(place)
 
     @functools.cached_property
@@ -198,7 +198,7 @@ class Network:
     @torch.no_grad()
     def _expected(self, layout: Any, rows: Any) -> torch.Tensor:
         tokens = torch.from_numpy(_tokens())
-        if self.model.objective == "mdm":
+        if not self.model.traits.exact:
             logp = self.standalone.predict(self.standalone.denoise(rows.context_tokens)).log_softmax(-1)
             return -logp.gather(-1, tokens[..., None])[..., 0] * torch.from_numpy(_masked())
         order, blocks = (torch.from_numpy(np.array(field)) for field in layout)
@@ -275,9 +275,9 @@ def toy_run(processes: int, **parallel: int) -> Any:
 
 def _losses(rank: int, device: str, run: Any, folder: str) -> None:
     """Losses of a few steps of a rank, base training and strided, into a file."""
+    from armd_scale.objectives.interface import training
     from armd_scale.parallel import groups
     from armd_scale.parallel.engine import Engine
-    from armd_scale.training import objectives
 
     place, count = _place(device), run.cluster.processes
     groups.start(run.parallel, rank=rank, processes=count, rendezvous=f"{folder}/store", device=place, backend="gloo")
@@ -287,7 +287,7 @@ def _losses(rank: int, device: str, run: Any, folder: str) -> None:
         share = 8 // run.data_parallel
         first = engine.data_rank * share
         slots = [range(start, start + 2) for start in range(first, first + share, 2)]
-        rows = [objectives.training_rows(run, tokens[slot.start : slot.stop], step, slot) for slot in slots]
+        rows = [training(run.objective).rows(run, tokens[slot.start : slot.stop], step, slot) for slot in slots]
         losses.append(engine.train_step(engine.upload(rows), 1e-3).result().loss)
     if rank == 0:
         Path(folder, "losses.json").write_text(json.dumps(losses), encoding="utf-8")

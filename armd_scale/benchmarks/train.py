@@ -147,9 +147,10 @@ def armd_scale(steps: int, threads: int, trace: str | None, **sizes: Any) -> dic
     import torch
 
     from armd_scale.model.flops import training_flops_per_token
+    from armd_scale.objectives.interface import training
     from armd_scale.parallel import groups
     from armd_scale.parallel.engine import Engine
-    from armd_scale.training import kernels, objectives
+    from armd_scale.training import kernels
 
     torch.set_num_threads(threads)
     config = _configuration(**sizes)
@@ -166,7 +167,7 @@ def armd_scale(steps: int, threads: int, trace: str | None, **sizes: Any) -> dic
         engine = Engine(config, place, kernels.attention_kernel(config.model_copy(update={"run_dir": folder}), place))
         tokens = np.random.default_rng(0).integers(0, vocab, (batch, length))
         first = 1000 if sizes["streams"] > 1 else 0
-        rows = engine.upload([objectives.training_rows(config, tokens, first, range(batch))])
+        rows = engine.upload([training(config.objective).rows(config, tokens, first, range(batch))])
         seconds = _step_seconds(lambda: engine.train_step(rows, 1e-4), steps, device)
         profile = _profile(lambda: engine.train_step(rows, 1e-4).result(), cuda, trace) if trace else []
         groups.stop()

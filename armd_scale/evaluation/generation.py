@@ -23,6 +23,9 @@ from armd_scale.inference import ARMD, FREE, Decoding, Frontier
 from armd_scale.training import manifest
 from armd_scale.training.telemetry import read_metrics
 
+JUDGE = "ar"
+"""Objective of the runs that judge texts unless another judge is named."""
+
 
 class Judge(Protocol):
     """A language model that scores texts left to right."""
@@ -39,10 +42,10 @@ class OwnJudge:
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
         self._model, self._tokenizer = open_model(path, device)
-        objective = self._model.config.objective
-        if objective == "mdm":
-            raise UserError(f"{path} is a masked diffusion model, which has no exact likelihood: name another judge")
-        self.name = f"{path.name} ({objective.upper()}, left to right)"
+        traits = self._model.config.traits
+        if not traits.exact:
+            raise UserError(f"{path} is an {traits.label} model, which has no exact likelihood: name another judge")
+        self.name = f"{path.name} ({traits.label}, left to right)"
 
     def nll(self, texts: Sequence[str]) -> list[tuple[float, int]]:
         parts = [cut(tokens, self._model.config.length) for tokens in self._tokenizer.encode_batch(list(texts))]
@@ -110,22 +113,16 @@ def find_judge(model: Path) -> Path:
         found = [r for r in read_metrics(settings.parent) if "heldout_left_to_right" in r]
         chosen = yaml.safe_load(settings.read_text(encoding="utf-8")) or {}
         other = settings.parent != own
-        if found and other and chosen.get("objective") == "ar" and manifest.complete(settings.parent / "checkpoints"):
+        if found and other and chosen.get("objective") == JUDGE and manifest.complete(settings.parent / "checkpoints"):
             scores[settings.parent] = found[-1]["heldout_left_to_right_bits_per_byte"]
     if not scores:
-        raise UserError("there is no judge beside the model: train one with objective=ar, or name one with --judge")
+        raise UserError(f"there is no judge beside the model: train a run with objective={JUDGE}, or use --judge")
     return min(scores, key=lambda run: scores[run])
 
 
 def ways(model: ARMD, streams: Sequence[int], free: int) -> dict[int, Decoding]:
-    """How a model writes ``free`` tokens at so many a step: by streams; masked diffusion so many on average; left to
-    right only one.
-    """
-    if model.config.objective == "ar":
-        return {1: Decoding()}
-    if model.config.objective == "mdm":
-        return {count: Decoding(steps=-(-free // count)) for count in streams}
-    return {count: Decoding(streams=count) for count in streams}
+    """How a model writes ``free`` tokens, by the number of tokens a step (or their mean)."""
+    return model.objective.ways(streams, free)
 
 
 @dataclass(frozen=True)

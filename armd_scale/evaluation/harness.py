@@ -45,10 +45,9 @@ class ARMDHarness(TemplateLM):
             print("there is no GPU: the model runs on the CPU", file=sys.stderr)
             device = None
         self._model = inference.load(pretrained, device or "cpu", precision)
-        if self._model.config.objective == "mdm":
-            raise UserError(
-                f"{pretrained} is a masked diffusion model, which has no exact likelihood to rank answers by"
-            )
+        if not self._model.config.traits.exact:
+            label = self._model.config.traits.label
+            raise UserError(f"{pretrained} is an {label} model, which has no exact likelihood to rank answers by")
         self._tokenizer = tokenizers.load(pretrained, self._model.config.vocab_size)
         self._batch = min(int(batch_size), max_batch_size or int(batch_size))
         self._streams, self._draft, self._seed = streams, draft, seed

@@ -62,15 +62,13 @@ def parse_order(name: str) -> tuple[str, int]:
         return kind, int(number)
     raise UserError(
         f"unknown order '{name}': use left-to-right, shuffled:K or strided:S, with K and S at least 1, or bound for "
-        "masked diffusion"
+        "objectives without an exact likelihood"
     )
 
 
 def default_orders(model: ARMD, shuffles: int = 8, streams: int = 4) -> list[str]:
     """The orders that a model's likelihood is reported in, side by side."""
-    if model.config.objective == "armd":
-        return ["left-to-right", f"shuffled:{shuffles}", f"strided:{streams}"]
-    return ["bound"] if model.config.objective == "mdm" else ["left-to-right"]
+    return model.objective.orders(shuffles, streams)
 
 
 def layout(name: str, length: int, chunk: int, draw: int = 0) -> Layout:

@@ -21,8 +21,8 @@ from armd_scale.data.tokenizer import Tokenizer
 from armd_scale.evaluation import generation, likelihood
 from armd_scale.evaluation.models import alone
 from armd_scale.files import write_atomically
-from armd_scale.model.flops import FORMULAS, training_flops_per_token
-from armd_scale.training import objectives
+from armd_scale.model.flops import training_flops_per_token
+from armd_scale.objectives import interface as objectives
 from armd_scale.training.telemetry import environment, read_metrics
 
 _UNIGRAM_SAMPLES = 100_000  # training samples whose tokens are counted
@@ -39,10 +39,8 @@ def write(config: RunConfig, export: Path) -> dict[str, Any]:
     tokens = np.concatenate(chunks)
     # All of the split: its exact bytes. A part of it: its share of them.
     size = heldout.index["bytes"] * len(tokens) / heldout.index["tokens"]
-    names = likelihood.default_orders(model)[:1]
-    if config.objective == "armd":
-        names += [f"shuffled:{config.orders.rho}"] if config.orders.rho else []
-        names += [f"strided:{s}" for s in config.report.generate_streams if s > 1]
+    objective = objectives.training(config.objective)
+    names = likelihood.default_orders(model)[:1] + objective.report_orders(config)
     scores = [likelihood.score(alone(model), chunks, name, size) for name in names]
     samples = _samples(config, model, tokenizer)
     made = json.loads((export / "config.json").read_text(encoding="utf-8"))
@@ -54,7 +52,7 @@ def write(config: RunConfig, export: Path) -> dict[str, Any]:
         "steps": steps[-1]["step"] if steps else 0,
         "tokens": steps[-1]["tokens"] if steps else 0,
         "training_flops_per_token": training_flops_per_token(config.model),
-        "training_flops_formula": FORMULAS[config.objective],
+        "training_flops_formula": objective.flops_formula,
         "tokens_per_second": float(np.median([record["tokens_per_second"] for record in steps])) if steps else None,
         "heldout_tokens": len(tokens),
         "heldout_bytes": round(size),
@@ -114,14 +112,10 @@ def _samples(config: RunConfig, model: inference.ARMD, tokenizer: Tokenizer) -> 
 
 
 def _samples_page(config: RunConfig, samples: list[dict[str, Any]]) -> str:
-    how = {
-        "armd": "S streams are written side by side, S tokens a step.",
-        "ar": "One token is written after the other.",
-        "mdm": "A token is revealed in one of N / S steps drawn at random, S tokens a step on average.",
-    }
+    how = objectives.training(config.objective).decoding_words
     parts = [
         f"# Samples of {config.name}\n\n{config.model.length} tokens, prompt {config.report.prompt!r}, "
-        f"temperature 1, seed {config.seed}. {how[config.objective]}\n"
+        f"temperature 1, seed {config.seed}. {how}\n"
     ]
     for sample in samples:
         fence = "````"
@@ -140,7 +134,7 @@ def plot(config: RunConfig, metrics: list[dict[str, Any]], summary: dict[str, An
     from matplotlib import pyplot
 
     training = [record for record in metrics if "bits_per_byte" in record]
-    kinds = objectives.labels(config)
+    kinds = objectives.training(config.objective).labels(config)
     heldout = [record for record in metrics if f"heldout_{next(iter(kinds))}_bits_per_byte" in record]
     figure, axes = pyplot.subplots(figsize=(9, 5), dpi=120)
     axes.plot(
@@ -175,11 +169,8 @@ def plot(config: RunConfig, metrics: list[dict[str, Any]], summary: dict[str, An
 
 
 def _mark_phases(axes: Any, config: RunConfig) -> None:
-    if config.objective != "armd":
-        return
-    edges = [0, config.orders.ar_steps, config.train.steps, config.total_steps]
-    names = ["left to right", "progressive permutation", "strided"]
-    for start, stop, name, colour in zip(edges, edges[1:], names, ("C0", "C1", "C2"), strict=False):
+    spans = objectives.training(config.objective).spans(config)
+    for (name, start, stop), colour in zip(spans, ("C0", "C1", "C2"), strict=False):
         if stop > start:
             axes.axvspan(start, stop, color=colour, alpha=0.06)
             axes.annotate(

@@ -24,11 +24,13 @@ from armd_scale.evaluation.models import alone, open_model
 from armd_scale.files import write_atomically
 from armd_scale.inference import ARMD
 from armd_scale.model.flops import training_flops_per_token
-from armd_scale.training import objectives
+from armd_scale.objectives import interface as objectives
 from armd_scale.training.export import load_run
 from armd_scale.training.telemetry import read_metrics
 
-OBJECTIVES: tuple[Objective, ...] = ("ar", "armd", "mdm")
+MAIN = "armd"
+"""The variant that a study is about."""
+OBJECTIVES: tuple[Objective, ...] = ("ar", MAIN, "mdm")
 """Variants that every study has, under these names; ``judge`` is the fourth."""
 
 
@@ -41,7 +43,7 @@ class Variant(Section):
     """Seeds; null: those of the study."""
     question: str = ""
     """The decision that it is an ablation of; variants of one question stand together on the page."""
-    beside: str = "armd"
+    beside: str = MAIN
     """The variant that an ablation is compared with."""
 
 
@@ -70,7 +72,7 @@ class Study(Section):
 
     def equal_steps(self, made: "dict[Run, RunConfig]") -> int:
         """The steps at which variants are compared: the base training of ``armd``."""
-        return next(config.train.steps for run, config in made.items() if run.variant == "armd")
+        return next(config.train.steps for run, config in made.items() if run.variant == MAIN)
 
     def config(self, run: "Run", directory: Path, overrides: list[str]) -> RunConfig:
         """The configuration of a run in the study's folder; ``UserError`` on anything wrong."""
@@ -135,7 +137,7 @@ def measure(study: Study, run: Run, folder: Path, equal: int, judge: Path, suite
     torch.set_num_threads(1 if study.slots > 1 else torch.get_num_threads())
     device = "cuda" if config.cluster.gpus_per_node else "cpu"
     records = read_metrics(config.directory)
-    known_by = f"heldout_{objectives.HELDOUT[config.objective][0]}"
+    known_by = f"heldout_{objectives.training(config.objective).heldout[0]}"
     tokens_a_step = config.train.global_batch * config.model.length
     steps = [record for record in records if "loss" in record]
     out: dict[str, Any] = {
@@ -163,7 +165,7 @@ def measure(study: Study, run: Run, folder: Path, equal: int, judge: Path, suite
 def _checkpoints(run: Run, config: RunConfig, equal: int) -> dict[int, Path]:
     """Checkpoints that are measured, by their steps: at equal steps, the last, and those of strided fine-tuning."""
     kept = range(equal, config.total_steps + 1, config.train.keep_every or config.total_steps)
-    between = kept if run.variant == "armd" else ()
+    between = kept if run.variant == MAIN else ()
     found = sorted({min(equal, config.total_steps), *between, config.total_steps})
     places = {step: config.directory / "checkpoints" / f"step-{step:08d}" for step in found}
     missing = [str(place) for place in places.values() if not place.is_dir()]
@@ -179,10 +181,10 @@ def _heldout(study: Study, run: Run, config: RunConfig, model: ARMD) -> dict[str
     chunks = list(data.read(np.arange(count) * len(data) // count))
     size = data.bytes_per_token * sum(map(len, chunks))
     names = likelihood.default_orders(model)
-    if config.objective == "armd":
+    if config.traits.phases:
         few, length = max(1, config.model.length // 16), config.model.length
         names = ["left-to-right", f"shuffled:{few}", f"shuffled:{length}"]
-        names += [f"strided:{s}" for s in (study.streams if run.variant == "armd" else [4]) if s > 1]
+        names += [f"strided:{s}" for s in (study.streams if run.variant == MAIN else [4]) if s > 1]
     return {name: likelihood.score(alone(model), chunks, name, size).as_dict() for name in names}
 
 

@@ -1,9 +1,15 @@
 """The standalone model; imports torch, never megatron or deepspeed."""
 
-from armd_scale.inference.decoding import FREE, Frontier, Step, Task, strided_blocks
+import importlib
+
+from armd_scale.decoding.lanes import FREE, Frontier, Step, Task, strided_blocks
+from armd_scale.decoding.network import ARMDConfig, InputError
+from armd_scale.decoding.sampling import Decoding
 from armd_scale.inference.model import ARMD, load, read_config
-from armd_scale.inference.network import ARMDConfig, InputError
-from armd_scale.inference.sampling import Decoding
+from armd_scale.traits import TRAITS
+
+for _name in TRAITS:  # an objective's module registers how its models are scored and decoded
+    importlib.import_module(f"armd_scale.objectives.{_name}")
 
 __all__ = [
     "ARMD",

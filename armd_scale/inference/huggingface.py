@@ -12,15 +12,15 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from armd_scale.decoding.network import MODEL_TYPE, ARMDConfig, InputError
+from armd_scale.decoding.sampling import Decoding
 from armd_scale.inference.model import ARMD
-from armd_scale.inference.network import ARMDConfig, InputError
-from armd_scale.inference.sampling import Decoding
 
 
 class ARMDHubConfig(PretrainedConfig):
     """``config.json``; its own fields are those of ``ARMDConfig``."""
 
-    model_type = "armd"
+    model_type = MODEL_TYPE
     attribute_map: ClassVar = {
         "hidden_size": "hidden",
         "intermediate_size": "ffn",
@@ -62,8 +62,8 @@ class ARMDForCausalLM(PreTrainedModel):
         ``labels`` [B, N]: -100 is not scored. Raises ``InputError``.
         """
         c = self.model.config
-        if c.objective == "mdm":
-            raise InputError("masked diffusion predicts no next token: use model.bound and generate")
+        if not c.traits.exact:
+            raise InputError(f"{c.traits.label} models predict no next token: use model.bound and generate")
         unknown = [name for name, value in more.items() if value and name not in ("return_dict", "use_cache")]
         if unknown:
             raise InputError(f"{unknown[0]} is not offered here: give input_ids, attention_mask and labels")

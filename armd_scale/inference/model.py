@@ -3,7 +3,7 @@
 - ``load``: a model folder (``config.json``, safetensors) -> ``ARMD``;
 - ``ARMD.nll``, ``ARMD.logits``: one pass over whole texts, any generation order and blocks;
 - ``ARMD.conditional_nll``: any part of a text given any other;
-- ``ARMD.bound``: what masked diffusion has instead of a likelihood;
+- ``ARMD.bound``: what objectives without an exact likelihood have instead;
 - ``ARMD.generate``, ``ARMD.fill``, ``ARMD.decode``: text after prompts, text in gaps, and both step by step.
 """
 
@@ -17,9 +17,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from armd_scale.inference.decoding import _LOGIT_ROWS, FREE, STRATEGIES, Lockstep, Step, Strided, Task, task, width
-from armd_scale.inference.network import ARMDConfig, InputError, Network
-from armd_scale.inference.sampling import Decoding, seeds, uniform
+from armd_scale.decoding.lanes import FREE, LOGIT_ROWS, STRATEGIES, Lockstep, Step, Strided, Task, task
+from armd_scale.decoding.network import MODEL_TYPE, ARMDConfig, InputError, Network
+from armd_scale.decoding.sampling import Decoding, seeds
+from armd_scale.objectives.interface import Inference
+from armd_scale.traits import TRAITS
 
 Texts: TypeAlias = Tensor | Sequence[int] | Sequence[Sequence[int]]
 """Token ids: one text, or several, which may differ in length."""
@@ -28,10 +30,15 @@ _LOOK = 4  # steps between looks at what an accelerator has finished
 
 
 class ARMD(Network):
-    """Auto-regressive masked diffusion language model, or a left-to-right or masked-diffusion one of its shape.
+    """Auto-regressive masked diffusion language model, or a model of another objective of its shape.
 
-    ``ar`` scores and writes left to right only; ``mdm`` has ``bound`` for a likelihood, and writes by ``steps``.
+    Models of one causal stream score and write left to right only; those without an exact likelihood have ``bound``.
     """
+
+    @property
+    def objective(self) -> Inference:
+        """What differs between objectives."""
+        return Inference.known[self.config.objective]
 
     # Likelihood ------------------------------------------------------------------------------------------------
 
@@ -62,7 +69,7 @@ class ARMD(Network):
         their sum is the joint -log p in that order. Positions in neither are unknown, and may hold -1. Raises
         ``InputError``.
         """
-        self._orders()
+        self._check_exact()
         rows, targets, given = self._rows(tokens, free=True), list(targets), sorted(given)
         count = min(len(row) for row in rows)
         used = [*given, *targets]
@@ -75,42 +82,21 @@ class ARMD(Network):
         order = torch.tensor(used, device=self.device).expand(len(rows), -1)
         known = torch.tensor(rows, device=self.device).gather(1, order - 1)
         blocks = torch.arange(1, len(used) + 1, device=self.device).expand_as(order)
-        if self.config.objective == "ar":
+        if not self.config.traits.any_order:
             self._left_to_right(order, blocks)
         return self._nll(known, order, blocks)[:, len(given) :]
 
     @torch.no_grad()
     def bound(self, tokens: Tensor, draws: int = 1, seed: int | Sequence[int] = 0) -> Tensor:
-        """Unbiased estimates of masked diffusion's bound of -log p, in nats: [B], the mean over ``draws`` of noise.
+        """Unbiased estimates of a bound of -log p, in nats: [B], the mean over ``draws`` of noise.
 
-        ``tokens`` [B, N]: text order, no BOS. Each draw masks k tokens and sums N / k times the NLL of the masked ones
-        (RADD, arXiv 2406.03736); the k of a text are spread evenly over 1..N. A text's draws follow from its seed.
-        Raises ``InputError``.
+        For objectives without an exact likelihood. ``tokens`` [B, N]: text order, no BOS. A text's draws follow from
+        its seed. Raises ``InputError``.
         """
-        if self.config.objective != "mdm":
-            raise InputError("only masked diffusion is scored by a bound: this model has an exact nll")
         if draws < 1:
             raise InputError(f"draws must be at least 1, not {draws}")
         tokens = self._texts(tokens)
-        batch, count = tokens.shape
-        masked, sizes = [], []
-        for key in seeds(seed, batch):
-            times = (torch.arange(draws) + uniform((*key, 2), 1)) / draws
-            sizes.append(1 + (times * count).long().clamp(max=count - 1))
-            masked.append(uniform((*key, 3), draws, count).argsort(dim=1).argsort(dim=1) < sizes[-1][:, None])
-        hidden_BKN = torch.stack(masked).to(self.device)
-        texts = tokens[:, None].expand(-1, draws, -1)
-        total = torch.zeros(batch, draws, dtype=torch.float64)
-        rows = max(1, _LOGIT_ROWS // count)
-        for part in torch.cartesian_prod(torch.arange(batch), torch.arange(draws)).split(rows):
-            at = tuple(part.to(self.device).t())
-            hidden, wanted = hidden_BKN[at], texts[at]
-            states = self.denoise(wanted.masked_fill(hidden, self.config.vocab_size))
-            scores = self.predict(states[hidden]).to(self.precise).log_softmax(dim=-1)
-            nll = torch.zeros(hidden.shape, dtype=torch.float64, device=self.device)
-            nll[hidden] = -scores.gather(1, wanted[hidden][:, None])[:, 0].double()
-            total[tuple(part.t())] = nll.sum(1).cpu()
-        return (total * count / torch.stack(sizes)).mean(1)
+        return self.objective.bound(self, tokens, draws, seeds(seed, len(tokens)))
 
     def _nll(self, tokens: Tensor, at: Tensor, blocks: Tensor) -> Tensor:
         """-log p along the order, [B, N]."""
@@ -118,7 +104,7 @@ class ARMD(Network):
         parts = [
             -self.predict(rows).to(self.precise).log_softmax(dim=-1).gather(-1, wanted[:, None])[:, 0]
             for rows, wanted in zip(
-                hidden.flatten(0, 1).split(_LOGIT_ROWS), tokens.flatten().split(_LOGIT_ROWS), strict=True
+                hidden.flatten(0, 1).split(LOGIT_ROWS), tokens.flatten().split(LOGIT_ROWS), strict=True
             )
         ]
         return torch.cat(parts).view(tokens.shape)
@@ -193,7 +179,7 @@ class ARMD(Network):
                 yield lockstep.step()
             return
         slots = max(len(one.tokens) for one in tasks) + 1
-        lanes = strategy(self, len(tasks), slots, max(width(one.decoding) for one in tasks))
+        lanes = strategy(self, len(tasks), slots, max(strategy.targets(one.decoding) for one in tasks))
         lanes.admit(dict(enumerate(tasks)))
         step = 0
         while not (isinstance(lanes, Strided) and lanes.exhausted):
@@ -230,29 +216,19 @@ class ARMD(Network):
 
     # Checks ----------------------------------------------------------------------------------------------------
 
-    def _orders(self) -> None:
-        """``InputError`` for a model that has no likelihood in orders at all."""
-        if self.config.objective == "mdm":
-            raise InputError("masked diffusion has no exact likelihood: use bound")
+    def _check_exact(self) -> None:
+        if not self.config.traits.exact:
+            raise InputError(f"{self.config.traits.label} models have no exact likelihood: use bound")
 
     def _decoding(self, row: list[int], decoding: Decoding, order: Sequence[int] | None) -> Decoding:
         """What the model makes of a request for a text. Raises ``InputError``."""
-        if self.config.objective == "armd":
-            if decoding.steps:
-                raise InputError("steps are masked diffusion's: this model has streams and draft")
-            return decoding
-        left_to_right = self.config.objective == "ar"
-        kind = "a left-to-right model" if left_to_right else "masked diffusion"
-        if decoding.streams > 1 or decoding.draft:
-            raise InputError(f"{kind} has neither streams nor draft" + ("" if left_to_right else ": choose steps"))
-        if not left_to_right:
-            return dataclasses.replace(decoding, steps=decoding.steps or max(1, row.count(FREE)))
-        if decoding.steps:
-            raise InputError(f"{kind} has no steps: it writes one token after the other")
-        if FREE in row and any(token != FREE for token in row[row.index(FREE) :]):
-            raise InputError(f"{kind} cannot fill gaps: leave the free tokens at the end")
-        if order is not None and sorted(order) != list(order):
-            raise InputError(f"{kind} has no other order")
+        label = self.config.traits.label
+        decoding = self.objective.complete(decoding, row.count(FREE))
+        if not self.config.traits.any_order:
+            if FREE in row and any(token != FREE for token in row[row.index(FREE) :]):
+                raise InputError(f"{label} models cannot fill gaps: leave the free tokens at the end")
+            if order is not None and sorted(order) != list(order):
+                raise InputError(f"{label} models write left to right: leave out order")
         return decoding
 
     def _texts(self, tokens: Tensor) -> Tensor:
@@ -265,7 +241,7 @@ class ARMD(Network):
         return tokens
 
     def _layout(self, tokens: Tensor, order: Tensor | None, block_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        self._orders()
+        self._check_exact()
         tokens = self._texts(tokens)
         count = tokens.shape[1]
         natural = torch.arange(1, count + 1, device=self.device)
@@ -275,7 +251,7 @@ class ARMD(Network):
             raise InputError(f"order must be a permutation of 1..{count} in every row")
         if bool((blocks[:, :1] < 1).any()) or bool((blocks[:, 1:] < blocks[:, :-1]).any()):
             raise InputError("block_ids must start at 1 or more and never decrease along the order")
-        if self.config.objective == "ar":
+        if not self.config.traits.any_order:
             self._left_to_right(order, blocks)
         return tokens, order, blocks
 
@@ -283,7 +259,7 @@ class ARMD(Network):
         """``InputError`` unless rows are a text's first tokens in their order, one a block."""
         natural = torch.arange(1, at.shape[1] + 1, device=at.device)
         if not bool((at == natural).all()) or bool((blocks[:, 1:] == blocks[:, :-1]).any()):
-            raise InputError("a left-to-right model scores left to right only, one token a block")
+            raise InputError(f"{self.config.traits.label} models score left to right only, one token a block")
 
     def _prompts(
         self, prompts: Texts | None, length: int | None, batch: int, new_tokens: int | None
@@ -424,8 +400,8 @@ _CHOICES = {
     "mlp": ("gelu", "swiglu"),
     "prefix_kernel": ("gaussian", "sinusoid", "learned"),
     "prefix_scale": ("none", "sqrt", "mean"),
-    "model_type": ("armd",),
-    "objective": ("armd", "ar", "mdm"),
+    "model_type": (MODEL_TYPE,),
+    "objective": tuple(TRAITS),
 }
 
 
@@ -448,7 +424,7 @@ def read_config(path: Path) -> ARMDConfig:
             raise InputError(f"{wrong}: {name} is {value!r}")
     c = config
     fits = c.hidden % (2 * c.heads) == c.heads % c.kv_heads == c.prefix_dim % 2 == 0
-    fits &= (c.two_stream_layers > 0) == (c.objective == "armd")
+    fits &= (c.two_stream_layers > 0) == (c.traits.streams == 2)
     if not fits or c.two_stream_layers > c.layers or max(c.bos_id, c.eos_id) >= c.vocab_size:
         raise InputError(f"{wrong}: its sizes contradict each other")
     return config

@@ -6,15 +6,8 @@ pass is twice the forward pass; recomputation, norms and activations are not cou
 
 import itertools
 
-from armd_scale.config import ModelConfig, Objective, RunConfig
+from armd_scale.config import ModelConfig, RunConfig
 from armd_scale.model.prefix import rows_of_chunk
-
-FORMULAS: dict[Objective, str] = {
-    "armd": "3 x 2 x (projections + MLP of both streams, K and V of one; causal attention N d per stream and layer; "
-    "prefix aggregation; head) per token",
-    "ar": "3 x 2 x (projections + MLP; causal attention N d per layer; head) per token",
-    "mdm": "3 x 2 x (projections + MLP; full attention 2 N d per layer; head) per token",
-}
 
 # Dense bf16 peak in FLOP/s, from the makers' data sheets (without sparsity).
 PEAKS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12}
@@ -32,13 +25,13 @@ def layer_macs(config: ModelConfig, index: int) -> float:
     mlp = (3 if config.mlp == "swiglu" else 2) * d * config.ffn_width
     streams = 2 if index < config.two_stream - 1 else 1  # the last two-stream layer computes G alone
     # Scores and sums over N / 2 keys on average, or over all of them.
-    attention = config.length * d * (2 if config.objective == "mdm" else 1)
+    attention = config.length * d * (1 if config.traits.causal else 2)
     return streams * (2 * d * d + attention) + (streams if config.target_mlp else 1) * mlp + 2 * d * kv
 
 
 def embedding_macs(config: ModelConfig) -> float:
     """Multiply-adds of prefix aggregation for one target token; looking embeddings up costs none."""
-    if config.objective != "armd":
+    if config.traits.streams == 1:
         return 0.0
     chunk, width = rows_of_chunk(config), config.prefix_dim
     looked_up = chunk * config.hidden + (chunk * width if config.prefix.kernel == "learned" else 0)

@@ -1,6 +1,6 @@
 """Transformer layers on Megatron-Core's tensor-parallel linears.
 
-- ``fused``: regions of element-wise work that are one kernel on CUDA: norm, rotation, gate, cross-entropy.
+- ``normalise`` ... ``cross_entropy``: the fused regions, of the formulae in ``armd_scale.formulas``.
 - ``Norm``: scale-only LayerNorm or RMSNorm, computed in float32.
 - ``Attention``: queries from any streams, keys and values from the first one.
 - ``MLP``: GELU or SwiGLU.
@@ -13,113 +13,80 @@ Activations are [N, S * B, d], sequence first as Megatron's sequence parallelism
 other in the batch dimension, X first, so that one matrix product serves both (paper section 3.3).
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from armd_scale import formulas
 from armd_scale.config import ModelConfig
 from armd_scale.model.attention import attend
 from armd_scale.model.float8 import Float8ColumnParallelLinear, Float8RowParallelLinear
+from armd_scale.model.parameters import ONES, ZEROS, Initial, describe
+from armd_scale.model.regions import fused, inputs
 
-_M = TypeVar("_M", bound=nn.Module)
-_T = TypeVar("_T")
-
-_SHAPES = 64
-"""Shapes that a region is compiled for: those of layers, evaluations and the last samples of each."""
-
-
-def on_cuda(x: Tensor) -> bool:
-    """Whether work on a tensor is done by CUDA kernels."""
-    return x.is_cuda
+normalise = fused(keeps=inputs)(formulas.normalise)
+gate = fused(keeps=inputs)(formulas.gate)
 
 
-def fused(function: Callable[..., _T]) -> Callable[..., _T]:
-    """A region of element-wise work, compiled into as few kernels as it needs where its first input is on CUDA.
-
-    Elsewhere it runs as it is written. A region compiles anew for new shapes, of which a run has few; the compiler
-    would stop, without a word, after eight.
-    """
-    torch._dynamo.config.recompile_limit = _SHAPES
-    compiled = torch.compile(function, dynamic=False)
-
-    @functools.wraps(function)
-    def region(x: Tensor, *more: Any) -> _T:
-        return compiled(x, *more) if on_cuda(x) else function(x, *more)
-
-    return region
-
-
-def _normalised(x: Tensor, weight: Tensor, eps: float, centre: bool) -> Tensor:
-    if centre:
-        return F.layer_norm(x.float(), weight.shape, weight.float(), None, eps).to(x.dtype)
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
-
-
-@fused
-def normalise(x: Tensor, weight: Tensor, eps: float, centre: bool) -> Tensor:
-    """LayerNorm (``centre``) or RMSNorm of the last dimension with a scale, in float32."""
-    return _normalised(x, weight, eps, centre)
-
-
-@fused
+@fused(keeps=lambda read, made: [made[0], read[-1]])
 def add_normalise(h: Tensor, update: Tensor, weight: Tensor, eps: float, centre: bool) -> tuple[Tensor, Tensor]:
     """The residual sum, and its normalisation."""
     h = h + update
-    return h, _normalised(h, weight, eps, centre)
+    return h, formulas.normalise(h, weight, eps, centre)
 
 
-@fused
+@fused(keeps=lambda read, made: read if made[0].shape != read[0].shape else [made[0], read[-1]])
 def add_normalise_streams(
     h: Tensor, update: Tensor | None, weight: Tensor, eps: float, centre: bool, batch: int, dropped: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The residual sum of streams [N, S * B, d] and its normalisation without their first ``dropped`` columns, and the
     normalisation of the first ``batch``, which are keys and values. All are contiguous: Megatron reduces a tensor that
-    is not into a copy, and returns it unreduced.
+    is not into a copy, and returns it unreduced. Where columns are dropped, the sum itself is not kept.
     """
     h = h if update is None else h + update
-    normed = _normalised(h, weight, eps, centre)
+    normed = formulas.normalise(h, weight, eps, centre)
     return h[:, dropped:].contiguous(), normed[:, dropped:].contiguous(), normed[:, :batch].contiguous()
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
-
-
-@fused
-def rotate_queries(x_NRHD: Tensor, cos: Tensor, sin: Tensor, key_heads: int, streams: int, as_heads: bool) -> Tensor:
-    """Rotate pairs (i, i + D/2) of every head of the rows of all streams, in float32.
+@fused(keeps=lambda read, made: read[1:] if len(read) == 3 else read)
+def rotate_queries(
+    x_NRHD: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_heads: int,
+    streams: int,
+    as_heads: bool,
+    scale: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """Normalise every head of the rows of all streams if there is a ``scale``, and rotate it.
 
     In the layout in which streams are more heads of a key head, [N, B, G, S, R, D], or more rows, [S, N, B, G, R, D].
     """
-    x_NSBGRD = _rotated(x_NRHD, cos, sin).unflatten(2, (key_heads, -1)).unflatten(1, (streams, -1))
+    if scale is not None:
+        x_NRHD = formulas.normalise(x_NRHD, scale, eps, False)
+    x_NSBGRD = formulas.rotate(x_NRHD, cos, sin).unflatten(2, (key_heads, -1)).unflatten(1, (streams, -1))
     return x_NSBGRD.permute((0, 2, 3, 1, 4, 5) if as_heads else (1, 0, 2, 3, 4, 5)).contiguous()
 
 
-@fused
-def rotate_keys(kv_NBG2D: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotated keys, and values, [N, B, G, D] each, of the pairs of them."""
+@fused(keeps=lambda read, made: read[1:] if len(read) == 3 else read)
+def rotate_keys(
+    kv_NBG2D: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None = None, eps: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Rotated keys, normalised before if there is a ``scale``, and values, [N, B, G, D] each, of the pairs of them."""
     k_NBGD, v_NBGD = kv_NBG2D.unbind(-2)
-    return _rotated(k_NBGD, cos, sin), v_NBGD.contiguous()
+    if scale is not None:
+        k_NBGD = formulas.normalise(k_NBGD, scale, eps, False)
+    return formulas.rotate(k_NBGD, cos, sin), v_NBGD.contiguous()
 
 
-@fused
-def gate(hidden: Tensor) -> Tensor:
-    """SwiGLU: silu of the even units times the odd ones."""
-    gates, values = hidden.unflatten(-1, (-1, 2)).unbind(-1)
-    return F.silu(gates) * values
-
-
-@fused
+@fused(keeps=inputs)
 def cross_entropy(logits: Tensor, targets: Tensor, vocab: int) -> Tensor:
     """-log p of ``targets`` [N, B], float32, from logits [N, B, V] of which the first ``vocab`` are those of tokens."""
     scores = logits.float().flatten(0, 1)
@@ -168,9 +135,7 @@ class Rotary(NamedTuple):
 
 def rotary(positions_BN: Tensor, head_dim: int, base: float) -> Rotary:
     """Rotary tables of original positions."""
-    steps = torch.arange(0, head_dim, 2, device=positions_BN.device, dtype=torch.float32)
-    angles = positions_BN.t().float()[..., None, None] * base ** (-steps / head_dim)
-    return Rotary(angles.cos(), angles.sin())
+    return Rotary(*formulas.rotary_tables(positions_BN.t()[..., None], head_dim, base))
 
 
 class Norm(nn.Module):
@@ -181,8 +146,7 @@ class Norm(nn.Module):
         self.eps = config.norm_eps
         self.centre = config.norm == "layernorm"
         self.weight = nn.Parameter(torch.empty(config.hidden, dtype=parallel.params_dtype))
-        # Megatron's mark for weights that see only a part of the sequence on each rank.
-        self.weight.sequence_parallel = parallel.sequence_parallel  # type: ignore[attr-defined]
+        describe(self.weight, ONES, partial=parallel.sequence_parallel)
 
     def forward(
         self, h: Tensor, update: Tensor | None = None, batch: int | None = None, dropped: int = 0
@@ -199,6 +163,15 @@ class Norm(nn.Module):
         return h, normed, normed
 
 
+class HeadNorm(nn.Module):
+    """The scale [D] of an RMSNorm of every head: one for all heads, of which each rank sees its own."""
+
+    def __init__(self, config: ModelConfig, parallel: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.head_dim, dtype=parallel.params_dtype))
+        describe(self.weight, ONES, partial=True)
+
+
 class Attention(nn.Module):
     """Rotary grouped-query attention; heads are split over the tensor-parallel ranks."""
 
@@ -206,15 +179,19 @@ class Attention(nn.Module):
         super().__init__()
         self.recompute = recompute
         self.kernel: str | None = None  # of attention, see attention.KERNELS
-        self.causal = config.objective != "mdm"
+        self.causal = config.traits.causal
         self.heads = config.heads // parallel.tensor_model_parallel_size
         self.key_heads = config.key_heads // parallel.tensor_model_parallel_size
         self.head_dim = config.head_dim
-        width = config.heads * config.head_dim
-        self.query = _column(kinds, config.hidden, width, parallel)
+        self.eps = config.norm_eps
+        width, std = config.heads * config.head_dim, config.init_std
+        self.query = _column(kinds, config.hidden, width, std, parallel, config.qkv_bias)
         # Rows are [key head, (k, v), D], so that a contiguous cut gives whole heads under any layout.
-        self.key_value = _column(kinds, config.hidden, 2 * config.key_heads * config.head_dim, parallel)
-        self.output = _row(kinds, width, config.hidden, parallel)
+        key_values = 2 * config.key_heads * config.head_dim
+        self.key_value = _column(kinds, config.hidden, key_values, std, parallel, config.qkv_bias)
+        self.output = _row(kinds, width, config.hidden, config.residual_std, parallel)
+        self.query_norm = HeadNorm(config, parallel) if config.qk_norm else None
+        self.key_norm = HeadNorm(config, parallel) if config.qk_norm else None
 
     def forward(
         self, queries: Tensor, context: Tensor, query_rope: Rotary, key_rope: Rotary, visible_SBN: Tensor | None
@@ -222,10 +199,12 @@ class Attention(nn.Module):
         """Attend from ``queries`` [N, S * B, d] to ``context`` [N, B, d] -> [N, S * B, d]."""
         q, _ = self.query(queries)
         kv, _ = self.key_value(context)
-        k_NBGD, v_NBGD = rotate_keys(kv.unflatten(-1, (self.key_heads, 2, self.head_dim)), *key_rope)
+        kv_NBG2D = kv.unflatten(-1, (self.key_heads, 2, self.head_dim))
+        k_NBGD, v_NBGD = rotate_keys(kv_NBG2D, *key_rope, self.key_norm and self.key_norm.weight, self.eps)
         streams, as_heads = queries.shape[1] // context.shape[1], visible_SBN is None
         q_NRHD = q.unflatten(-1, (self.heads, self.head_dim))
-        q = rotate_queries(q_NRHD, *query_rope, self.key_heads, streams, as_heads)
+        scale = self.query_norm and self.query_norm.weight
+        q = rotate_queries(q_NRHD, *query_rope, self.key_heads, streams, as_heads, scale, self.eps)
         q_SBGRND = q.permute((3, 1, 2, 4, 0, 5) if as_heads else (0, 2, 3, 4, 1, 5))
         keys_values = k_NBGD.permute(1, 2, 0, 3), v_NBGD.permute(1, 2, 0, 3)
         inputs = (q_SBGRND, *keys_values, visible_SBN, self.causal, self.kernel)
@@ -244,12 +223,13 @@ class MLP(nn.Module):
         super().__init__()
         self.gated = config.mlp == "swiglu"
         # Rows of a gated MLP are [unit, (gate, value)], so that a contiguous cut gives whole units.
-        self.up = _column(kinds, config.hidden, config.ffn_width * (2 if self.gated else 1), parallel)
-        self.down = _row(kinds, config.ffn_width, config.hidden, parallel)
+        inner = config.ffn_width * (2 if self.gated else 1)
+        self.up = _column(kinds, config.hidden, inner, config.init_std, parallel)
+        self.down = _row(kinds, config.ffn_width, config.hidden, config.residual_std, parallel)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden, _ = self.up(x)
-        hidden = gate(hidden) if self.gated else F.gelu(hidden, approximate="tanh")
+        hidden = gate(hidden) if self.gated else formulas.gelu(hidden)
         return self.down(hidden)[0]
 
 
@@ -293,30 +273,28 @@ class Layer(nn.Module):
         return h, torch.cat([of_context, torch.zeros_like(h[:, batch:])], dim=1)
 
 
-def _column(kinds: Linears, inputs: int, outputs: int, parallel: TransformerConfig) -> nn.Module:
-    return _linear(kinds.column, 0, inputs, outputs, parallel, gather_output=False, skip_bias_add=False)
+def _column(
+    kinds: Linears, inputs: int, outputs: int, std: float, parallel: TransformerConfig, bias: bool = False
+) -> nn.Module:
+    """A linear that ranks share along its outputs, and its bias with it."""
+    options = {"gather_output": False, "skip_bias_add": False, "bias": bias}
+    return _linear(kinds.column, 0, inputs, outputs, std, parallel, **options)
 
 
-def _row(kinds: Linears, inputs: int, outputs: int, parallel: TransformerConfig) -> nn.Module:
-    return _linear(kinds.row, 1, inputs, outputs, parallel, input_is_parallel=True, skip_bias_add=False)
+def _row(kinds: Linears, inputs: int, outputs: int, std: float, parallel: TransformerConfig) -> nn.Module:
+    """A linear that ranks share along its inputs."""
+    options = {"input_is_parallel": True, "skip_bias_add": False, "bias": False}
+    return _linear(kinds.row, 1, inputs, outputs, std, parallel, **options)
 
 
 def _linear(
-    spec: ModuleSpec, dim: int, inputs: int, outputs: int, parallel: TransformerConfig, **options: bool
+    spec: ModuleSpec, dim: int, inputs: int, outputs: int, std: float, parallel: TransformerConfig, **options: bool
 ) -> nn.Module:
+    # Weights are drawn by ``parallel.sharding.initialise``, the same under every layout.
     linear = build_module(
-        spec, inputs, outputs, config=parallel, init_method=_later, bias=False, is_expert=False, **options
+        spec, inputs, outputs, config=parallel, init_method=lambda weight: weight, is_expert=False, **options
     )
-    return mark_partitioned(linear, dim)
-
-
-def mark_partitioned(module: _M, dim: int) -> _M:
-    """Mark the weight of a Megatron module as cut in ``dim``; Megatron itself does so only when it draws the weight."""
-    if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
-        set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
-    return module
-
-
-def _later(weight: Tensor) -> Tensor:
-    """Weights are drawn by ``parallel.sharding.initialise``, the same under every layout."""
-    return weight
+    describe(linear.weight, Initial(std), dim)
+    if options["bias"]:
+        describe(linear.bias, ZEROS, dim)
+    return linear

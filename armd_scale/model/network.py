@@ -4,8 +4,8 @@ The first stage embeds the context rows (stream X) and seeds the targets (stream
 ``two_stream`` carry both streams, the rest G alone; the last stage scores the targets. What passes between stages is
 one tensor, [N, 2 B, d], whose second half is empty where G lives alone.
 
-The other objectives have one stream, the embeddings of the context rows: ``ar`` predicts the next row's token from each
-(the shift query), ``mdm`` the token that a row masks.
+Objectives of one stream have the embeddings of the context rows alone: a causal one predicts from each row the token of
+the next (the shift query), one that sees everything the token that a row masks.
 """
 
 from typing import Any
@@ -32,11 +32,11 @@ from armd_scale.model.layers import (
     Rotary,
     cross_entropy,
     linears,
-    mark_partitioned,
-    on_cuda,
     rotary,
 )
+from armd_scale.model.parameters import Initial, describe
 from armd_scale.model.prefix import PrefixAggregation
+from armd_scale.model.regions import on_cuda
 from armd_scale.rows import Rows
 
 
@@ -70,10 +70,11 @@ class Stage(nn.Module):
         self._received: Tensor | None = None
         vocab = config.padded_vocab
         if self.is_first or (self.is_last and config.tied_head):
-            self.embedding = mark_partitioned(
-                VocabParallelEmbedding(vocab, config.hidden, init_method=lambda weight: weight, config=parallel), 0
+            self.embedding = VocabParallelEmbedding(
+                vocab, config.hidden, init_method=lambda weight: weight, config=parallel
             )
-        if self.is_first and config.objective == "armd":
+            describe(self.embedding.weight, Initial(config.init_std), 0)
+        if self.is_first and config.traits.streams == 2:
             self.prefix = PrefixAggregation(config, parallel)
         # Names carry the global layer number, so that a checkpoint does not depend on the cut.
         self.layers = nn.ModuleDict(
@@ -93,7 +94,8 @@ class Stage(nn.Module):
                 gather_output=False,
                 skip_weight_param_allocation=config.tied_head,
             )
-            mark_partitioned(self.head, 0)
+            if not config.tied_head:
+                describe(self.head.weight, Initial(config.init_std), 0)
             # The table is rounded up; this rank's rows beyond the vocabulary get no probability.
             local = self.head.output_size_per_partition
             assert config.vocab_size is not None
@@ -133,7 +135,7 @@ class Stage(nn.Module):
         )
         update: Tensor | None = None  # what the last layer adds to h
         for layer in self.layers.values():
-            if self.model.objective != "armd":
+            if self.model.traits.streams == 1:
                 inputs = (of_context, of_context, None)
             elif layer.streams_in == 1:
                 inputs = (of_target, of_target, seen and seen[0])
@@ -188,7 +190,7 @@ class Stage(nn.Module):
 
     def _enter(self, rows: Rows) -> Tensor:
         h = self.embedding(rows.context_tokens).transpose(0, 1).contiguous()
-        if self.model.objective == "armd":
+        if self.model.traits.streams == 2:
             seen = rows.visible and rows.visible.context_of_target
             h = torch.cat([h, self.prefix(h, rows.context_positions, rows.target_positions, seen)], dim=1)
         return scatter_to_sequence_parallel_region(h) if self.config.sequence_parallel else h

@@ -22,7 +22,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from armd_scale.config import ModelConfig
-from armd_scale.model.layers import fused
+from armd_scale.formulas import position_table, scale_prefix
+from armd_scale.model.parameters import Initial, describe
+from armd_scale.model.regions import fused
 
 CHUNK = 128, 1024
 """Least and most rows of a chunk of a text that has several."""
@@ -32,22 +34,6 @@ def rows_of_chunk(config: ModelConfig) -> int:
     """Rows of a chunk in training with one token a block: as many as cost what the state does, within bounds."""
     state = 2 * config.prefix_dim
     return config.length if config.length <= state else min(max(state, CHUNK[0]), CHUNK[1])
-
-
-def position_table(rows: int, kernel: str, dim: int, width: float) -> Tensor:
-    """Fixed position embeddings [rows, dim], float64, of unit length: [sin(w_k p), cos(w_k p)] / sqrt(dim / 2).
-
-    ``gaussian``: w_k are the quantiles of |w| for w normal with standard deviation 1 / ``width`` (w and -w give the
-    same pair up to sign), so <PE(p), PE(q)> is about exp(-(p - q)^2 / (2 width^2)). ``sinusoid``: the 10000-base table.
-    """
-    count = dim // 2
-    if kernel == "gaussian":
-        quantiles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-        frequencies = torch.special.ndtri((1 + quantiles) / 2) / width
-    else:
-        frequencies = 10000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
-    angles = torch.arange(rows, dtype=torch.float64)[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=-1) / count**0.5
 
 
 # Not buffers: an engine that casts a module to bfloat16 would cast them too, and they must stay exact.
@@ -64,7 +50,7 @@ def fixed_kernel(rows: int, kernel: str, dim: int, width: float, device: torch.d
     return (table @ table[0]).to(device, dtype)
 
 
-@fused
+@fused(keeps=lambda read, made: [])
 def look_up(targets_BC: Tensor, context_BC: Tensor, seen_BCC: Tensor, kernel: Tensor) -> Tensor:
     """Weight of every context row for every target, [B, C, C], 0 where it is not seen."""
     distance = (targets_BC[:, :, None] - context_BC[:, None]).abs()
@@ -86,9 +72,11 @@ class PrefixAggregation(nn.Module):
         self.split = parallel.tensor_model_parallel_size > 1 and not self.learned
         if self.learned:
             self.table = nn.Parameter(torch.empty(self.rows, self.dim, dtype=dtype))
-        self.target_projection = (
-            nn.Parameter(torch.empty(config.hidden, self.dim, dtype=dtype)) if self.config.target_position else None
-        )
+            describe(self.table, Initial(self.dim**-0.5))
+        self.target_projection: nn.Parameter | None = None
+        if self.config.target_position:
+            self.target_projection = nn.Parameter(torch.empty(config.hidden, self.dim, dtype=dtype))
+            describe(self.target_projection, Initial(config.init_std))
 
     def forward(self, x_NBd: Tensor, context_BN: Tensor, targets_BN: Tensor, visible_BN: Tensor | None) -> Tensor:
         """``context_BN``, ``targets_BN``: positions of the rows; ``visible_BN``: how many context rows a target sees
@@ -118,9 +106,7 @@ class PrefixAggregation(nn.Module):
         seed_BNd = torch.cat(seeds, dim=1)
         if self.split:
             seed_BNd = gather_from_tensor_model_parallel_region(seed_BNd)
-        if self.config.scale != "none":
-            size = visible_BN[..., None].to(dtype)
-            seed_BNd = seed_BNd / (size.sqrt() if self.config.scale == "sqrt" else size)
+        seed_BNd = scale_prefix(seed_BNd, visible_BN[..., None], self.config.scale)
         if self.target_projection is not None:
             seed_BNd = seed_BNd + self._embedding(targets_BN, dtype) @ self.target_projection.to(dtype).t()
         return seed_BNd.transpose(0, 1).to(x_NBd.dtype).contiguous()

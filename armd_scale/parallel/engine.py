@@ -98,7 +98,7 @@ class Engine:
         for module in self.chunks.modules():
             if isinstance(module, Attention):
                 module.kernel = attention_kernel
-        initialise(self.chunks, config.model, config.seed)
+        initialise(self.chunks, config.seed)
         self.chunks.to(device)
         # Neither is wanted: operations that DeepSpeed would probe with a compiler at every start, and a line a step.
         deepspeed.ops.__compatible_ops__ = {}
@@ -390,11 +390,11 @@ class Engine:
 
     def _sum_sequence_parallel_gradients(self) -> None:
         """Weights that see a part of the sequence on each tensor-parallel rank hold a part of their gradient."""
-        if not self._parallel.sequence_parallel:
+        if self.config.parallel.tensor == 1:
             return
         group = parallel_state.get_tensor_model_parallel_group()
         for param in self.chunks.parameters():
-            if getattr(param, "sequence_parallel", False):
+            if getattr(param, "tensor_partial", False):
                 dist.all_reduce(_gradient(param), group=group)
 
     def _sum_tied_gradients(self) -> None:

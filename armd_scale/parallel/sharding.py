@@ -5,14 +5,13 @@ Megatron-Core marks a parameter that is cut over the tensor-parallel ranks with 
 """
 
 import hashlib
-import math
 from collections.abc import Iterable
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from armd_scale.config import ModelConfig
+from armd_scale.model.parameters import Initial
 
 
 def partition_dim(param: Tensor) -> int | None:
@@ -44,23 +43,18 @@ def local_part(whole: Tensor, param: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def initialise(chunks: Iterable[nn.Module], config: ModelConfig, seed: int) -> None:
-    """Draw all weights: normal with ``init_std``, smaller into the residual stream; norms are 1.
+def initialise(chunks: Iterable[nn.Module], seed: int) -> None:
+    """Draw all weights as their marks say (``model.parameters.describe``).
 
     Each parameter has a random stream of its own, keyed by (seed, global name), and each rank keeps its part of the
     whole tensor: the weights are the same under every layout.
     """
-    named = (pair for chunk in chunks for pair in chunk.named_parameters())
-    for name, param in named:
-        if name.endswith("norm.weight"):
-            param.fill_(1.0)
+    for name, param in (pair for chunk in chunks for pair in chunk.named_parameters()):
+        initial: Initial = param.initial  # type: ignore[assignment]
+        if not initial.std:
+            param.fill_(initial.value)
             continue
-        std = config.init_std
-        if name.endswith(("attention.output.weight", "mlp.down.weight")):
-            std /= math.sqrt(2 * config.layers)
-        elif name == "prefix.table":
-            std = config.prefix_dim**-0.5
         key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
-        whole = torch.empty(global_shape(param)).normal_(0.0, std, generator=generator)
+        whole = torch.empty(global_shape(param)).normal_(initial.value, initial.std, generator=generator)
         param.copy_(local_part(whole, param))

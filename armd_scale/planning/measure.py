@@ -11,7 +11,6 @@ import contextlib
 import functools
 import itertools
 import math
-import unittest.mock
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
@@ -28,8 +27,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from armd_scale.config import RunConfig
-from armd_scale.model import layers, network, prefix
+from armd_scale.model import prefix
 from armd_scale.model.network import Stage, streams_of
+from armd_scale.model.regions import Region, intercepted
 from armd_scale.parallel import megatron_cpu
 from armd_scale.parallel.groups import transformer_config
 from armd_scale.parallel.sharding import global_shape
@@ -165,7 +165,8 @@ def run(config: RunConfig, first: int, last: int, gpu: GPU) -> Chunk:
     dtype = getattr(torch, config.train.dtype)
     length, batch, model = config.model.length, config.train.micro_batch, config.model
     watch = _Watch(gpu, low=dtype is torch.bfloat16)
-    kernels = _cuda_kernels(watch) if gpu.cuda else contextlib.nullcontext()
+    # On CUDA, regions of element-wise work are kernels of their own.
+    kernels = intercepted(functools.partial(_Kernel.apply, watch)) if gpu.cuda else contextlib.nullcontext()
     _forget_tensors()
     try:
         with FakeTensorMode(), kernels:
@@ -348,41 +349,18 @@ class _Watch(Live):
         return self.gpu.flops_tf32 if self.low else self.gpu.flops_float32
 
 
-def _all(inputs: list[Tensor], made: list[Tensor]) -> list[Tensor]:
-    return inputs
-
-
-def _sum_of_streams(inputs: list[Tensor], made: list[Tensor]) -> list[Tensor]:
-    # Without the columns that are dropped, the sum is not there any more.
-    return inputs if made[0].shape != inputs[0].shape else [made[0], inputs[-1]]
-
-
-_REGIONS: dict[tuple[Any, str], Callable[[list[Tensor], list[Tensor]], list[Tensor]]] = {
-    (layers, "normalise"): _all,
-    (layers, "add_normalise"): lambda inputs, made: [made[0], inputs[-1]],
-    (layers, "add_normalise_streams"): _sum_of_streams,
-    (layers, "rotate_queries"): lambda inputs, made: inputs[1:],
-    (layers, "rotate_keys"): lambda inputs, made: inputs[1:],
-    (layers, "gate"): _all,
-    (network, "cross_entropy"): _all,
-    (prefix, "look_up"): lambda inputs, made: [],
-}
-"""Where the network has fused regions, their names there, and what they keep for the backward pass of the tensors that
-they read and of those that they make."""
-
-
-class _Region(torch.autograd.Function):
+class _Kernel(torch.autograd.Function):
     """A fused region of the network: a kernel forward, a kernel backward, and what it keeps between them."""
 
     @staticmethod
-    def forward(ctx: Any, watch: _Watch, kept: Any, function: Callable[..., Any], *inputs: Any) -> Any:
+    def forward(ctx: Any, watch: _Watch, region: Region, *inputs: Any) -> Any:
         tensors = [one for one in inputs if isinstance(one, Tensor)]
-        made = watch.kernel(lambda: function(*inputs), tensors)
+        made = watch.kernel(lambda: region.function(*inputs), tensors)
         ctx.watch = watch
         ctx.shapes = [
-            (one.shape, one.dtype) for one, needed in zip(inputs, ctx.needs_input_grad[3:], strict=True) if needed
+            (one.shape, one.dtype) for one, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needed
         ]
-        ctx.save_for_backward(*kept(tensors, made))
+        ctx.save_for_backward(*region.keeps(tensors, made))
         return made[0] if len(made) == 1 else tuple(made)
 
     @staticmethod
@@ -391,15 +369,4 @@ class _Region(torch.autograd.Function):
             lambda: [torch.empty(shape, dtype=dtype) for shape, dtype in ctx.shapes], [*ctx.saved_tensors, *gradients]
         )
         one = iter(made)
-        return None, None, None, *(next(one) if needed else None for needed in ctx.needs_input_grad[3:])
-
-
-@contextlib.contextmanager
-def _cuda_kernels(watch: _Watch) -> Iterator[None]:
-    """Inside, the network runs as on CUDA: its regions of element-wise work are kernels of their own."""
-    with contextlib.ExitStack() as stack:
-        for (module, name), kept in _REGIONS.items():
-            region = functools.partial(_Region.apply, watch, kept, getattr(module, name).__wrapped__)
-            stack.enter_context(unittest.mock.patch.object(module, name, region))
-        stack.enter_context(unittest.mock.patch.object(network, "on_cuda", return_value=True))
-        yield
+        return None, None, *(next(one) if needed else None for needed in ctx.needs_input_grad[2:])

@@ -27,8 +27,8 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from armd_scale.data.tokenizer import Tokenizer
+from armd_scale.decoding.lanes import STRATEGIES
 from armd_scale.inference import ARMD, FREE, Decoding, InputError, Task
-from armd_scale.inference.decoding import width
 from armd_scale.serving.engine import STOPPING, Busy, Engine, Event, Job, Stopping
 
 BODY = 1 << 20
@@ -277,7 +277,7 @@ class Server:
             wanted.steps,
             stop=wanted.suffix is None,
         )
-        if width(decoding) > self.engine.width:
+        if STRATEGIES[decoding.strategy].targets(decoding) > self.engine.width:
             raise Refused(400, f"this server decodes up to {self.engine.width} tokens a step (streams, draft)")
         if len(prompts) * wanted.n > self.engine.queue:
             raise Refused(400, f"a request may ask for up to {self.engine.queue} texts")

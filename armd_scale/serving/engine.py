@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from armd_scale.decoding.lanes import STRATEGIES, Lanes
 from armd_scale.inference import ARMD, Frontier, Task
-from armd_scale.inference.decoding import STRATEGIES, Lanes
 
 STOPPING = "the server is shutting down"
 

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from armd_scale import config as configs
-from armd_scale import inference, orders
+from armd_scale import inference
 from armd_scale.config import ModelConfig, ParallelConfig, RunConfig
 from armd_scale.data import tokenizer as tokenizers
 from armd_scale.data.shards import PackedDataset
@@ -28,9 +28,10 @@ from armd_scale.data.tokenizer import Tokenizer
 from armd_scale.errors import UserError
 from armd_scale.inference import ARMDConfig, folder
 from armd_scale.model.network import Stage
+from armd_scale.objectives import interface as objectives
 from armd_scale.parallel import groups
-from armd_scale.rows import Rows, arrange, corrupt
-from armd_scale.training import checkpoint, manifest, objectives
+from armd_scale.rows import Rows
+from armd_scale.training import checkpoint, manifest
 from armd_scale.training.telemetry import read_metrics
 
 TOLERANCE = 1e-3
@@ -60,34 +61,8 @@ def newest_checkpoint(config: RunConfig) -> Path:
 
 
 def standalone_config(model: ModelConfig, eos_id: int) -> ARMDConfig:
-    """The standalone model's description of a training model."""
-    prefix = model.prefix
-    assert model.vocab_size is not None
-    assert model.bos_id is not None
-    return ARMDConfig(
-        vocab_size=model.vocab_size,
-        bos_id=model.bos_id,
-        eos_id=eos_id,
-        layers=model.layers,
-        hidden=model.hidden,
-        heads=model.heads,
-        kv_heads=model.key_heads,
-        ffn=model.ffn_width,
-        length=model.length,
-        two_stream_layers=model.two_stream,
-        norm=model.norm,
-        mlp=model.mlp,
-        tied_head=model.tied_head,
-        rope_base=model.rope_base,
-        norm_eps=model.norm_eps,
-        prefix_kernel=prefix.kernel,
-        prefix_width=prefix.width,
-        prefix_dim=model.prefix_dim,
-        prefix_scale=prefix.scale,
-        prefix_target_position=prefix.target_position,
-        target_mlp=model.target_mlp,
-        objective=model.objective,
-    )
+    """The standalone model's description of a training model: every field of the same name."""
+    return ARMDConfig(eos_id=eos_id, **model.exported())
 
 
 def export(
@@ -182,9 +157,10 @@ def to_training(model_dir: Path, config: RunConfig) -> Path:
 def _training_facts(config: RunConfig, source: Path) -> dict[str, Any]:
     """What the model card says of the training up to a checkpoint."""
     step = manifest.read(source)["step"]
-    known_by = f"heldout_{objectives.HELDOUT[config.objective][0]}_bits_per_byte"
+    objective = objectives.training(config.objective)
+    known_by = f"heldout_{objective.heldout[0]}_bits_per_byte"
     scores = [record for record in read_metrics(config.directory) if known_by in record]
-    kinds = {label: kind for kind, label in objectives.labels(config).items()}
+    kinds = {label: kind for kind, label in objective.labels(config).items()}
     newest = max((one for one in scores if one["step"] <= step), key=lambda one: one["step"], default=None)
     heldout = {kind: newest[f"heldout_{name}_bits_per_byte"] for kind, name in kinds.items()} if newest else {}
     return {
@@ -251,28 +227,16 @@ def largest_difference(config: RunConfig, weights: checkpoint.Weights, out: Path
     """Largest absolute difference between the logits of the training model and of the exported one, both float32.
 
     The training model is built on one process from the Megatron-Core layers, one layer after the other, and given the
-    weights of the checkpoint; both score one held-out sample in a left-to-right, a shuffled and a strided order, as
-    far as the objective has them; masked diffusion one of which half is masked.
+    weights of the checkpoint; both compute the ``probes`` of the objective on one held-out sample.
     """
-    model, length = config.model, config.model.length
-    assert model.bos_id is not None
+    model = config.model
     tokens = PackedDataset(config.data_directory / "heldout").read([0])
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     exported = inference.load(out)  # on the CPU, where its weights are mapped files
-    texts = torch.from_numpy(tokens)
-    if model.objective == "mdm":
-        noise = objectives.noise(length, 0.5, "any-order", 0)
-        batches = [corrupt(tokens, noise.masked[None], np.ones(1), model.symbols - 1)]
-        found = [exported.predict(exported.denoise(batches[0].context_tokens))[0]]
-    else:
-        layouts = [orders.left_to_right(length)]
-        if model.objective == "armd":
-            layouts += [orders.shuffled(length, length, 0), orders.strided(length, 4)]
-        batches = [arrange(tokens, layout, model.bos_id) for layout in layouts]
-        named = [[torch.from_numpy(np.array(field)) for field in layout] for layout in layouts]
-        found = [exported.logits(texts, order, blocks)[0, order - 1] for order, blocks in named]
+    probes = objectives.training(config.objective).probes(model, tokens)
+    found = [logits(exported) for _, logits in probes]
     differences = []
-    batches = [rows.to(device) for rows in batches]
+    batches = [rows.to(device) for rows, _ in probes]
     for logits, trained in zip(found, _trained_logits(model, weights, batches, device), strict=True):
         differences.append((logits - trained.cpu()).abs().max())
     return float(torch.stack(differences).max())  # a tensor's maximum keeps a NaN

@@ -91,4 +91,4 @@ def _dtype(config: RunConfig) -> torch.dtype:
 
 
 def _causal(config: RunConfig) -> bool:
-    return config.objective != "mdm"
+    return config.traits.causal

@@ -21,10 +21,11 @@ from armd_scale.config import RunConfig, identity, with_vocabulary
 from armd_scale.data.shards import PackedDataset
 from armd_scale.errors import UserError
 from armd_scale.model.flops import peak_flops, run_costs, run_edges, training_flops_per_token
+from armd_scale.objectives import interface as objectives
 from armd_scale.parallel import groups
 from armd_scale.parallel.engine import Engine, Pending
 from armd_scale.rows import Rows
-from armd_scale.training import checkpoint, kernels, manifest, objectives, schedules
+from armd_scale.training import checkpoint, kernels, manifest, schedules
 from armd_scale.training.health import REQUEUE, STOP, Heartbeat, Signals, Spikes, Watchdog, slow_ranks
 from armd_scale.training.samples import Samples
 from armd_scale.training.telemetry import Lines, Telemetry, say
@@ -68,6 +69,7 @@ class _Trainer:
         self, config: RunConfig, samples: Samples, heldout: PackedDataset, device: torch.device, rank: int
     ) -> None:
         self.config = config
+        self.objective = objectives.training(config.objective)
         self.samples = samples
         self.heldout = heldout
         self.rank = rank
@@ -243,7 +245,7 @@ class _Trainer:
         first = self.engine.data_rank * share
         tokens = self.samples.read(step * train.global_batch + first, share)
         rows = [
-            objectives.training_rows(config, tokens[part], step, range(first + part.start, first + part.stop))
+            self.objective.rows(config, tokens[part], step, range(first + part.start, first + part.stop))
             for part in self._parts(share)
         ]
         return self.engine.upload(rows)
@@ -257,8 +259,8 @@ class _Trainer:
         tokens, parts = self.heldout.read(places * len(self.heldout) // count), self._parts(len(places))
         record: dict[str, Any] = {}
         with self.engine.averaged_weights():
-            for kind in objectives.HELDOUT[config.objective]:
-                rows = [objectives.heldout_rows(config, kind, tokens[p], places[p].tolist()) for p in parts]
+            for kind in self.objective.heldout:
+                rows = [self.objective.heldout_rows(config, kind, tokens[p], places[p].tolist()) for p in parts]
                 total, count = self.engine.evaluate(rows)
                 record[f"heldout_{kind}"] = total / count
                 record[f"heldout_{kind}_bits_per_byte"] = total / count / _LN2 / self.heldout.bytes_per_token
@@ -290,9 +292,7 @@ class _Trainer:
             "bits_per_byte": loss / _LN2 / self.samples.bytes_per_token,
             "learning_rate": rate,
             "grad_norm": self.grad_norm if math.isfinite(self.grad_norm) else None,
-            "phase": schedules.phase(done, config),
-            "shuffled": schedules.shuffled_tokens(done, config),
-            "streams": schedules.streams(done, config),
+            **self.objective.progress(done, config),
             "tokens": self.step * config.train.global_batch * config.model.length,
             "seconds_per_step": seconds,
             "tokens_per_second": config.train.global_batch * config.model.length / seconds,

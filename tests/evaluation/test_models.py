@@ -13,7 +13,7 @@ from armd_scale.config import RunConfig
 from armd_scale.data.shards import PackedDataset
 from armd_scale.errors import UserError
 from armd_scale.evaluation.models import open_model
-from armd_scale.training import objectives
+from armd_scale.objectives.interface import training
 from tests.conftest import run_processes
 from tests.training.test_export import _export
 from tests.training.test_runs import data, run, start  # noqa: F401  (data is a fixture)
@@ -30,7 +30,7 @@ def test_a_checkpoint_is_scored_as_it_is(data, tmp_path, objective, parallel):  
     config = RunConfig.model_validate(fields)
     records = start(config)
     configs.save(config, config.directory / "config.yaml")
-    name, *others = (f"heldout_{kind}" for kind in objectives.HELDOUT[objective])
+    name, *others = (f"heldout_{kind}" for kind in training(objective).heldout)
     last = [record for record in records if name in record][-1]
     assert all(other in last for other in others)
     run_processes(1, _export, config, tmp_path / "out", 10**9)
@@ -46,7 +46,7 @@ def test_a_checkpoint_is_scored_as_it_is(data, tmp_path, objective, parallel):  
     tokens = torch.from_numpy(heldout.read(numbers))
     if objective == "mdm":
         full = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": tokenizer.vocab_size})})
-        rows = objectives.heldout_rows(full, "bound", tokens.numpy(), range(6))
+        rows = training(full.objective).heldout_rows(full, "bound", tokens.numpy(), range(6))
         logp = model.predict(model.denoise(rows.context_tokens)).log_softmax(-1)
         score = float((-logp.gather(-1, tokens[..., None])[..., 0] * rows.weights).mean())
     else:

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from armd_scale import orders
+from armd_scale.decoding.lanes import STRATEGIES
 from armd_scale.inference import FREE, Decoding, InputError
-from armd_scale.inference.decoding import STRATEGIES, ancestral_blocks
+from armd_scale.objectives.mdm import ancestral_blocks
 from tests import reference
 from tests.conftest import BASELINES, standalone, tiny_distribution
 
@@ -85,27 +86,28 @@ def test_left_to_right_sampling_follows_the_model():
     _chi_square([found[text] for text in TEXTS], expected.tolist())
 
 
-def test_what_left_to_right_refuses():
-    model = standalone(BASELINES["ar"])
-    tokens = torch.zeros(1, 8, dtype=torch.long)
-    shuffled, strided = orders.shuffled(8, 8, 1), orders.strided(8, 2)
-    with pytest.raises(InputError, match="scores left to right only"):
-        model.nll(tokens, torch.from_numpy(shuffled.order))
-    with pytest.raises(InputError, match="scores left to right only"):
-        model.nll(tokens, torch.from_numpy(strided.order), torch.from_numpy(strided.block_ids))
-    with pytest.raises(InputError, match="scores left to right only"):
-        model.conditional_nll(tokens, [1], [2])
-    for decoding in (Decoding(streams=2), Decoding(draft=2)):
-        with pytest.raises(InputError, match="neither streams nor draft"):
-            model.generate(decoding=decoding)
-    with pytest.raises(InputError, match="cannot fill gaps"):
-        model.fill([1, FREE, 2])
-    with pytest.raises(InputError, match="no other order"):
-        model.fill([1, FREE, FREE], order=[3, 2])
-    with pytest.raises(InputError, match="has no steps"):
-        model.generate(decoding=Decoding(steps=4))
-    with pytest.raises(InputError, match="has an exact nll"):
-        model.bound(tokens)
+LEFT_TO_RIGHT_REFUSES = {
+    "an order": (lambda model, tokens: model.nll(tokens, _order(orders.shuffled(8, 8, 1))[0]), "left to right only"),
+    "blocks": (lambda model, tokens: model.nll(tokens, *_order(orders.strided(8, 2))), "left to right only"),
+    "a later token as context": (lambda model, tokens: model.conditional_nll(tokens, [1], [2]), "left to right only"),
+    "streams": (lambda model, tokens: model.generate(decoding=Decoding(streams=2)), "streams"),
+    "draft": (lambda model, tokens: model.generate(decoding=Decoding(draft=2)), "draft"),
+    "steps": (lambda model, tokens: model.generate(decoding=Decoding(steps=4)), "steps"),
+    "gaps": (lambda model, tokens: model.fill([1, FREE, 2]), "gaps"),
+    "an order of decoding": (lambda model, tokens: model.fill([1, FREE, FREE], order=[3, 2]), "order"),
+    "a bound": (lambda model, tokens: model.bound(tokens), "nll"),
+}
+
+
+def _order(layout):
+    return [torch.from_numpy(np.array(field)) for field in layout]
+
+
+@pytest.mark.parametrize("request_", LEFT_TO_RIGHT_REFUSES)
+def test_left_to_right_refuses(request_):
+    call, part = LEFT_TO_RIGHT_REFUSES[request_]
+    with pytest.raises(InputError, match=part):
+        call(standalone(BASELINES["ar"]), torch.zeros(1, 8, dtype=torch.long))
 
 
 # Masked diffusion ------------------------------------------------------------------------------------------------
@@ -221,20 +223,26 @@ def test_texts_of_masked_diffusion_do_not_see_their_neighbours(kind):
     assert lanes.text[2, 1:6].tolist() == together[1].tolist()
 
 
-def test_what_masked_diffusion_refuses():
-    model = standalone(BASELINES["mdm"])
-    tokens = torch.zeros(1, 8, dtype=torch.long)
-    for call in (model.nll, model.logits, lambda texts: model.conditional_nll(texts, [1])):
-        with pytest.raises(InputError, match="use bound"):
-            call(tokens)
-    for decoding in (Decoding(streams=2), Decoding(draft=2)):
-        with pytest.raises(InputError, match="choose steps"):
-            model.generate(decoding=decoding)
-    with pytest.raises(InputError, match="draws must be at least 1"):
-        model.bound(tokens, 0)
-    with pytest.raises(InputError, match="not in the vocabulary"):
-        model.bound(tokens + 50)
-    with pytest.raises(InputError, match="steps are masked diffusion's"):
+MASKED_DIFFUSION_REFUSES = {
+    "an exact likelihood": (lambda model, tokens: model.nll(tokens), "bound"),
+    "logits": (lambda model, tokens: model.logits(tokens), "bound"),
+    "a conditional likelihood": (lambda model, tokens: model.conditional_nll(tokens, [1]), "bound"),
+    "streams": (lambda model, tokens: model.generate(decoding=Decoding(streams=2)), "streams .* steps"),
+    "draft": (lambda model, tokens: model.generate(decoding=Decoding(draft=2)), "draft .* steps"),
+    "no draws": (lambda model, tokens: model.bound(tokens, 0), "draws"),
+    "an unknown token": (lambda model, tokens: model.bound(tokens + 50), "vocabulary"),
+}
+
+
+@pytest.mark.parametrize("request_", MASKED_DIFFUSION_REFUSES)
+def test_masked_diffusion_refuses(request_):
+    call, part = MASKED_DIFFUSION_REFUSES[request_]
+    with pytest.raises(InputError, match=part):
+        call(standalone(BASELINES["mdm"]), torch.zeros(1, 8, dtype=torch.long))
+
+
+def test_other_objectives_refuse_steps():
+    with pytest.raises(InputError, match="steps .* streams or draft"):
         tiny_distribution(V, N).generate(decoding=Decoding(steps=4))
 
 

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from armd_scale.inference import FREE, Decoding, Frontier, decoding
-from armd_scale.inference.decoding import Exact, Lockstep, Strided
-from armd_scale.inference.sampling import Sampler, draw
+from armd_scale.decoding import lanes as decoding
+from armd_scale.decoding.lanes import Exact, Lockstep, Strided
+from armd_scale.decoding.sampling import Sampler, draw
+from armd_scale.inference import FREE, Decoding, Frontier
 from tests import reference
 from tests.conftest import MODELS, standalone, tiny_distribution
 

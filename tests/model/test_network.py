@@ -32,7 +32,7 @@ from tests.conftest import BASELINES, MODELS, PAPER, layouts
 def build(config, first=0, last=None, seed=3):
     parallel = groups.transformer_config(config, ParallelConfig(), torch.float32)
     stage = Stage(config, parallel, first, last)
-    initialise([stage], config, seed)
+    initialise([stage], seed)
     return stage
 
 
@@ -239,7 +239,7 @@ def test_layers_are_built_from_specs():
     own = build(PAPER)
     parallel = groups.transformer_config(PAPER, ParallelConfig(), torch.float32)
     other = Stage(PAPER, parallel, kinds=Linears(ModuleSpec(Doubled), ModuleSpec(RowParallelLinear)))
-    initialise([other], PAPER, 3)
+    initialise([other], 3)
     assert sum(isinstance(module, Doubled) for module in other.modules()) == 3 * PAPER.layers
     for module in other.modules():
         if isinstance(module, Doubled):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from armd_scale.config import RunConfig
+from armd_scale.objectives.interface import training
 from tests.conftest import BASELINES, MODERN, PAPER, run_processes
 
 STEPS = 4
@@ -33,9 +34,10 @@ def config(tensor=1, processes=1, model=PAPER, **changes):
 
 def train(rank, processes, rendezvous, run):
     """A few steps on fixed tokens; losses, gradient norms and the whole weights, on rank 0."""
+    from armd_scale.objectives.interface import training
     from armd_scale.parallel import groups
     from armd_scale.parallel.engine import Engine
-    from armd_scale.training import objectives, schedules
+    from armd_scale.training import schedules
 
     device = torch.device("cpu")
     groups.start(run.parallel, rank=rank, processes=processes, rendezvous=rendezvous, device=device)
@@ -48,7 +50,7 @@ def train(rank, processes, rendezvous, run):
         micro_batches = []
         for start in range(0, share, run.train.micro_batch):
             slots = mine[start : start + run.train.micro_batch]
-            micro_batches.append(objectives.training_rows(run, tokens[step, list(slots)], step, slots))
+            micro_batches.append(training(run.objective).rows(run, tokens[step, list(slots)], step, slots))
         rate = schedules.learning_rate(step, run.optimizer, STEPS)
         result = engine.train_step(micro_batches, rate).result()
         losses.append(result.loss)
@@ -203,7 +205,7 @@ def _plain(rank, processes, rendezvous, run):
 
     groups.start(run.parallel, rank=rank, processes=1, rendezvous=rendezvous, device=torch.device("cpu"))
     stage = Stage(run.model, groups.transformer_config(run.model, run.parallel, torch.float32))
-    initialise([stage], run.model, run.seed)
+    initialise([stage], run.seed)
     decayed = [p for p in stage.parameters() if p.dim() > 1]
     rest = [p for p in stage.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -247,7 +249,6 @@ def _ask_nothing(rank, processes, rendezvous, run):
 
     from armd_scale.parallel import groups
     from armd_scale.parallel.engine import Engine
-    from armd_scale.training import objectives
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -270,7 +271,7 @@ def _ask_nothing(rank, processes, rendezvous, run):
     share = 8 // run.data_parallel
     tokens = np.random.default_rng(1).integers(0, run.model.vocab_size, (8, 16))
     mine = range(engine.data_rank * share, (engine.data_rank + 1) * share)
-    rows = objectives.training_rows(run, tokens[list(mine)], 0, mine)
+    rows = training(run.objective).rows(run, tokens[list(mine)], 0, mine)
     micro_batches = [rows.map(lambda tensor: tensor[:2]), rows.map(lambda tensor: tensor[2:4])]
     engine.train_step(micro_batches, 1e-3)  # states are made
     operations, asked = [], []
@@ -360,6 +361,6 @@ def _initial(rank, processes, rendezvous, run):
 
     groups.start(run.parallel, rank=rank, processes=processes, rendezvous=rendezvous, device=torch.device("cpu"))
     stage = Stage(run.model, groups.transformer_config(run.model, run.parallel, torch.float32))
-    initialise([stage], run.model, 0)
+    initialise([stage], 0)
     groups.stop()
     return {name: param.detach().clone() for name, param in stage.named_parameters()}

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from armd_scale.inference.network import InputError
+from armd_scale.decoding.network import InputError
 
 _CHUNK = 256  # entries of the vocabulary whose sum is one step of the outer search
 
@@ -54,10 +54,9 @@ class Decoding:
 
     @property
     def strategy(self) -> str:
-        """``strided``, ``exact`` or ``ancestral``."""
-        if self.steps:
-            return "ancestral"
-        return "exact" if self.draft else "strided"
+        """Name of the strategy that the settings choose: ``strided`` unless they ask for another."""
+        chosen = {"ancestral": self.steps, "exact": self.draft}
+        return next((name for name, value in chosen.items() if value), "strided")
 
 
 _RANGES = (

@@ -1,9 +1,9 @@
 """Decoding: how the free positions of texts are filled, several at a time, with caches.
 
-- ``strided_blocks``: the plan of S streams;
+- ``task``, ``strided_blocks``: which positions are written together;
 - ``Lockstep``: sequences with one plan; rows are appended to the caches and no mask is needed;
-- ``Strided``, ``Exact``: sequences that differ in length, plan and settings, and come and go;
-- ``Ancestral``: the same for masked diffusion, which has no cache;
+- ``Lanes``: sequences that differ in length, plan and settings, and come and go; ``Strided`` and ``Exact`` are the
+  strategies of every objective with exact likelihoods, others stand with their objective (``objectives/``);
 - ``Frontier``: tokens in the order of their positions, as these become complete.
 
 A step is one pass: it feeds the tokens just written (rows of X) and predicts the next ones (rows of G) with one set of
@@ -18,13 +18,15 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from armd_scale.inference.network import Cache, InputError, Network, Sight
-from armd_scale.inference.sampling import Decoding, Sampler, draw, uniform
+from armd_scale.decoding.network import Cache, InputError, Network, Sight
+from armd_scale.decoding.sampling import Decoding, Sampler, draw, uniform
+from armd_scale.formulas import stream_bounds
 
 FREE = -1
 """Stands for a token that is to be generated."""
 
-_LOGIT_ROWS = 2048  # rows whose logits are held at a time
+LOGIT_ROWS = 2048
+"""Rows whose logits are held at a time."""
 
 
 class Step(NamedTuple):
@@ -55,16 +57,14 @@ class Task:
 
 
 def task(tokens: list[int], key: tuple[int, int], decoding: Decoding, order: Sequence[int] | None = None) -> Task:
-    """Plan a text: by streams over its free positions, by the steps in which masked diffusion reveals them, or one
-    after the other in an ``order`` of them.
+    """Plan a text: as the strategy of its decoding does, or one position after the other in an ``order`` of them.
 
     Raises ``InputError`` when ``order`` is not one of the free positions.
     """
     free = [position for position, token in enumerate(tokens, start=1) if token == FREE]
-    blocks = strided_blocks(free, decoding.streams)
-    if decoding.steps:
-        blocks = ancestral_blocks(free, decoding.steps, key)
-    if order is not None:
+    if order is None:
+        blocks = STRATEGIES[decoding.strategy].blocks(free, decoding, key)
+    else:
         if decoding.streams > 1:
             raise InputError("an order of its own has no streams: leave out streams")
         if sorted(order) != free:
@@ -79,31 +79,14 @@ def strided_blocks(free: Sequence[int], streams: int) -> list[list[int]]:
     The heads of the streams come one at a time, then one token of every stream at once. The first ``n % S`` streams
     are one longer, so only the last block can be ragged. ``streams`` is capped at n.
     """
-    parts = _streams(len(free), streams)
+    parts = stream_bounds(len(free), streams)
     heads = [[free[start]] for start, _ in parts]
     rounds = range(1, parts[0][1] - parts[0][0]) if parts else ()
     return heads + [[free[start + step] for start, stop in parts if start + step < stop] for step in rounds]
 
 
-def _streams(count: int, streams: int) -> list[tuple[int, int]]:
-    """Half-open ranges of S contiguous parts of ``count`` things, the first ones one longer."""
-    streams = min(streams, count)
-    stops = [(count // streams) * (part + 1) + min(part + 1, count % streams) for part in range(streams)]
-    return list(zip([0, *stops], stops, strict=False))
-
-
-def ancestral_blocks(free: Sequence[int], steps: int, key: tuple[int, int]) -> list[list[int]]:
-    """Free positions by the step in which the ancestral sampler reveals them; steps that reveal none are left out.
-
-    From time 1 to 0 in K equal steps, a masked token is revealed in a step from t to s with probability (t - s) / t,
-    whatever the text: each of the K steps is as likely for each position (MDLM, arXiv 2406.07524, equation 6). As the
-    network does not see the time, a step that reveals nothing needs no pass.
-    """
-    reveal = (uniform((*key, 1), len(free)) * steps).long().clamp(max=steps - 1).tolist()
-    blocks: dict[int, list[int]] = {}
-    for position, step in sorted(zip(free, reveal, strict=True), key=lambda pair: pair[1]):
-        blocks.setdefault(step, []).append(position)
-    return list(blocks.values())
+STRATEGIES: "dict[str, type[Lanes]]" = {}
+"""Ways to decode by the names that ``Decoding.strategy`` has for them."""
 
 
 class Lockstep:
@@ -146,17 +129,32 @@ class Lockstep:
 class Lanes:
     """Places for sequences that are decoded side by side, each with its own text, plan and settings.
 
-    ``admit`` puts texts into free lanes at any time; ``step`` goes on with all of them; ``release`` frees a lane. A
-    lane's text depends on nothing in the other lanes. ``width``: most targets of a step.
+    ``admit`` puts texts into free lanes at any time; ``step`` continues all of them; ``release`` frees a lane. A
+    lane's text depends on nothing in the other lanes. ``width``: most targets of a step. A subclass is a strategy:
+    its ``name`` is what ``Decoding.strategy`` chooses it by.
     """
 
     cached: ClassVar[bool] = True
+    """Whether a lane keeps keys and values."""
+
+    def __init_subclass__(cls, name: str) -> None:
+        STRATEGIES[name] = cls
+
+    @staticmethod
+    def blocks(free: Sequence[int], decoding: Decoding, key: tuple[int, int]) -> list[list[int]]:
+        """The free positions of a text in blocks, in the order of generation."""
+        return strided_blocks(free, decoding.streams)
+
+    @staticmethod
+    def targets(decoding: Decoding) -> int:
+        """Targets of a step that a way of decoding asks for."""
+        return decoding.streams
 
     def __init__(self, network: Network, count: int, slots: int, width: int) -> None:
         self.network, self.count, self.slots, self.width = network, count, slots, width
         self.cache = Cache(network, count, slots if self.cached else 0)
         self.sampler = Sampler(count, network.device)
-        # One slot more takes what belongs nowhere.
+        # A scratch slot takes the writes of padding.
         self.text = self._zeros(slots + 1)
         self.known = self._zeros(slots + 1).bool()
         self._free = self._zeros(slots).bool()
@@ -242,7 +240,7 @@ class Lanes:
         self.known.scatter_(1, place, True)
 
 
-class Strided(Lanes):
+class Strided(Lanes, name="strided"):
     """Blocks that are planned beforehand."""
 
     def __init__(self, network: Network, count: int, slots: int, width: int) -> None:
@@ -296,45 +294,7 @@ class Strided(Lanes):
         return targets, tokens
 
 
-class Ancestral(Strided):
-    """Masked diffusion: every step predicts from the whole text, masked in part, and keeps its own block."""
-
-    cached = False
-
-    def __init__(self, network: Network, count: int, slots: int, width: int) -> None:
-        super().__init__(network, count, slots, width)
-        self._sizes = [0] * count
-
-    def _start(self, lane: int, one: Task, last: int) -> None:
-        super()._start(lane, one, last)
-        self._sizes[lane] = len(one.tokens)
-
-    def release(self, lane: int) -> None:
-        super().release(lane)
-        self._sizes[lane] = 0
-
-    def _graph_sizes(self, fed: int, wanted: int) -> tuple[int, int]:
-        return 1, 1 << (wanted - 1).bit_length()
-
-    def _advance(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        _, targets = inputs
-        longest = self.slots - 1 if self._graphs is not None else max(1, *self._sizes)
-        text = self.text.where(self.known, self.network.config.vocab_size)[:, 1 : longest + 1]
-        there = None
-        if self._graphs is not None or set(self._sizes) != {longest}:
-            place = torch.arange(1, longest + 1, device=text.device)
-            there = place <= self._length.clamp(min=1)[:, None]  # an idle lane sees something, too
-        hidden = self.network.denoise(text, there)
-        hidden = hidden.gather(1, (targets - 1).clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
-        numbers = self._uniform.gather(1, targets)
-        size = max(1, _LOGIT_ROWS // self.count)
-        parts = zip(hidden.split(size, dim=1), numbers.split(size, dim=1), strict=True)
-        tokens = torch.cat([self.sampler.draw(self.network.predict(rows), part) for rows, part in parts], dim=1)
-        self._write(targets, tokens)
-        return targets, tokens
-
-
-class Exact(Lanes):
+class Exact(Lanes, name="exact"):
     """Several tokens a pass, with exactly the distribution of one token a step in the same order.
 
     A pass scores the K tokens drafted before it, one token a block, and drafts the K after them as if each were the
@@ -344,6 +304,10 @@ class Exact(Lanes):
     is scored gives the right law: speculative decoding, for any order of generation (arXiv 2504.20456) and with the
     model as its own draft.
     """
+
+    @staticmethod
+    def targets(decoding: Decoding) -> int:
+        return decoding.draft
 
     def __init__(self, network: Network, count: int, slots: int, width: int) -> None:
         super().__init__(network, count, slots, width)
@@ -433,14 +397,6 @@ class Exact(Lanes):
 def accept(p: Tensor, q: Tensor, uniform: Tensor) -> Tensor:
     """Whether tokens of draft probability p and score q are kept: with probability min(1, q / p)."""
     return uniform * p < q
-
-
-STRATEGIES: dict[str, type[Lanes]] = {"strided": Strided, "exact": Exact, "ancestral": Ancestral}
-
-
-def width(decoding: Decoding) -> int:
-    """Targets of a step that a way of decoding asks for."""
-    return decoding.draft or decoding.streams
 
 
 class Frontier:

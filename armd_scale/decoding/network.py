@@ -5,8 +5,8 @@
 - ``Cache``: what decoding carries from step to step.
 
 X holds known tokens and sees its own block; G predicts and sees earlier blocks only (arXiv 2601.16971, section 3).
-The other objectives have G alone: its rows begin as the embedding of the token before (``ar``) or of the token itself,
-masked or not (``mdm``).
+Objectives of one stream have G alone: its rows begin as the embedding of the token before (causal ones) or of the token
+itself, which may be the mask (those that see everything).
 Shapes: B sequences, R rows, d hidden, H query and G key heads, D head width, V vocabulary, M cache slots.
 """
 
@@ -18,11 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from armd_scale.formulas import gate, gelu, normalise, position_table, rotary_tables, rotate, scale_prefix
+from armd_scale.traits import DEFAULT, TRAITS, Traits
+
 Mask: TypeAlias = Tensor | Literal["causal"] | None
 """Which keys a row sees: a boolean [B, R or 1, keys], as many as its own index + 1, or (None) all of them."""
 
 Store: TypeAlias = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes a layer's new keys and values [B, G, R, D] and gives those to attend to."""
+
+
+MODEL_TYPE = "armd"
+"""Name of the architecture in ``config.json``, whatever the objective."""
 
 
 class InputError(ValueError):
@@ -62,10 +69,18 @@ class ARMDConfig:
     prefix_target_position: bool
     target_mlp: bool = True
     """Whether G passes through the MLP of two-stream layers but the last."""
-    objective: str = "armd"
-    """``armd``; ``ar``: one causal stream, left to right; ``mdm``: masked diffusion, one stream that sees
-    everything, with a mask token behind the vocabulary. Both have no two-stream layers."""
-    model_type: str = "armd"
+    objective: str = DEFAULT
+    """One of ``TRAITS``. Objectives of one stream have no two-stream layers."""
+    qk_norm: bool = False
+    """RMSNorm of every head of queries and keys before the rotary embedding."""
+    qkv_bias: bool = False
+    """Biases of queries, keys and values."""
+    model_type: str = MODEL_TYPE
+
+    @property
+    def traits(self) -> Traits:
+        """What there is to know of the objective."""
+        return TRAITS[self.objective]
 
 
 class Sight(NamedTuple):
@@ -94,8 +109,7 @@ class Cache:
         self.slots = slots
         # Zeros: a masked key still meets a weight of zero, which only a finite value survives.
         self.key_values = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        # Only this objective has prefix aggregation.
-        width = c.prefix_dim if c.objective == "armd" else 0
+        width = c.prefix_dim if c.traits.streams == 2 else 0
         self.prefix = torch.zeros(batch, width, c.hidden, dtype=network.precise, device=like.device)
         self.rows = torch.zeros(batch, 1, 1, dtype=network.precise, device=like.device)
         """Context rows in ``prefix``."""
@@ -144,13 +158,14 @@ class _Layer(nn.Module):
         super().__init__()
         width = config.hidden // config.heads
         self.attention_norm = _weight(config.hidden)
-        self.attention = nn.ModuleDict(
-            {
-                "query": _weight(config.heads * width, config.hidden),
-                "key_value": _weight(config.kv_heads * 2 * width, config.hidden),
-                "output": _weight(config.hidden, config.heads * width),
-            }
-        )
+        attention = {
+            "query": _weight(config.heads * width, config.hidden, bias=config.qkv_bias),
+            "key_value": _weight(config.kv_heads * 2 * width, config.hidden, bias=config.qkv_bias),
+            "output": _weight(config.hidden, config.heads * width),
+        }
+        if config.qk_norm:
+            attention |= {"query_norm": _weight(width), "key_norm": _weight(width)}
+        self.attention = nn.ModuleDict(attention)
         self.mlp_norm = _weight(config.hidden)
         inner = config.ffn * (2 if config.mlp == "swiglu" else 1)
         self.mlp = nn.ModuleDict({"up": _weight(inner, config.hidden), "down": _weight(config.hidden, config.ffn)})
@@ -162,12 +177,12 @@ class Network(nn.Module):
     def __init__(self, config: ARMDConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = _weight(config.vocab_size + (config.objective == "mdm"), config.hidden)
+        self.embedding = _weight(config.vocab_size + config.traits.mask, config.hidden)
         self.layers = nn.ModuleList([_Layer(config) for _ in range(config.layers)])
         self.norm = _weight(config.hidden)
         if not config.tied_head:
             self.head = _weight(config.vocab_size, config.hidden)
-        prefix, aggregates = {}, config.objective == "armd"
+        prefix, aggregates = {}, config.traits.streams == 2
         if aggregates and config.prefix_kernel == "learned":
             prefix["table"] = nn.Parameter(torch.empty(config.length + 1, config.prefix_dim))
         if aggregates and config.prefix_target_position:
@@ -194,7 +209,7 @@ class Network(nn.Module):
         first = torch.zeros_like(at[:, :1])
         x = self._embed(torch.cat([first + self.config.bos_id, tokens[:, :-1]], dim=1))
         at_x, block_x = (torch.cat([first, rows[:, :-1]], dim=1) for rows in (at, blocks))
-        if self.config.objective == "ar":
+        if self.config.traits.streams == 1:
             return self._run(x[:, :0], x, at_x[:, :0], at_x, CAUSAL, None)
         if bool((blocks[:, 1:] > blocks[:, :-1]).all()):
             sight = CAUSAL
@@ -232,7 +247,7 @@ class Network(nn.Module):
         store: Store = cache.append
         if lanes is not None:
             store = cache.scatter(at_x.where(keep, cache.slots), at.where(keep, cache.slots), lanes)
-        if self.config.objective == "ar":
+        if self.config.traits.streams == 1:
             self._run(x[:, :0], x, at_x[:, :0], at_x, CAUSAL, store)
             return
         table = self._positions()
@@ -270,7 +285,7 @@ class Network(nn.Module):
         store: Store = cache.append
         if keep is not None:
             store = cache.scatter(at.where(keep, cache.slots), targets.where(targets > 0, cache.slots))
-        if self.config.objective == "ar":
+        if self.config.traits.streams == 1:
             return self._run(x[:, :0], x, at[:, :0], at, sight, store)
         table = self._positions()
         key, query = table[at], table[targets]
@@ -336,17 +351,17 @@ class Network(nn.Module):
         return h
 
     def _keys(self, index: int, rows: Tensor, rope: Tensor, store: Store | None) -> tuple[Tensor, Tensor]:
-        joint = _linear(rows, self.layers[index].attention["key_value"].weight)
+        joint = _project(rows, self.layers[index].attention["key_value"])
         keys, values = joint.unflatten(-1, (self.config.kv_heads, 2, -1)).transpose(1, 2).unbind(3)
-        keys = _rotate(keys, rope)
+        keys = self._rotate(keys, rope, self.layers[index].attention, "key_norm")
         return store(index, keys, values) if store else (keys, values)
 
     def _attend(
         self, layer: nn.Module, rows: Tensor, rope: Tensor, keys_values: tuple[Tensor, Tensor], mask: Mask
     ) -> Tensor:
         c = self.config
-        query = _linear(rows, layer.attention["query"].weight)
-        query = _rotate(query.unflatten(-1, (c.heads, -1)).transpose(1, 2), rope)
+        query = _project(rows, layer.attention["query"]).unflatten(-1, (c.heads, -1)).transpose(1, 2)
+        query = self._rotate(query, rope, layer.attention, "query_norm")
         keys, values = keys_values
         if isinstance(mask, str):
             out = F.scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=c.heads != c.kv_heads)
@@ -361,20 +376,17 @@ class Network(nn.Module):
 
     def _mlp(self, layer: nn.Module, rows: Tensor) -> Tensor:
         hidden = _linear(rows, layer.mlp["up"].weight)
-        if self.config.mlp == "swiglu":
-            gate, value = hidden.unflatten(-1, (-1, 2)).unbind(-1)
-            hidden = F.silu(gate) * value
-        else:
-            hidden = F.gelu(hidden, approximate="tanh")
+        hidden = gate(hidden) if self.config.mlp == "swiglu" else gelu(hidden)
         return _linear(hidden, layer.mlp["down"].weight)
 
     def _norm(self, rows: Tensor, weight: nn.Module) -> Tensor:
-        scale = weight.weight.to(self.precise)
-        if self.config.norm == "layernorm":
-            out = F.layer_norm(rows.to(self.precise), scale.shape, scale, None, self.config.norm_eps)
-        else:
-            out = F.rms_norm(rows.to(self.precise), scale.shape, scale, self.config.norm_eps)
-        return out.to(rows.dtype)
+        return normalise(rows, weight.weight, self.config.norm_eps, self.config.norm == "layernorm")
+
+    def _rotate(self, heads: Tensor, rope: Tensor, attention: nn.ModuleDict, norm: str) -> Tensor:
+        """Rotary embedding of heads [B, H, R, D] by tables [B, 1, R, 2, D / 2], after their norm if there is one."""
+        if self.config.qk_norm:
+            heads = normalise(heads, attention[norm].weight, self.config.norm_eps, False)
+        return rotate(heads, *rope.unbind(-2))
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.embedding.weight)
@@ -383,9 +395,7 @@ class Network(nn.Module):
         """Scale the prefix sum of targets that see ``size`` rows, and add the target's own position if so
         configured.
         """
-        if self.config.prefix_scale != "none":
-            size = size.to(seed.dtype).clamp(min=1)
-            seed = seed / (size.sqrt() if self.config.prefix_scale == "sqrt" else size)
+        seed = scale_prefix(seed, size.clamp(min=1), self.config.prefix_scale)
         if self.config.prefix_target_position:
             seed = seed + query @ self.prefix["target_projection"].to(seed.dtype).t()
         return seed.to(self.embedding.weight.dtype)
@@ -398,30 +408,18 @@ class Network(nn.Module):
         if c.prefix_kernel == "learned":
             return self.prefix["table"].to(self.precise)
 
-        def table() -> Tensor:
-            count = c.prefix_dim // 2
-            index = torch.arange(count, dtype=torch.float64)
-            if c.prefix_kernel == "gaussian":
-                frequencies = torch.special.ndtri((1 + (index + 0.5) / count) / 2) / c.prefix_width
-            else:
-                frequencies = 10000.0 ** (-index / count)
-            angles = torch.arange(c.length + 1, dtype=torch.float64)[:, None] * frequencies
-            # float32 first: training rounds the table so, and a float64 model must be the same function
-            return (torch.cat([angles.sin(), angles.cos()], dim=-1) / count**0.5).float()
-
-        return self._table("positions", table)
+        # float32 first: training rounds the table so, and a float64 model must be the same function
+        return self._table(
+            "positions", lambda: position_table(c.length + 1, c.prefix_kernel, c.prefix_dim, c.prefix_width).float()
+        )
 
     def _rotary(self) -> Tensor:
-        """Rotary tables [length + 1, 2, D]: cosines of a head's width, and sines with the sign of the half."""
-
-        def table() -> Tensor:
-            width = self.config.hidden // self.config.heads
-            steps = torch.arange(0, width, 2, dtype=torch.float32)
-            angles = torch.arange(self.config.length + 1)[:, None].float() * self.config.rope_base ** (-steps / width)
-            cos, sin = angles.cos(), angles.sin()
-            return torch.stack([torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)], dim=1)
-
-        return self._table("rotary", table)
+        """Cosines and sines [length + 1, 2, D / 2]."""
+        c = self.config
+        return self._table(
+            "rotary",
+            lambda: torch.stack(rotary_tables(torch.arange(c.length + 1), c.hidden // c.heads, c.rope_base), dim=1),
+        )
 
     def _table(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         key = (name, self.device, self.precise)
@@ -440,11 +438,19 @@ def _together(sight: Sight, context: int, targets: int) -> Mask:
     return torch.cat([sight.x.expand(-1, context, -1), sight.g.expand(-1, targets, -1)], dim=1)
 
 
-def _weight(*shape: int) -> nn.Module:
-    """A module that holds one tensor named ``weight``."""
+def _weight(*shape: int, bias: bool = False) -> nn.Module:
+    """A module that holds a tensor named ``weight``, and with ``bias`` one more."""
     holder = nn.Module()
     holder.weight = nn.Parameter(torch.empty(*shape))
+    if bias:
+        holder.bias = nn.Parameter(torch.empty(shape[0]))
     return holder
+
+
+def _project(rows: Tensor, linear: nn.Module) -> Tensor:
+    """``rows`` [..., d] through a linear that may have a bias."""
+    out = _linear(rows, linear.weight)
+    return out + linear.bias if hasattr(linear, "bias") else out
 
 
 def _linear(rows: Tensor, weight: Tensor) -> Tensor:
@@ -459,10 +465,3 @@ def _linear(rows: Tensor, weight: Tensor) -> Tensor:
     pair = rows.reshape(count, -1).expand(2, -1).contiguous()
     out = (weight @ pair.t()).t() if torch.get_num_threads() <= 2 else F.linear(pair, weight)
     return out[:count].reshape(*rows.shape[:-1], -1)
-
-
-def _rotate(rows: Tensor, rope: Tensor) -> Tensor:
-    """Rotary embedding of [B, H, R, D] by [B, 1, R, 2, D]: pairs (i, i + D / 2)."""
-    cos, sin = rope.unbind(-2)
-    precise = rows.to(rope.dtype)
-    return torch.addcmul(precise * cos, precise.roll(precise.shape[-1] // 2, -1), sin).to(rows.dtype)

@@ -1,0 +1,68 @@
+"""Fused regions: element-wise work between matrix products that is one kernel on CUDA.
+
+A region declares what it keeps for the backward pass where it is defined; the plan (``planning/measure.py``) reads the
+declaration instead of tracing a compiled kernel.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+_T = TypeVar("_T")
+
+Kept = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
+"""From the tensors that a region reads and those that it makes, the ones it keeps for the backward pass."""
+
+REGIONS: "dict[str, Region[Any]]" = {}
+"""Every region by its name."""
+
+_SHAPES = 64
+"""Shapes that a region is compiled for: those of layers, evaluations and the last samples of each."""
+
+_interceptor: "list[Callable[..., Any]]" = []
+
+
+class Region(Generic[_T]):
+    """A function of tensors, compiled into as few kernels as it needs where its first input is on CUDA."""
+
+    def __init__(self, function: Callable[..., _T], keeps: Kept) -> None:
+        # The compiler would silently stop after eight shapes.
+        torch._dynamo.config.recompile_limit = _SHAPES
+        functools.update_wrapper(self, function)
+        self.function, self.keeps = function, keeps
+        self._compiled = torch.compile(function, dynamic=False)
+        REGIONS[function.__name__] = self
+
+    def __call__(self, x: Tensor, *more: Any) -> _T:
+        if _interceptor:
+            return _interceptor[-1](self, x, *more)
+        return (self._compiled if x.is_cuda else self.function)(x, *more)
+
+
+def fused(keeps: Kept) -> Callable[[Callable[..., _T]], Region[_T]]:
+    """Make a function a region that ``keeps`` these tensors for its backward pass."""
+    return lambda function: Region(function, keeps)
+
+
+def inputs(read: Sequence[Tensor], made: Sequence[Tensor]) -> Sequence[Tensor]:
+    """``Kept``: everything that the region reads."""
+    return read
+
+
+def on_cuda(x: Tensor) -> bool:
+    """Whether work on a tensor is done by CUDA kernels, or planned as if it were."""
+    return x.is_cuda or bool(_interceptor)
+
+
+@contextlib.contextmanager
+def intercepted(handler: Callable[..., Any]) -> Iterator[None]:
+    """Inside, regions are not run: ``handler(region, *inputs)`` stands for them, on any device as if on CUDA."""
+    _interceptor.append(handler)
+    try:
+        yield
+    finally:
+        _interceptor.pop()

@@ -1,0 +1,132 @@
+"""Auto-regressive masked diffusion (arXiv 2601.16971): two streams, any generation order, blocks of tokens.
+
+Training passes through the orders of paper sections 3.4 and 4: left to right, progressive permutation, and strided
+fine-tuning on top of the base training.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from armd_scale import orders
+from armd_scale.decoding.sampling import Decoding
+from armd_scale.objectives.interface import Card, Inference, Training
+from armd_scale.orders import Layout
+from armd_scale.rows import Rows, arrange
+
+if TYPE_CHECKING:
+    from armd_scale.config import ModelConfig, RunConfig
+
+
+class ArmdInference(Inference, name="armd"):
+    """Scores in any order, exactly; writes by streams, or several tokens a pass with the law of one (``draft``)."""
+
+    def ways(self, tokens_per_step: Sequence[int], free: int) -> dict[int, Decoding]:
+        return {count: Decoding(streams=count) for count in tokens_per_step}
+
+    def orders(self, shuffles: int, streams: int) -> list[str]:
+        return ["left-to-right", f"shuffled:{shuffles}", f"strided:{streams}"]
+
+
+class ArmdTraining(Training):
+    """Every text in the generation order of its step."""
+
+    heldout = ("left_to_right", "permutation", "strided")
+    card = Card(
+        "An auto-regressive masked diffusion language model (ARMD, arXiv 2601.16971), trained and exported with "
+        "armd_scale. It\nscores a text exactly in any generation order, and writes up to S tokens a step in S parallel "
+        "streams.",
+        "armd, masked-diffusion, parallel-decoding",
+        "streams=4",
+        "model.nll(text)  # nats per token, left to right",
+    )
+    flops_formula = (
+        "3 x 2 x (projections + MLP of both streams, K and V of one; causal attention N d per stream and layer; "
+        "prefix aggregation; head) per token"
+    )
+    decoding_words = "S streams are written side by side, S tokens a step."
+
+    def rows(self, config: "RunConfig", tokens_BN: np.ndarray, step: int, slots: Sequence[int]) -> Rows:
+        return _ordered(config.model, tokens_BN, [self.layout(step, slot, config) for slot in slots])
+
+    def heldout_rows(self, config: "RunConfig", kind: str, tokens_BN: np.ndarray, numbers: Sequence[int]) -> Rows:
+        length, rho = tokens_BN.shape[1], config.orders.rho
+        if kind == "permutation":
+            return _ordered(config.model, tokens_BN, [orders.shuffled(length, rho, 0, number) for number in numbers])
+        layout = orders.left_to_right(length)
+        if kind == "strided":
+            layout = orders.strided(length, config.train.eval_streams)
+        return _ordered(config.model, tokens_BN, [layout] * len(numbers))
+
+    def probes(self, model: "ModelConfig", tokens_BN: np.ndarray) -> list[tuple[Rows, Callable[[Any], Tensor]]]:
+        length, tokens = model.length, torch.from_numpy(tokens_BN)
+        layouts = [orders.left_to_right(length), orders.shuffled(length, length, 0), orders.strided(length, 4)]
+
+        def logits(layout: Layout) -> Callable[[Any], Tensor]:
+            order, blocks = (torch.from_numpy(np.array(field)) for field in layout)
+            return lambda exported: exported.logits(tokens, order, blocks)[0, order - 1]
+
+        return [(_ordered(model, tokens_BN, [layout]), logits(layout)) for layout in layouts]
+
+    def labels(self, config: "RunConfig") -> dict[str, str]:
+        return {
+            "left_to_right": "left to right",
+            "permutation": f"{config.orders.rho} tokens shuffled",
+            "strided": f"strided, {config.train.eval_streams} streams",
+        }
+
+    def progress(self, step: int, config: "RunConfig") -> dict[str, Any]:
+        shuffled = self.shuffled_tokens(step, config)
+        return {"phase": self.phase(step, config), "shuffled": shuffled, "streams": self.streams(step, config)}
+
+    def spans(self, config: "RunConfig") -> list[tuple[str, int, int]]:
+        edges = [0, config.orders.ar_steps, config.train.steps, config.total_steps]
+        names = ("left to right", "progressive permutation", "strided")
+        return list(zip(names, edges, edges[1:], strict=False))
+
+    def report_orders(self, config: "RunConfig") -> list[str]:
+        shuffled = [f"shuffled:{config.orders.rho}"] if config.orders.rho else []
+        return shuffled + [f"strided:{s}" for s in config.report.generate_streams if s > 1]
+
+    def phase(self, step: int, config: "RunConfig") -> str:
+        """``left-to-right``, ``permutation`` or ``strided``."""
+        if step >= config.train.steps:
+            return "strided"
+        return "left-to-right" if step < config.orders.ar_steps else "permutation"
+
+    def streams(self, step: int, config: "RunConfig") -> int:
+        """Streams of a strided step, 1 in the base training."""
+        if self.phase(step, config) != "strided":
+            return 1
+        return orders.draw_streams(config.orders.streams, config.seed, step)
+
+    def shuffled_tokens(self, step: int, config: "RunConfig") -> int:
+        """Tokens shuffled in each text of ``step``; 0 in strided fine-tuning."""
+        if self.phase(step, config) != "permutation":
+            return 0
+        return orders.shuffled_tokens(
+            step,
+            ar_steps=config.orders.ar_steps,
+            permutation_steps=config.orders.permutation_steps,
+            rho=config.orders.rho,
+        )
+
+    def layout(self, step: int, slot: int, config: "RunConfig") -> Layout:
+        """Generation order and blocks of the text in place ``slot`` of the global batch of ``step``."""
+        length = config.model.length
+        if self.phase(step, config) == "strided":
+            return orders.strided(length, self.streams(step, config))
+        draw = orders.window if config.orders.shuffle == "window" else orders.shuffled
+        return draw(length, self.shuffled_tokens(step, config), config.seed, step, slot)
+
+
+def _ordered(model: "ModelConfig", tokens_BN: np.ndarray, layouts: Sequence[Layout]) -> Rows:
+    assert model.bos_id is not None
+    together = Layout(*(np.stack(field) for field in zip(*layouts, strict=True)))
+    return arrange(tokens_BN, together, model.bos_id)
+
+
+TRAINING = ArmdTraining()
