@@ -217,13 +217,19 @@ class OrderConfig(Section):
 
 
 class DiffusionConfig(Section):
-    """Noise of ``mdm``: a token is masked with probability t at time t, and never again (MDLM, arXiv 2406.07524)."""
+    """Noise of ``mdm`` (MDLM, arXiv 2406.07524) and ``card`` (CARD, arXiv 2601.22031)."""
 
     loss_form: Literal["time", "any-order"] = "any-order"
     """Of ``mdm``. ``time``: mask every token with probability t and weigh by 1 / t (MDLM; with t for lambda also
     RADD's), which has rare steps of a huge loss: use it with ``train.spike_nats=null``; ``any-order``: mask k tokens
     for a uniform k and weigh by N / k, so that no text's loss exceeds the mean NLL of its masked tokens. Equal in
     expectation (RADD, arXiv 2406.03736) [D]."""
+    tail: Annotated[float, Field(ge=1.0)] = 1.5
+    """Of ``card``: masks fall into the last ``tail`` t N positions of a text at time t, lambda."""
+    beta: Annotated[float, Field(gt=0.0)] = 1.0
+    """Of ``card``: a token whose context is clean has the weight 1 / beta."""
+    decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Of ``card``: how fast the effect of a mask on the weights of the tokens behind it falls, p."""
 
 
 class MixtureConfig(Section):
@@ -477,7 +483,7 @@ class RunConfig(Section):
     objective: Objective = DEFAULT
     """What is trained on the same data, layers, optimiser and layout (docs/objectives.md). ``armd``: auto-regressive
     masked diffusion; ``ar``: left to right with one causal stream (a GPT-2); ``mdm``: absorbing masked diffusion, one
-    stream that sees everything."""
+    stream that sees everything; ``card``: causal diffusion, one causal stream with a noised tail."""
     model: ModelConfig = ModelConfig()
     """The network."""
     diffusion: DiffusionConfig = DiffusionConfig()

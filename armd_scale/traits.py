@@ -31,6 +31,7 @@ TRAITS = {
     "armd": Traits("ARMD", streams=2, causal=True, mask=False, exact=True, phases=True, settings=("streams", "draft")),
     "ar": Traits("AR", streams=1, causal=True, mask=False, exact=True, phases=False, settings=()),
     "mdm": Traits("MDM", streams=1, causal=False, mask=True, exact=False, phases=False, settings=("steps",)),
+    "card": Traits("CARD", streams=1, causal=True, mask=True, exact=True, phases=False, settings=("block",)),
 }
 """Traits by the name that ``objective`` takes in a configuration."""
 DEFAULT = "armd"

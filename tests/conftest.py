@@ -69,10 +69,14 @@ LEARNED = MODERN.model_copy(
         "prefix": PrefixConfig(dim=8, kernel="learned", scale="sqrt"),
     }
 )
-MODELS = {"paper": PAPER, "modern": MODERN, "learned": LEARNED}
+FEATURES = MODERN.model_copy(update={"qk_norm": True, "qkv_bias": True})
+"""Every feature of a layer that is off in the others."""
+MODELS = {"paper": PAPER, "modern": MODERN, "learned": LEARNED, "features": FEATURES}
 BASELINES = {
     "ar": PAPER.model_copy(update={"objective": "ar"}),
     "ar modern": MODERN.model_copy(update={"objective": "ar"}),
+    "card": PAPER.model_copy(update={"objective": "card"}),
+    "card modern": MODERN.model_copy(update={"objective": "card"}),
     "mdm": PAPER.model_copy(update={"objective": "mdm"}),
     "mdm modern": MODERN.model_copy(update={"objective": "mdm"}),
 }

@@ -18,10 +18,11 @@ def log_probabilities(
 ):
     """Log-probabilities of every target along the order, [N, V] float64.
 
-    ``ar``: the order is left to right. ``mdm``: of every token of the text, some of which are the mask token V.
+    ``ar``, ``card``: the order is left to right; the tokens of ``card`` may be masked (V). ``mdm``:
+    of every token of the text, some of which are the mask token V.
     """
     w = {name: tensor.double() for name, tensor in weights.items()}
-    if c.objective == "ar":
+    if c.objective in ("ar", "card"):
         ids, places = [c.bos_id, *tokens[:-1]], range(len(tokens))
         return _one_stream(w, c, ids, places, [[key <= query for key in places] for query in places])
     if c.objective == "mdm":
@@ -46,7 +47,7 @@ def log_probabilities(
     before = torch.tensor([[block[i] < block[n] for i in rows] for n in rows])
     targets_only = torch.tensor([[i > 0 for i in rows] for _ in rows])
     for index in range(c.layers):
-        layer = {name: w[f"layers.{index}.{name}.weight"] for name in _LAYER}
+        layer = _layer(w, index)
         if index < c.two_stream_layers:
             mlp = c.target_mlp or index == c.two_stream_layers - 1
             x, g = (
@@ -61,7 +62,7 @@ def log_probabilities(
 def _one_stream(w, c: ARMDConfig, ids, positions, mask) -> Tensor:
     h = torch.stack([w["embedding.weight"][i] for i in ids])
     for index in range(c.layers):
-        layer = {name: w[f"layers.{index}.{name}.weight"] for name in _LAYER}
+        layer = _layer(w, index)
         h = _block(layer, c, h, h, list(positions), torch.tensor(mask))
     return _predict(w, c, h)
 
@@ -71,15 +72,10 @@ def _predict(w, c: ARMDConfig, rows: Tensor) -> Tensor:
     return (_norm(rows, w["norm.weight"], c) @ head[: c.vocab_size].t()).log_softmax(-1)
 
 
-_LAYER = (
-    "attention_norm",
-    "attention.query",
-    "attention.key_value",
-    "attention.output",
-    "mlp_norm",
-    "mlp.up",
-    "mlp.down",
-)
+def _layer(w: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    """The tensors of a layer, ``weight`` left out of their names."""
+    start = f"layers.{index}."
+    return {name.removeprefix(start).removesuffix(".weight"): t for name, t in w.items() if name.startswith(start)}
 
 
 def _position_row(w: dict[str, Tensor], c: ARMDConfig, p: int) -> Tensor:
@@ -105,8 +101,11 @@ def _block(
     """The whole pre-norm block: queries from one stream, keys and values from another."""
     width = c.hidden // c.heads
     a, b = (_norm(rows, layer["attention_norm"], c) for rows in (queries, context))
-    q = (a @ layer["attention.query"].t()).view(-1, c.heads, width)
-    kv = (b @ layer["attention.key_value"].t()).view(-1, c.kv_heads, 2, width)
+    q = _project(a, layer, "attention.query").view(-1, c.heads, width)
+    kv = _project(b, layer, "attention.key_value").view(-1, c.kv_heads, 2, width).clone()
+    if c.qk_norm:
+        q = _rms(q, c) * layer["attention.query_norm"]
+        kv[:, :, 0] = _rms(kv[:, :, 0], c) * layer["attention.key_norm"]
     out = torch.zeros(len(queries), c.heads, width, dtype=torch.float64)
     for h in range(c.heads):
         group = h // (c.heads // c.kv_heads)
@@ -141,7 +140,16 @@ def _rope(vector: Tensor, position: int, c: ARMDConfig) -> Tensor:
     return out
 
 
+def _project(rows: Tensor, layer, name: str) -> Tensor:
+    bias = layer.get(f"{name}.bias")
+    return rows @ layer[name].t() + (0 if bias is None else bias)
+
+
+def _rms(rows: Tensor, c: ARMDConfig) -> Tensor:
+    return rows / (rows.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt()
+
+
 def _norm(rows: Tensor, scale: Tensor, c: ARMDConfig) -> Tensor:
     if c.norm == "layernorm":
         rows = rows - rows.mean(-1, keepdim=True)
-    return rows / (rows.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * scale
+    return _rms(rows, c) * scale

@@ -22,8 +22,8 @@ class Decoding:
     """How a text is generated.
 
     By default S = ``streams`` contiguous streams of the free positions are written side by side, S tokens a step.
-    ``draft`` makes the result exactly that of one token a step in the same order. Masked diffusion takes ``steps``
-    instead. Raises ``InputError``.
+    ``draft`` makes the result exactly that of one token a step in the same order. Other objectives take ``steps`` or
+    ``block`` instead. Raises ``InputError``.
     """
 
     streams: int = 1
@@ -42,11 +42,15 @@ class Decoding:
     """Masked diffusion: equal steps of time from 1 to 0 in which tokens are revealed; 0: as many as free tokens."""
     stop: bool = False
     """A text ends at its first EOS by position: what streams wrote behind it is left out."""
+    block: int = 0
+    """Causal diffusion: tokens proposed at a time behind the finished text; 0: one."""
+    confidence: float = 0.9
+    """Causal diffusion: probability that the likeliest token must have for a proposed token to be accepted."""
 
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
             value = getattr(self, name)
-            whole = name in ("streams", "draft", "top_k", "steps")
+            whole = name in ("streams", "draft", "top_k", "steps", "block")
             number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
             if not number or not low <= value <= high:
                 limits = f"from {low} to {high:g}" if high < 2**31 else f"of at least {low}"
@@ -55,7 +59,7 @@ class Decoding:
     @property
     def strategy(self) -> str:
         """Name of the strategy that the settings choose: ``strided`` unless they ask for another."""
-        chosen = {"ancestral": self.steps, "exact": self.draft}
+        chosen = {"ancestral": self.steps, "confident": self.block, "exact": self.draft}
         return next((name for name, value in chosen.items() if value), "strided")
 
 
@@ -67,6 +71,8 @@ _RANGES = (
     ("top_p", 1e-6, 1),
     ("min_p", 0, 1),
     ("steps", 0, 2**31),
+    ("block", 0, 64),
+    ("confidence", 0, 1),
 )
 
 

@@ -38,8 +38,9 @@ class Inference:
     def complete(self, decoding: Decoding, free: int) -> Decoding:
         """The decoding of a text with ``free`` tokens to generate; ``InputError`` for settings of other objectives."""
         default = Decoding()
-        for setting in ("streams", "draft", "steps"):
-            if setting not in self.traits.settings and getattr(decoding, setting) != getattr(default, setting):
+        others = {setting for traits in TRAITS.values() for setting in traits.settings} - {*self.traits.settings}
+        for setting in sorted(others):
+            if getattr(decoding, setting) != getattr(default, setting):
                 has = " or ".join(self.traits.settings) or "no setting of this kind"
                 raise InputError(f"{setting} is not a setting of {self.traits.label} models: they have {has}")
         return decoding

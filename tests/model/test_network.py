@@ -20,6 +20,7 @@ from armd_scale.model.flops import (
 )
 from armd_scale.model.layers import Linears, linears
 from armd_scale.model.network import Stage
+from armd_scale.objectives.card import noised_rows
 from armd_scale.orders import Layout
 from armd_scale.parallel import groups
 from armd_scale.parallel.sharding import initialise
@@ -77,6 +78,8 @@ def test_baselines_equal_the_reference(kind):
         rows = corrupt(tokens, masked, np.array([2.0, 3.0]), mask_id=config.vocab_size)
         seen = np.where(masked, config.vocab_size, tokens)
         factors = torch.from_numpy(masked * np.array([[2.0], [3.0]]))
+    elif config.traits.mask:
+        rows, seen = noised_rows(config, tokens, masked), np.where(masked, config.vocab_size, tokens)
     nll = stage(rows).detach().double()
     shape = standalone_config(config, eos_id=2)
     for row in range(2):

@@ -8,7 +8,7 @@ import torch
 
 from armd_scale.config import RunConfig
 from armd_scale.objectives.interface import training
-from tests.conftest import BASELINES, MODERN, PAPER, run_processes
+from tests.conftest import BASELINES, FEATURES, MODERN, PAPER, run_processes
 
 STEPS = 4
 # Large enough that Adam does not blow rounding up where a gradient is nearly zero.
@@ -93,10 +93,10 @@ def start(run):
     return results[0][0], results[0][1], *merged
 
 
-SMALL = [PAPER, MODERN, BASELINES["ar"], BASELINES["mdm"]]
+SMALL = [PAPER, MODERN, BASELINES["ar"], BASELINES["mdm"], BASELINES["card"], FEATURES]
 
 
-@pytest.fixture(scope="module", params=SMALL, ids=["paper", "modern", "ar", "mdm"])
+@pytest.fixture(scope="module", params=SMALL, ids=["paper", "modern", "ar", "mdm", "card", "features"])
 def reference(request):
     """One process, checked against plain AdamW on the same network in ``test_one_process_is_plain_adamw``."""
     return request.param, start(config(model=request.param))
@@ -160,6 +160,8 @@ TRIMMED = {
     id(MODERN): ("tp2 dp2 sp", "zero3 dp2", "pp2 tp2 sp", "pp3"),
     id(BASELINES["ar"]): ("tp2 dp2 sp", "pp2 interleaved"),
     id(BASELINES["mdm"]): ("zero3 dp2", "pp2 interleaved tp2 sp"),
+    id(BASELINES["card"]): ("tp2 dp2 sp",),
+    id(FEATURES): ("tp2 dp2 sp", "zero3 tp2 dp2"),
 }
 
 

@@ -1,0 +1,188 @@
+"""Causal autoregressive diffusion: CARD (arXiv 2601.22031). One causal stream that also learns from a noised prefix.
+
+Training masks tokens of the tail of a text and predicts every token from the noised tokens before it:
+
+    E_t sum_n w(n, x_t^{<n}) log p(x_n | x_t^{<n})
+
+- *soft tail*: at time t, N t tokens (at least one) are masked, drawn from the last lambda N t positions; what lies
+  before stays clean;
+- *reweighting*: w_n = 1 / (beta + S_n), where S_n = sum_{i<n} C_i (1 - p)^(n-1-i), and C_i is 0 for a clean token, 1
+  for a mask behind a clean token and 2 for a mask behind a mask.
+
+Decoding proposes a block of tokens behind the finished text and accepts them by confidence. docs/objectives.md says
+what the paper leaves open and what was chosen.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from armd_scale.decoding.lanes import Lanes, Task
+from armd_scale.decoding.network import Network, Sight
+from armd_scale.decoding.sampling import Decoding, uniform
+from armd_scale.objectives.ar import left_to_right_rows
+from armd_scale.objectives.interface import Card, Inference, Training
+from armd_scale.objectives.mdm import times
+from armd_scale.orders import random_words
+from armd_scale.rows import Rows
+
+if TYPE_CHECKING:
+    from armd_scale.config import ModelConfig, RunConfig
+
+
+class Confident(Lanes, name="confident"):
+    """A pass proposes K tokens behind the finished text, each given the text and masks, and accepts the leading ones.
+
+    The first is always accepted: its context is clean. The next are accepted as long as the likeliest token has at
+    least the probability ``confidence``. Keys and values of finished tokens are kept; those of masks are overwritten
+    when the tokens in their places are finished.
+    """
+
+    @staticmethod
+    def targets(decoding: Decoding) -> int:
+        return decoding.block
+
+    def __init__(self, network: Network, count: int, slots: int, width: int) -> None:
+        super().__init__(network, count, slots, width)
+        self._uniform = self._zeros(slots + width, dtype=torch.float64)
+        self._first, self._last = self._zeros(1), self._zeros(1)  # finished positions that are not in the cache yet
+        self._block, self._size = self._zeros(1), self._zeros(1)
+        self._confidence = self._zeros(1, dtype=network.precise)
+        self._blocks = [0] * count
+
+    def _start(self, lane: int, one: Task, last: int) -> None:
+        size = len(one.tokens)
+        self._uniform[lane, : size + 1] = uniform(one.key, size + 1).to(self._uniform.device)
+        self._first[lane], self._last[lane], self._size[lane] = last, last, size
+        self._block[lane], self._confidence[lane] = one.decoding.block, one.decoding.confidence
+        self._blocks[lane] = one.decoding.block
+
+    def release(self, lane: int) -> None:
+        super().release(lane)
+        self._size[lane], self._block[lane], self._blocks[lane] = 0, 0, 0
+
+    def step(self) -> Any:
+        proposals = max(1, *self._blocks)
+        return self._run(torch.arange(2 * proposals - 1, device=self.text.device))
+
+    def _advance(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        [column] = inputs
+        proposals = torch.arange((len(column) + 1) // 2, device=column.device)
+        # Rows: the finished tokens that are not in the cache, then masks; the row of a token predicts the next one.
+        at = self._first + column
+        keep = (at < self._size) & (at < self._last + self._block)
+        at, targets = at.where(keep, 0), (at + 1).where(keep, 0)
+        tokens = self.text.gather(1, at).where(at <= self._last, self.network.config.vocab_size)
+        slot = torch.arange(self.slots, device=column.device)
+        seen = (slot >= 1) & (slot <= targets.clamp(min=1)[..., None])
+        hidden = self.network.step(tokens, at, targets, self.cache, keep, Sight(None, None, seen))
+
+        row = (self._last - self._first + proposals).clamp(max=len(column) - 1)
+        positions = targets.gather(1, row).where(proposals < self._block, 0)
+        hidden = hidden.gather(1, row[..., None].expand(-1, -1, hidden.shape[-1]))
+        logits = self.network.predict(hidden).to(self.network.precise)
+        sure = logits.softmax(-1).amax(-1) >= self._confidence
+        accepted = (((proposals == 0) | sure) & (positions > 0)).long().cumprod(dim=1).bool()
+        positions = positions.where(accepted, 0)
+        written = self.sampler.draw(logits, self._uniform.gather(1, positions))
+        self._write(positions, written)
+        self._first.copy_(self._last + accepted.any(1, keepdim=True))
+        self._last += accepted.sum(1, keepdim=True)
+        return positions, written
+
+
+class CardInference(Inference, name="card"):
+    """Scores left to right, exactly; writes left to right, several tokens a pass where it is confident."""
+
+    def ways(self, tokens_per_step: Sequence[int], free: int) -> dict[int, Decoding]:
+        """The number of tokens a pass follows from the text: up to so many are proposed."""
+        return {count: Decoding(block=count if count > 1 else 0) for count in tokens_per_step}
+
+
+class CardTraining(Training):
+    """Next-token prediction from a prefix whose tail is masked."""
+
+    heldout = ("left_to_right", "noised")
+    card = Card(
+        "A causal autoregressive diffusion language model (CARD, arXiv 2601.22031), trained and exported with "
+        "armd_scale as a\nbaseline of its ARMD models. It scores a text exactly left to right, and writes several "
+        "tokens a pass where it is\nconfident.",
+        "causal-diffusion, parallel-decoding",
+        "block=4",
+        "model.nll(text)  # nats per token, left to right",
+    )
+    flops_formula = "3 x 2 x (projections + MLP; causal attention N d per layer; head) per token"
+    decoding_words = "Up to S tokens are proposed in a pass, and the leading ones accepted by confidence."
+
+    def rows(self, config: "RunConfig", tokens_BN: np.ndarray, step: int, slots: Sequence[int]) -> Rows:
+        batch, length = times(config.train.global_batch, config.seed, step), tokens_BN.shape[1]
+        tail = config.diffusion.tail
+        masked = np.stack([soft_tail(length, batch[slot], tail, config.seed, step, slot) for slot in slots])
+        weights = np.stack([reweight(row, config.diffusion.beta, config.diffusion.decay) for row in masked])
+        rows = noised_rows(config.model, tokens_BN, masked)
+        return rows._replace(weights=torch.from_numpy(weights.astype(np.float32)))
+
+    def heldout_rows(self, config: "RunConfig", kind: str, tokens_BN: np.ndarray, numbers: Sequence[int]) -> Rows:
+        """``noised``: one draw of noise a text, whose times are spread evenly over the numbers; no weights."""
+        if kind == "left_to_right":
+            return left_to_right_rows(config.model, tokens_BN)
+        length, tail = tokens_BN.shape[1], config.diffusion.tail
+        spread = [(0.5 + number * _GOLDEN) % 1 for number in numbers]
+        masked = [soft_tail(length, time, tail, 0, number) for time, number in zip(spread, numbers, strict=True)]
+        return noised_rows(config.model, tokens_BN, np.stack(masked))
+
+    def probes(self, model: "ModelConfig", tokens_BN: np.ndarray) -> list[tuple[Rows, Callable[[Any], Tensor]]]:
+        assert model.vocab_size is not None
+        masked = soft_tail(model.length, 0.5, 1.5, 0)[None]
+        natural = torch.arange(1, model.length + 1)[None]
+
+        def logits(exported: Any, seen: np.ndarray) -> Tensor:
+            return exported.predict(exported.whole(torch.from_numpy(seen), natural, natural))[0]
+
+        noised = np.where(masked, model.vocab_size, tokens_BN)
+        return [
+            (left_to_right_rows(model, tokens_BN), lambda exported: logits(exported, tokens_BN)),
+            (noised_rows(model, tokens_BN, masked), lambda exported: logits(exported, noised)),
+        ]
+
+    def labels(self, config: "RunConfig") -> dict[str, str]:
+        return {"left_to_right": "left to right", "noised": "from a noised prefix"}
+
+    def progress(self, step: int, config: "RunConfig") -> dict[str, Any]:
+        return {"phase": "noised", "shuffled": 0, "streams": 1}
+
+
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+def soft_tail(length: int, time: float, tail: float, *key: int) -> np.ndarray:
+    """Mask [N] of a text at a time in (0, 1): N t tokens, at least one, of the last ``tail`` N t positions."""
+    count = max(1, int(length * time))
+    window = min(length, int(tail * count))
+    masked = np.zeros(length, dtype=bool)
+    masked[length - window + np.argsort(random_words(window, "soft tail", *key), kind="stable")[:count]] = True
+    return masked
+
+
+def reweight(masked: np.ndarray, beta: float, decay: float) -> np.ndarray:
+    """Weights [N] of the NLL of the tokens of a text whose mask is [N]: less, the more of their context is masked."""
+    cost = masked * (1 + np.concatenate([[False], masked[:-1]]))
+    total, weights = 0.0, np.empty(len(masked))
+    for n in range(len(masked)):
+        weights[n] = 1 / (beta + total)
+        total = cost[n] + (1 - decay) * total
+    return weights
+
+
+def noised_rows(model: "ModelConfig", tokens_BN: np.ndarray, masked_BN: np.ndarray) -> Rows:
+    """Rows of texts [B, N] left to right, whose context has masks; every token is a target."""
+    assert model.vocab_size is not None
+    rows = left_to_right_rows(model, tokens_BN)
+    context = torch.from_numpy(np.where(masked_BN, model.vocab_size, tokens_BN)[:, :-1].astype(np.int64))
+    return rows._replace(context_tokens=torch.cat([rows.context_tokens[:, :1], context], dim=1))
+
+
+TRAINING = CardTraining()
