@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from armd_scale.evaluation.study import MAIN, OBJECTIVES
 from armd_scale.evaluation.suites import PUBLISHED
 from armd_scale.files import write_atomically
+from armd_scale.traits import TRAITS
 
-_WORDS = {"ar": "AR", "armd": "ARMD", "mdm": "MDM"}
-_COLOURS = {"ar": "C0", "armd": "C1", "mdm": "C2"}
 _EQUAL = 0.03
 """How far ARMD's left-to-right perplexity may lie above AR's."""
 _PAPER_COST = 0.08
@@ -119,10 +119,10 @@ def _likelihood(f: Figures) -> str:
     ratio = f.difference("armd", "ar", "left-to-right")
     holds = math.expm1(ratio.value) <= _EQUAL
     rows = []
-    for variant in ("ar", "armd", "mdm"):
+    for variant in OBJECTIVES:
         for order in _heldout(f, variant):
             value = f.nll(variant, order)
-            rows.append(f"| {_WORDS[variant]} | {order} | {mean(list(value.values())).text(4)} | ")
+            rows.append(f"| {TRAITS[variant].label} | {order} | {mean(list(value.values())).text(4)} | ")
             rows[-1] += f"{f.perplexity(value).text()} | {_bits(f, variant, order).text(4)} |"
     return f"""
 ## Is ARMD's left-to-right perplexity within {_EQUAL:.0%} of AR's at equal steps?
@@ -253,7 +253,8 @@ def _ablations(f: Figures) -> str:
     for question, names in _questions(f).items():
         base = _base(f, names[0])
         orders = _orders(f, names[0])
-        head = f"| beside {_WORDS.get(base, base)} | {' | '.join(orders)} | FLOPs |\n|---|{'---|' * len(orders)}---|"
+        label = TRAITS[base].label if base in TRAITS else base
+        head = f"| beside {label} | {' | '.join(orders)} | FLOPs |\n|---|{'---|' * len(orders)}---|"
         parts.append(f"### {question}\n\n{head}")
         for name in names:
             cells = " | ".join(f.difference(name, base, order).text(4, "+") for order in orders)
@@ -280,7 +281,7 @@ def _suite(f: Figures) -> str:
     if not texts:
         return ""
     rows = []
-    for variant in ("ar", "armd", "mdm"):
+    for variant in OBJECTIVES:
         cells = []
         for text in texts:
             found = [f.checkpoint(variant, s, f.equal)["suite"][text]["perplexity"] for s in f.runs[variant]]
@@ -324,13 +325,13 @@ Tokens per second are those of runs side by side on one machine; `tools/bench.py
 def _plot_loss(f: Figures, path: Path) -> None:
     pyplot = _pyplot()
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), dpi=120, sharey=True)
-    for variant in ("ar", "armd", "mdm"):
+    for variant in OBJECTIVES:
         for seed, run in f.runs[variant].items():
             steps, values = (np.array(column) for column in zip(*run["curve"], strict=True))
             label = _label(variant) if seed == next(iter(f.runs[variant])) else None
             flops = steps * run["tokens_per_step"] * run["flops_per_token"]
             for axes, place in zip(panels, (steps, flops), strict=True):
-                axes.plot(place, values, color=_COLOURS[variant], lw=1.2, alpha=0.8, label=label)
+                axes.plot(place, values, color=f"C{OBJECTIVES.index(variant)}", lw=1.2, alpha=0.8, label=label)
     panels[0].axvline(f.equal, color="0.6", lw=0.8, ls=":")
     panels[0].set_xlabel("steps")
     panels[1].set_xlabel("training FLOPs")
@@ -344,7 +345,7 @@ def _plot_loss(f: Figures, path: Path) -> None:
 
 
 def _label(variant: str) -> str:
-    return _WORDS[variant] + (" (bound)" if variant == "mdm" else "")
+    return TRAITS[variant].label + ("" if TRAITS[variant].exact else " (bound)")
 
 
 def _plot_quality(f: Figures, path: Path) -> None:
@@ -358,7 +359,7 @@ def _plot_quality(f: Figures, path: Path) -> None:
         ("mdm", mdm[-1], f"MDM, {mdm[-1]:,} steps of training", "C2", "o-"),
     ]
     for variant, step, label, colour, style in lines:
-        streams = f.results["study"]["streams"] if variant != "ar" else [1]
+        streams = f.results["study"]["streams"] if TRAITS[variant].settings else [1]
         for axes, field in zip(panels, ("perplexity", "entropy"), strict=True):
             found = [mean(list(f.texts(variant, step, s, field).values())) for s in streams]
             axes.errorbar(
@@ -376,7 +377,7 @@ def _plot_quality(f: Figures, path: Path) -> None:
 
 
 def _plot_ablations(f: Figures, path: Path) -> None:
-    names = [name for group in _questions(f).values() for name in group if _base(f, name) == "armd"]
+    names = [name for group in _questions(f).values() for name in group if _base(f, name) == MAIN]
     if not names:
         return
     pyplot = _pyplot()

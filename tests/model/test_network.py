@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from armd_scale import orders
 from armd_scale.config import ModelConfig, ParallelConfig
-from armd_scale.model import layers, prefix
 from armd_scale.model.flops import (
     cut_by_cost,
     embedding_macs,
@@ -260,52 +259,6 @@ def test_transformer_engine_is_used_where_it_can_run(monkeypatch):
     monkeypatch.setattr(transformer_engine, "HAVE_TE", True)
     assert linears().column.module is transformer_engine.TEColumnParallelLinear
     assert linears().row.module is transformer_engine.TERowParallelLinear
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor", "cuda"])
-def test_fused_regions(backend, request):
-    """Each region of element-wise work, compiled without a break, gives its results and gradients in float64."""
-    if backend == "inductor" and not request.config.getoption("--parity"):
-        pytest.skip("compiles for half a minute: make parity")
-    if backend == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    place = "cuda" if backend == "cuda" else "cpu"
-    g = torch.Generator().manual_seed(0)
-    x, pair, scale = (torch.randn(shape, generator=g, dtype=torch.float32) for shape in ((5, 3, 16), (5, 6, 16), (16,)))
-    heads, angles = torch.randn(5, 3, 2, 8, generator=g), torch.randn(5, 3, 1, 4, generator=g)
-    targets = torch.randint(0, 16, (5, 3), generator=g)
-    cases = [
-        (layers.normalise, (x, scale, 1e-5, True)),
-        (layers.normalise, (x, scale, 1e-5, False)),
-        (layers.add_normalise, (x, x.flip(0), scale, 1e-5, True)),
-        (layers.add_normalise_streams, (pair, pair.flip(0), scale, 1e-5, True, 3, 0)),
-        (layers.add_normalise_streams, (pair, None, scale, 1e-5, False, 3, 3)),
-        (layers.rotate_queries, (heads, angles.cos(), angles.sin(), 2, 1, True)),
-        (layers.rotate_queries, (heads, angles.cos(), angles.sin(), 1, 3, False)),
-        (layers.rotate_keys, (heads.unsqueeze(2).expand(-1, -1, 3, -1, -1), angles.cos(), angles.sin())),
-        (layers.gate, (x,)),
-        (layers.cross_entropy, (x, targets, 16)),
-        (layers.cross_entropy, (x, targets.clamp(max=12), 13)),
-        (prefix.look_up, (targets, targets.flip(1), torch.ones(5, 3, 3, dtype=torch.bool).tril(), scale)),
-    ]
-    for region, inputs in cases:
-        name = "inductor" if backend == "cuda" else backend
-        compiled = torch.compile(region.__wrapped__, backend=name, fullgraph=True, dynamic=False)
-        results = []
-        for function, dtype, device in ((region.__wrapped__, torch.float64, "cpu"), (compiled, torch.float32, place)):
-            arguments = [one.to(device) if torch.is_tensor(one) else one for one in inputs]
-            arguments = [
-                one.to(dtype).requires_grad_() if torch.is_tensor(one) and one.is_floating_point() else one
-                for one in arguments
-            ]
-            made = function(*arguments)
-            made = made if isinstance(made, tuple) else (made,)
-            assert all(out.is_contiguous() for out in made)
-            wanted = [one for one in arguments if torch.is_tensor(one) and one.requires_grad]
-            loss = sum((out * out.detach().sin()).sum() for out in made)
-            results.append([*made, *torch.autograd.grad(loss, wanted)])
-        for exact, got in zip(*results, strict=True):
-            torch.testing.assert_close(got.double().cpu(), exact.double(), atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.one_process
