@@ -90,7 +90,7 @@ def standalone(config: ModelConfig, seed: int = 0) -> inference.ARMD:
     generator = torch.Generator().manual_seed(seed)
     for name, param in model.named_parameters():
         noise = torch.randn(param.shape, generator=generator, dtype=torch.float64)
-        param.copy_(1 + 0.1 * noise if name.endswith("norm.weight") else 0.3 * noise)
+        param.copy_(1 + 0.1 * noise if name.endswith(("norm.weight", "_norm")) else 0.3 * noise)
     return model
 
 

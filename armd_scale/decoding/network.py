@@ -151,21 +151,26 @@ class Cache:
             self.prefix[lanes] = keys.transpose(1, 2) @ rows
 
 
+class _Attention(nn.Module):
+    """Weights of an attention; the names are those of the training model."""
+
+    def __init__(self, config: ARMDConfig) -> None:
+        super().__init__()
+        width = config.hidden // config.heads
+        self.query = _weight(config.heads * width, config.hidden, bias=config.qkv_bias)
+        self.key_value = _weight(config.kv_heads * 2 * width, config.hidden, bias=config.qkv_bias)
+        self.output = _weight(config.hidden, config.heads * width)
+        self.query_norm = nn.Parameter(torch.empty(width)) if config.qk_norm else None
+        self.key_norm = nn.Parameter(torch.empty(width)) if config.qk_norm else None
+
+
 class _Layer(nn.Module):
     """Weights of a layer; the names are those of the training model."""
 
     def __init__(self, config: ARMDConfig) -> None:
         super().__init__()
-        width = config.hidden // config.heads
         self.attention_norm = _weight(config.hidden)
-        attention = {
-            "query": _weight(config.heads * width, config.hidden, bias=config.qkv_bias),
-            "key_value": _weight(config.kv_heads * 2 * width, config.hidden, bias=config.qkv_bias),
-            "output": _weight(config.hidden, config.heads * width),
-        }
-        if config.qk_norm:
-            attention |= {"query_norm": _weight(width), "key_norm": _weight(width)}
-        self.attention = nn.ModuleDict(attention)
+        self.attention = _Attention(config)
         self.mlp_norm = _weight(config.hidden)
         inner = config.ffn * (2 if config.mlp == "swiglu" else 1)
         self.mlp = nn.ModuleDict({"up": _weight(inner, config.hidden), "down": _weight(config.hidden, config.ffn)})
@@ -351,17 +356,17 @@ class Network(nn.Module):
         return h
 
     def _keys(self, index: int, rows: Tensor, rope: Tensor, store: Store | None) -> tuple[Tensor, Tensor]:
-        joint = _project(rows, self.layers[index].attention["key_value"])
+        joint = _project(rows, self.layers[index].attention.key_value)
         keys, values = joint.unflatten(-1, (self.config.kv_heads, 2, -1)).transpose(1, 2).unbind(3)
-        keys = self._rotate(keys, rope, self.layers[index].attention, "key_norm")
+        keys = self._rotate(keys, rope, self.layers[index].attention.key_norm)
         return store(index, keys, values) if store else (keys, values)
 
     def _attend(
         self, layer: nn.Module, rows: Tensor, rope: Tensor, keys_values: tuple[Tensor, Tensor], mask: Mask
     ) -> Tensor:
         c = self.config
-        query = _project(rows, layer.attention["query"]).unflatten(-1, (c.heads, -1)).transpose(1, 2)
-        query = self._rotate(query, rope, layer.attention, "query_norm")
+        query = _project(rows, layer.attention.query).unflatten(-1, (c.heads, -1)).transpose(1, 2)
+        query = self._rotate(query, rope, layer.attention.query_norm)
         keys, values = keys_values
         if isinstance(mask, str):
             out = F.scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=c.heads != c.kv_heads)
@@ -372,7 +377,7 @@ class Network(nn.Module):
             if mask is not None:
                 mask = (mask if mask.shape[1] == 1 else mask.repeat(1, group, 1))[:, None]
             out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask).reshape(query.shape)
-        return _linear(out.transpose(1, 2).flatten(2), layer.attention["output"].weight)
+        return _linear(out.transpose(1, 2).flatten(2), layer.attention.output.weight)
 
     def _mlp(self, layer: nn.Module, rows: Tensor) -> Tensor:
         hidden = _linear(rows, layer.mlp["up"].weight)
@@ -382,10 +387,10 @@ class Network(nn.Module):
     def _norm(self, rows: Tensor, weight: nn.Module) -> Tensor:
         return normalise(rows, weight.weight, self.config.norm_eps, self.config.norm == "layernorm")
 
-    def _rotate(self, heads: Tensor, rope: Tensor, attention: nn.ModuleDict, norm: str) -> Tensor:
+    def _rotate(self, heads: Tensor, rope: Tensor, scale: Tensor | None) -> Tensor:
         """Rotary embedding of heads [B, H, R, D] by tables [B, 1, R, 2, D / 2], after their norm if there is one."""
-        if self.config.qk_norm:
-            heads = normalise(heads, attention[norm].weight, self.config.norm_eps, False)
+        if scale is not None:
+            heads = normalise(heads, scale, self.config.norm_eps, False)
         return rotate(heads, *rope.unbind(-2))
 
     def _embed(self, tokens: Tensor) -> Tensor:

@@ -163,15 +163,6 @@ class Norm(nn.Module):
         return h, normed, normed
 
 
-class HeadNorm(nn.Module):
-    """The scale [D] of an RMSNorm of every head: one for all heads, of which each rank sees its own."""
-
-    def __init__(self, config: ModelConfig, parallel: TransformerConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.head_dim, dtype=parallel.params_dtype))
-        describe(self.weight, ONES, partial=True)
-
-
 class Attention(nn.Module):
     """Rotary grouped-query attention; heads are split over the tensor-parallel ranks."""
 
@@ -190,8 +181,14 @@ class Attention(nn.Module):
         key_values = 2 * config.key_heads * config.head_dim
         self.key_value = _column(kinds, config.hidden, key_values, std, parallel, config.qkv_bias)
         self.output = _row(kinds, width, config.hidden, config.residual_std, parallel)
-        self.query_norm = HeadNorm(config, parallel) if config.qk_norm else None
-        self.key_norm = HeadNorm(config, parallel) if config.qk_norm else None
+        self.query_norm = self._head_scale(parallel) if config.qk_norm else None
+        self.key_norm = self._head_scale(parallel) if config.qk_norm else None
+
+    def _head_scale(self, parallel: TransformerConfig) -> nn.Parameter:
+        """Scale [D] of a normalisation per head: one for all heads, of which each rank sees its own."""
+        scale = nn.Parameter(torch.empty(self.head_dim, dtype=parallel.params_dtype))
+        describe(scale, ONES, partial=True)
+        return scale
 
     def forward(
         self, queries: Tensor, context: Tensor, query_rope: Rotary, key_rope: Rotary, visible_SBN: Tensor | None
@@ -200,11 +197,10 @@ class Attention(nn.Module):
         q, _ = self.query(queries)
         kv, _ = self.key_value(context)
         kv_NBG2D = kv.unflatten(-1, (self.key_heads, 2, self.head_dim))
-        k_NBGD, v_NBGD = rotate_keys(kv_NBG2D, *key_rope, self.key_norm and self.key_norm.weight, self.eps)
+        k_NBGD, v_NBGD = rotate_keys(kv_NBG2D, *key_rope, self.key_norm, self.eps)
         streams, as_heads = queries.shape[1] // context.shape[1], visible_SBN is None
         q_NRHD = q.unflatten(-1, (self.heads, self.head_dim))
-        scale = self.query_norm and self.query_norm.weight
-        q = rotate_queries(q_NRHD, *query_rope, self.key_heads, streams, as_heads, scale, self.eps)
+        q = rotate_queries(q_NRHD, *query_rope, self.key_heads, streams, as_heads, self.query_norm, self.eps)
         q_SBGRND = q.permute((3, 1, 2, 4, 0, 5) if as_heads else (0, 2, 3, 4, 1, 5))
         keys_values = k_NBGD.permute(1, 2, 0, 3), v_NBGD.permute(1, 2, 0, 3)
         inputs = (q_SBGRND, *keys_values, visible_SBN, self.causal, self.kernel)
