@@ -20,14 +20,17 @@ def partition_dim(param: Tensor) -> int | None:
     return param.partition_dim if getattr(param, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
 
 
-def local_shape(param: Tensor) -> tuple[int, ...]:
-    """Shape of this rank's tensor-parallel part, whole even when ZeRO-3 has cut it further."""
-    return tuple(getattr(param, "ds_shape", param.shape))
+def is_pipeline_copy(param: Tensor) -> bool:
+    """Whether another pipeline stage holds the same parameter, and counts and saves it.
+
+    The engine marks the copy of a tied embedding on the last stage with ``pipeline_copy = True``.
+    """
+    return getattr(param, "pipeline_copy", False)
 
 
 def global_shape(param: Tensor) -> tuple[int, ...]:
-    """Shape of the whole tensor of which ``param`` is this rank's part."""
-    shape = list(local_shape(param))
+    """Shape of the whole tensor of which ``param`` is this rank's tensor-parallel part."""
+    shape = list(param.shape)
     dim = partition_dim(param)
     if dim is not None:
         shape[dim] *= parallel_state.get_tensor_model_parallel_world_size()
@@ -39,7 +42,7 @@ def local_part(whole: Tensor, param: Tensor) -> Tensor:
     dim = partition_dim(param)
     if dim is None:
         return whole
-    size = local_shape(param)[dim]
+    size = param.shape[dim]
     return whole.narrow(dim, parallel_state.get_tensor_model_parallel_rank() * size, size)
 
 
