@@ -181,8 +181,8 @@ class Norm(nn.Module):
         self.eps = config.norm_eps
         self.centre = config.norm == "layernorm"
         self.weight = nn.Parameter(torch.empty(config.hidden, dtype=parallel.params_dtype))
-        # Megatron's mark for weights that see only a part of the sequence on each rank.
-        self.weight.sequence_parallel = parallel.sequence_parallel  # type: ignore[attr-defined]
+        # Under sequence parallelism each rank normalises a part of the sequence.
+        self.weight.tensor_partial = parallel.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(
         self, h: Tensor, update: Tensor | None = None, batch: int | None = None, dropped: int = 0

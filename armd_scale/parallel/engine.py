@@ -28,7 +28,7 @@ from armd_scale.model.layers import Attention
 from armd_scale.model.network import Stage
 from armd_scale.parallel import zero
 from armd_scale.parallel.groups import transformer_config
-from armd_scale.parallel.sharding import initialise
+from armd_scale.parallel.sharding import initialise, is_partial
 from armd_scale.parallel.timeline import Recorder, Timed
 from armd_scale.rows import Rows
 
@@ -180,7 +180,7 @@ class Engine:
                 micro_batches, lambda nll: (nll.mean(), nll.detach().mean().clone()), forward_only=False
             )
             self._spans.append((started, self._now()))
-            self._sum_sequence_parallel_gradients()
+            self._sum_partial_gradients()
             self._sum_tied_gradients()
         loss, flags, norm = self._agree(results, flag)
         accepted, norm = self.zero.update(loss.isfinite() & (loss <= limit), norm)
@@ -266,14 +266,13 @@ class Engine:
             forward_only=forward_only,
         )
 
-    def _sum_sequence_parallel_gradients(self) -> None:
-        """Weights that see a part of the sequence on each tensor-parallel rank hold a part of their gradient."""
-        if not self._parallel.sequence_parallel:
+    def _sum_partial_gradients(self) -> None:
+        """Sum the gradients of which each tensor-parallel rank has computed a part."""
+        if self.config.parallel.tensor == 1:
             return
         group = parallel_state.get_tensor_model_parallel_group()
-        for param in self.chunks.parameters():
-            if getattr(param, "sequence_parallel", False):
-                dist.all_reduce(self.zero.gradient(param), group=group)
+        for param in filter(is_partial, self.chunks.parameters()):
+            dist.all_reduce(self.zero.gradient(param), group=group)
 
     def _sum_tied_gradients(self) -> None:
         """The embedding and the head are one weight on two stages: both copies get the gradient of both uses."""

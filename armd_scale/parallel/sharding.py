@@ -20,6 +20,15 @@ def partition_dim(param: Tensor) -> int | None:
     return param.partition_dim if getattr(param, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
 
 
+def is_partial(param: Tensor) -> bool:
+    """Whether each tensor-parallel rank computes only a part of the gradient of a replicated parameter.
+
+    A module that sees a part of the activations on each rank, such as a norm under sequence parallelism, marks its
+    parameters with ``tensor_partial = True``. Their gradients are summed over the tensor-parallel ranks.
+    """
+    return getattr(param, "tensor_partial", False)
+
+
 def is_pipeline_copy(param: Tensor) -> bool:
     """Whether another pipeline stage holds the same parameter, and counts and saves it.
 
