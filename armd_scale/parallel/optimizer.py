@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from armd_scale.config import OptimizerConfig
 
+MASTER = "weight"
+"""Name of the float32 master weights beside the states of the optimiser."""
 EMA = "ema"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -19,14 +19,26 @@ def partition_dim(param: Tensor) -> int | None:
     return param.partition_dim if getattr(param, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
 
 
-def local_shape(param: Tensor) -> tuple[int, ...]:
-    """Shape of this rank's tensor-parallel part, whole even when ZeRO-3 has cut it further."""
-    return tuple(getattr(param, "ds_shape", param.shape))
+def is_partial(param: Tensor) -> bool:
+    """Whether each tensor-parallel rank computes only a part of the gradient of a replicated parameter.
+
+    A module that sees a part of the activations on each rank, such as a norm under sequence parallelism, marks its
+    parameters with ``tensor_partial = True``. Their gradients are summed over the tensor-parallel ranks.
+    """
+    return getattr(param, "tensor_partial", False)
+
+
+def is_pipeline_copy(param: Tensor) -> bool:
+    """Whether another pipeline stage holds the same parameter, and counts and saves it.
+
+    The engine marks the copy of a tied embedding on the last stage with ``pipeline_copy = True``.
+    """
+    return getattr(param, "pipeline_copy", False)
 
 
 def global_shape(param: Tensor) -> tuple[int, ...]:
-    """Shape of the whole tensor of which ``param`` is this rank's part."""
-    shape = list(local_shape(param))
+    """Shape of the whole tensor of which ``param`` is this rank's tensor-parallel part."""
+    shape = list(param.shape)
     dim = partition_dim(param)
     if dim is not None:
         shape[dim] *= parallel_state.get_tensor_model_parallel_world_size()
@@ -38,7 +50,7 @@ def local_part(whole: Tensor, param: Tensor) -> Tensor:
     dim = partition_dim(param)
     if dim is None:
         return whole
-    size = local_shape(param)[dim]
+    size = param.shape[dim]
     return whole.narrow(dim, parallel_state.get_tensor_model_parallel_rank() * size, size)
 
 

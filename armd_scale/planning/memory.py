@@ -7,7 +7,7 @@ The activations are measured on the real network. What DeepSpeed 0.19 allocates 
 from dataclasses import asdict, dataclass
 
 from armd_scale.config import RunConfig
-from armd_scale.parallel.engine import BUCKET
+from armd_scale.parallel.zero import BUCKET
 from armd_scale.planning.measure import Chunk
 from armd_scale.planning.schedule import operations
 

@@ -24,9 +24,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from armd_scale.errors import UserError
-from armd_scale.parallel.engine import MASTER, Engine
-from armd_scale.parallel.optimizer import EMA, MOMENTS
-from armd_scale.parallel.sharding import local_shape, partition_dim
+from armd_scale.parallel.engine import Engine
+from armd_scale.parallel.optimizer import EMA, MASTER, MOMENTS
+from armd_scale.parallel.sharding import is_pipeline_copy, partition_dim
+from armd_scale.parallel.zero import local_shape
 from armd_scale.training import manifest
 from armd_scale.training.telemetry import say
 
@@ -84,7 +85,7 @@ class Checkpointer:
         entries = [
             (parameter, param, name)
             for parameter, param in engine.named_parameters()
-            if not getattr(param, "ds_pipe_replicated", False)  # the head's copy of the embedding
+            if not is_pipeline_copy(param)
             for name in engine.state_names
         ]
         for number, (parameter, param, name) in enumerate(entries):

@@ -108,7 +108,7 @@ def order(folder, steps):
 
 def _train_on_poison(rank, processes, rendezvous, config, bad, kind):
     """Training in which samples of ``bad`` make the loss, or a gradient on one rank alone, infinite or too high."""
-    from armd_scale.parallel.engine import Engine, _gradient
+    from armd_scale.parallel.engine import Engine
     from armd_scale.training.loop import train
 
     passes = Engine._run
@@ -120,7 +120,7 @@ def _train_on_poison(rank, processes, rendezvous, config, bad, kind):
         hit = any(np.sort(text).tobytes() in known for rows in micro_batches for text in rows.target_tokens.numpy())
         if hit and not forward_only:
             if kind == "gradient":
-                _gradient(next(self.chunks.parameters())).view(-1)[0] = torch.inf
+                self.zero.gradient(next(self.chunks.parameters())).view(-1)[0] = torch.inf
             else:
                 results[0] = results[0] + (torch.inf if kind == "loss" else 50.0)
         return results
