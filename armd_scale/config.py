@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from armd_scale.errors import UserError
 from armd_scale.files import write_atomically
+from armd_scale.run_directory import RunDirectory
 
 Objective = Literal["armd", "ar", "mdm"]
 Count = Annotated[int, Field(ge=0)]
@@ -465,8 +466,13 @@ class RunConfig(Section):
         return Path(self.run_dir or f"runs/{self.name}")
 
     @property
+    def run_directory(self) -> RunDirectory:
+        """The files of the run in ``directory``."""
+        return RunDirectory(self.directory)
+
+    @property
     def data_directory(self) -> Path:
-        return Path(self.data.directory) if self.data.directory else self.directory / "data"
+        return Path(self.data.directory) if self.data.directory else self.run_directory.data
 
     @property
     def total_steps(self) -> int:

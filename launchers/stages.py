@@ -15,6 +15,7 @@ import submitit
 
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError, is_bad_input
+from armd_scale.run_directory import RunDirectory
 from launchers import restart
 
 
@@ -23,7 +24,7 @@ def run(step: str, config: RunConfig, token: str, share: int = 0, shares: int = 
 
     ``token``: a word that no other submission has, for files that processes meet at.
     """
-    # Every start of a job meets at another place.
+    # Each (re)start uses a fresh rendezvous file.
     os.environ["ARMD_SUBMISSION"] = f"{token}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
     if not config.cluster.gpus_per_node:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -51,7 +52,7 @@ def _write_down(step: str, error: Exception) -> None:
         return
     folder = submitit.JobEnvironment().paths.folder
     # The first one counts.
-    with contextlib.suppress(OSError), (folder / restart.ERROR).open("x", encoding="utf-8") as file:
+    with contextlib.suppress(OSError), RunDirectory.error_path(folder).open("x", encoding="utf-8") as file:
         json.dump(told, file)
 
 
@@ -95,32 +96,32 @@ def _train(config: RunConfig) -> None:
 
 
 def _rendezvous(config: RunConfig, job: Any) -> str:
-    """Where the processes meet: the first node of a Slurm job, or a file of the run when all are on this machine."""
+    """The rendezvous: an address on the first node of a Slurm job, or a file when all processes are on this machine."""
     if "SLURM_JOB_ID" in os.environ:
-        # The address of the node that runs srun, which is the first; its name may mean nothing to the others.
+        # srun runs on the first node. Other nodes may not resolve the name of that node, so its address is used.
         host = os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or job.hostnames[0]
         return f"tcp://{host}:{20000 + int(os.environ['SLURM_JOB_ID']) % 20000}"
-    folder = config.directory / "jobs"
-    folder.mkdir(exist_ok=True)
-    return str(folder / f"rendezvous-{os.environ['ARMD_SUBMISSION']}")
+    path = config.run_directory.rendezvous_path(os.environ["ARMD_SUBMISSION"])
+    path.parent.mkdir(exist_ok=True)
+    return str(path)
 
 
 def _export(config: RunConfig) -> dict[str, Any]:
     from armd_scale.training import export
 
     _set_threads(config)
-    config = export.load_run(config.directory)
-    facts = export.export(config, export.newest_checkpoint(config), config.directory / "export")
+    config = config.run_directory.load_config(vocabulary=True)
+    facts = export.export(config, export.newest_checkpoint(config), config.run_directory.export)
     print(f"export: largest difference to the training model's logits {facts['difference']:.1e}", flush=True)
     return facts
 
 
 def _evaluate(config: RunConfig) -> dict[str, Any]:
     from armd_scale.evaluation import report
-    from armd_scale.training import export
 
     _set_threads(config)
-    return report.write(export.load_run(config.directory), config.directory / "export")
+    config = config.run_directory.load_config(vocabulary=True)
+    return report.write(config, config.run_directory.export)
 
 
 def _set_threads(config: RunConfig) -> None:

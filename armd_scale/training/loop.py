@@ -72,26 +72,25 @@ class _Trainer:
         self.heldout = heldout
         self.rank = rank
         self.signals = Signals()
-        self.watchdog = Watchdog(config.directory / "stacks", rank, config.train)
-        self.heartbeat = Heartbeat(config.directory, rank)
+        self.watchdog = Watchdog(config.run_directory, rank, config.train)
+        self.heartbeat = Heartbeat(config.run_directory, rank)
         kernels.check_fp8(config, device)
         self.engine = Engine(config, device, kernels.attention_kernel(config, device))
-        self.folder = config.directory / "checkpoints"
         self.step = 0
         self.updates = 0  # steps that were applied
         self.grad_norm = math.nan  # of the last step that is known
         self.skipped: list[int] = []  # steps in a row that were not applied, up to now
         self._say(_layout(config))
         self.checkpointer = checkpoint.Checkpointer(
-            self.engine, self.folder, config.train.keep_checkpoints, config.train.keep_every
+            self.engine, config.run_directory, config.train.keep_checkpoints, config.train.keep_every
         )
-        self._resume(checkpoint.newest(self.folder))
+        self._resume(checkpoint.newest(self.config.run_directory))
         self.telemetry = Telemetry(config, active=rank == 0, first_step=self.step)
         self.sample_log: Lines | None = None
         if config.train.log_samples and self.engine.reads_data:
-            folder = config.directory / "samples"
-            folder.mkdir(exist_ok=True)
-            self.sample_log = Lines(folder / f"rank-{rank:05d}.jsonl")
+            path = config.run_directory.sample_log_path(rank)
+            path.parent.mkdir(exist_ok=True)
+            self.sample_log = Lines(path)
         self.flops = training_flops_per_token(config.model) * config.train.global_batch * config.model.length
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.peak = peak * config.cluster.processes if peak else None
@@ -222,7 +221,7 @@ class _Trainer:
         self.watchdog.arm(10)
         self.checkpointer.wait()
         first, stop = self.skipped[0], self.skipped[-1] + 1
-        found = checkpoint.newest(self.folder)
+        found = checkpoint.newest(self.config.run_directory)
         if found is None:
             raise UserError(self._runaway("and there is no checkpoint to go back to"))
         self._resume(found, self.samples.own_skips)
@@ -233,7 +232,7 @@ class _Trainer:
     def _runaway(self, why: str) -> str:
         return (
             f"the loss is not finite after step {self.skipped[0]}, or far too high, {why}: lower optimizer.lr or "
-            f"lengthen the warm-up, and go on from the newest checkpoint in {self.folder}"
+            f"lengthen the warm-up, and go on from the newest checkpoint in {self.config.run_directory.checkpoints}"
         )
 
     def batch(self, step: int) -> Sequence[Rows]:

@@ -15,8 +15,6 @@ from armd_scale.data.stream import Mixture, open_mixture, skipping
 from armd_scale.errors import UserError
 from armd_scale.files import write_atomically
 
-_LEFT_OUT = "left_out.json"
-
 
 def check(config: RunConfig) -> None:
     """Check the shards of a run, and write down which of them are left out of it; ``UserError`` names a damaged one.
@@ -36,7 +34,7 @@ def check(config: RunConfig) -> None:
             lost[str(data.folder)] = sorted(damaged)
         if len(damaged) >= len(data.index["shards"]):
             raise UserError(f"every shard in {data.folder} is damaged or missing: prepare it again")
-    path = config.directory / _LEFT_OUT
+    path = config.run_directory.left_out_path
     if lost:
         config.directory.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(lost, indent=1) + "\n")
@@ -125,8 +123,7 @@ class Samples:
         return [(first * batch, last * batch) for first, last in steps]
 
     def _lost_now(self) -> list[tuple[int, str]]:
-        path = self._config.directory / _LEFT_OUT
-        lost = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        lost = self._config.run_directory.damaged_shards()
         return [(number, name) for number, data in enumerate(self.datasets) for name in lost.get(str(data.folder), [])]
 
     def _check_skips(self, step: int, before: list[list[int]]) -> None:

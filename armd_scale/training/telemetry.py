@@ -14,8 +14,8 @@ from typing import Any
 
 from armd_scale.config import RunConfig
 from armd_scale.files import write_atomically
+from armd_scale.run_directory import RunDirectory
 
-METRICS = "metrics.jsonl"
 _PACKAGES = (
     "torch",
     "megatron-core",
@@ -51,20 +51,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All records of a run; a last line that is still being written is left out."""
-    path = run_dir / METRICS
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
-
-
 class MetricsReader:
-    """Reads what is added to the records of a run, without reading the whole again."""
+    """Reads the records that are added to the metrics of a run, without reading the whole file again."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / METRICS
+    def __init__(self, run: RunDirectory) -> None:
+        self._path = run.metrics_path
         self._file, self._at = 0, 0
         self.records: list[dict[str, Any]] = []
 
@@ -137,11 +128,10 @@ class Telemetry:
     def __init__(self, config: RunConfig, active: bool, first_step: int) -> None:
         self._wandb: Any = None
         self._file: Lines | None = None
-        self._path: Path | None = None
+        self._run = config.run_directory
+        self._active = active
         if not active:
             return
-        path = config.directory / METRICS
-        self._path = path
         self.rewind(first_step)
         if config.report.wandb == "auto":
             self._wandb = _start_wandb(config)
@@ -161,13 +151,13 @@ class Telemetry:
 
     def rewind(self, step: int) -> None:
         """Drop the records after a step: a run that goes on from a checkpoint repeats them."""
-        if self._path is None:
+        if not self._active:
             return
         if self._file is not None:
             self._file.close()
-        kept = [record for record in read_metrics(self._path.parent) if record["step"] <= step]
-        write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = Lines(self._path)
+        kept = [record for record in self._run.metrics() if record["step"] <= step]
+        write_atomically(self._run.metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = Lines(self._run.metrics_path)
 
     def close(self) -> None:
         """Finish the files."""
