@@ -99,15 +99,14 @@ class _Trainer:
         if self.rank == 0:
             say(line)
 
-    def _resume(self, found: Path | None, own_skips: Sequence[list[int]] = ()) -> None:
-        """Go on from a checkpoint, or from the beginning; ``own_skips``: what was left out since then."""
+    def _resume(self, found: Path | None) -> None:
+        """Resume from a checkpoint, or start from the beginning."""
         state: dict[str, Any] = {}
         if found:
             manifest.check_identity(found, self.config)
             facts = checkpoint.load(self.engine, found)
             self.step, state = facts["step"], facts["state"]
             self.updates = facts["updates"]
-            state = {**state, "own_skips": own_skips or state.get("own_skips", [])}
             self._say(f"resumed from {found}")
         self.losses: list[float] = state.get("losses", [])  # of applied steps since the last record
         self.spikes = Spikes(self.config.train.spike_nats, state)
@@ -224,9 +223,9 @@ class _Trainer:
         found = checkpoint.newest(self.config.run_directory)
         if found is None:
             raise UserError(self._runaway("and there is no checkpoint to go back to"))
-        self._resume(found, self.samples.own_skips)
+        self._resume(found)
         skipped = self.samples.skip(max(first, self.step), stop)
-        self._say(f"went back to step {self.step}; the samples of these steps are left out: {skipped}")
+        self._say(f"went back to step {self.step}; the samples of these steps are left out: {list(skipped)}")
         self.telemetry.rewind(self.step)
 
     def _runaway(self, why: str) -> str:
