@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from armd_scale import logs
 from armd_scale.config import RunConfig
 from armd_scale.run_directory import RunDirectory
 from armd_scale.training import manifest
@@ -150,12 +151,13 @@ def _reached(run: RunDirectory, error: dict[str, Any] | None, since: float) -> i
 
 def main() -> int:
     run_dir, step, job, code = sys.argv[1:]
+    logs.configure()
     config = RunDirectory(Path(run_dir)).load_config()
     wait, reason, elsewhere = decide(config, step, job, int(code))
     if wait is None:
-        print(f"the job is not started again: {reason}", flush=True)
+        logs.JOB.error("the job is not started again: %s", reason)
         return 1
-    print(f"the job starts again in {wait:.0f} s: {reason}", flush=True)
+    logs.JOB.warning("the job starts again in %.0f s: %s", wait, reason)
     time.sleep(wait)
     clear(config, step, job)
     if elsewhere:

@@ -19,10 +19,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from armd_scale import logs
 from armd_scale.errors import UserError, cli
 from armd_scale.files import exclusive
 
 _GRACE_SECONDS = 5.0  # in which the processes of a local job end after the first of them has failed
+_SHOWN_TOPICS = ("data", "export")  # of the lines of jobs
 _POLL_SECONDS = {"slurm": 2.0, "local": 0.5}
 
 
@@ -115,6 +117,7 @@ class _Launcher:
 
         from launchers import jobs
 
+        logs.configure()
         self.config, self.cluster = config, cluster
         self.console = Console(highlight=False, markup=False)
         running = jobs.alive(config.run_directory)
@@ -256,8 +259,9 @@ class _Launcher:
             for line in (
                 run.log_path(submitted.step, job, rank=0).read_text(encoding="utf-8", errors="replace").splitlines()
             ):
-                if line.startswith(("data:", "export:")):
-                    self._say(line)
+                printed = logs.parse(line)
+                if printed and printed.topic in _SHOWN_TOPICS:
+                    self._say(f"{printed.topic}: {printed.message}")
         self._say(f"{submitted.step}: {time.monotonic() - started:.0f} s")
 
     def _succeeded(self, step: str, job: str) -> bool:
@@ -297,8 +301,8 @@ def _failure(config: Any, step: str, job: str, reason: str) -> str:
     error = run.error(step, job)
     if error and error["bad_input"]:
         return reason
-    logs = run.job(step, job)
-    return f"stage '{step}' failed: {reason} (logs in {logs}); the same command goes on from the newest checkpoint"
+    folder = run.job(step, job)
+    return f"stage '{step}' failed: {reason} (logs in {folder}); the same command goes on from the newest checkpoint"
 
 
 def _prepare_folder(config: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import submitit
 
+from armd_scale import logs
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError, is_bad_input
 from armd_scale.run_directory import RunDirectory
@@ -24,6 +25,7 @@ def run(step: str, config: RunConfig, token: str, share: int = 0, shares: int = 
 
     ``token``: a word that no other submission has, for files that processes meet at.
     """
+    logs.configure(_rank())
     # Each (re)start uses a fresh rendezvous file.
     os.environ["ARMD_SUBMISSION"] = f"{token}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
     if not config.cluster.gpus_per_node:
@@ -38,13 +40,18 @@ def run(step: str, config: RunConfig, token: str, share: int = 0, shares: int = 
         raise
 
 
+def _rank() -> int:
+    """The rank of this process in its job; 0 in the launcher's own process."""
+    return int(os.environ.get("SUBMITIT_LOCAL_GLOBALID", os.environ.get("SLURM_PROCID", 0)))
+
+
 def _write_down(step: str, error: Exception) -> None:
     bad = is_bad_input(error)
     line = str(error) if bad else f"{type(error).__name__}: {error}"
-    told = {
+    facts = {
         "line": " ".join(line.split())[:2000],
         "bad_input": isinstance(error, UserError) or getattr(error, "bad_input", False),
-        "rank": os.environ.get("SLURM_PROCID", os.environ.get("SUBMITIT_LOCAL_GLOBALID")),
+        "rank": _rank(),
         "reached": getattr(error, "step", None),
         "step": step,
     }
@@ -53,7 +60,7 @@ def _write_down(step: str, error: Exception) -> None:
     folder = submitit.JobEnvironment().paths.folder
     # The first one counts.
     with contextlib.suppress(OSError), RunDirectory.error_path(folder).open("x", encoding="utf-8") as file:
-        json.dump(told, file)
+        json.dump(facts, file)
 
 
 def _tokenise_share(config: RunConfig, part: str, share: int, shares: int) -> dict[str, Any]:
@@ -88,7 +95,7 @@ def _train(config: RunConfig) -> None:
         return
     if flag == health.REQUEUE and "SLURM_JOB_ID" in os.environ:
         if job.global_rank == 0:
-            print("the state is saved, the job is queued again", flush=True)
+            logs.JOB.info("the state is saved, the job is queued again")
             restart.note_requeue(config, job.job_id, requeues + 1, "warned before its time limit, or before preemption")
             restart.requeue()
         restart.hold()
@@ -112,7 +119,7 @@ def _export(config: RunConfig) -> dict[str, Any]:
     _set_threads(config)
     config = config.run_directory.load_config(vocabulary=True)
     facts = export.export(config, export.newest_checkpoint(config), config.run_directory.export)
-    print(f"export: largest difference to the training model's logits {facts['difference']:.1e}", flush=True)
+    logs.EXPORT.info("largest difference to the training model's logits %.1e", facts["difference"])
     return facts
 
 

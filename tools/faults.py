@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -227,7 +228,7 @@ class _Campaign:
             time.sleep(0.1)
 
     def _resumed_at(self) -> int:
-        lines = [line for line in self._output().splitlines() if line.startswith("resumed from ")]
+        lines = [line.rpartition("resumed from ")[2] for line in self._output().splitlines() if "resumed from " in line]
         return RunDirectory.step_of(Path(lines[-1])) if lines else 0
 
     def _unwritten(self) -> int:
@@ -360,7 +361,7 @@ class _Campaign:
         found = {r["step"]: r["loss"] for r in self.run_dir.metrics() if "loss" in r}
         last = max(found)
         # A full disk swallows records too; those steps were applied.
-        bad = [int(line.split()[1]) for line in self._output().splitlines() if "is not applied" in line]
+        bad = [int(step) for step in re.findall(r"step (\d+) is not applied", self._output())]
         missing = [step for step in range(1, last + 1) if step not in found and step in bad]
         calm = RunDirectory(self.folder / "calm")
         path = self._config(calm, missing, steps=max(60, last))

@@ -24,12 +24,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from armd_scale.errors import UserError
+from armd_scale.logs import CHECKPOINT as log
 from armd_scale.parallel.engine import MASTER, Engine
 from armd_scale.parallel.optimizer import EMA, MOMENTS
 from armd_scale.parallel.sharding import local_shape, partition_dim
 from armd_scale.run_directory import RunDirectory
 from armd_scale.training import manifest
-from armd_scale.training.telemetry import say
 
 
 class Checkpointer:
@@ -66,7 +66,7 @@ class Checkpointer:
         except (OSError, dcp.api.CheckpointException) as error:
             if dist.get_rank() == 0:
                 reason = " ".join(str(error).split())[:500]
-                say(f"the checkpoint of step {step} could not be written, training goes on: {reason}")
+                log.warning("the checkpoint of step %d could not be written, training goes on: %s", step, reason)
 
     def close(self) -> None:
         """Wait, and end the thread."""

@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from armd_scale import logs
 from armd_scale.config import RunConfig, identity, with_vocabulary
 from armd_scale.data.shards import PackedDataset
 from armd_scale.errors import UserError
+from armd_scale.logs import TRAIN as log
 from armd_scale.model.flops import peak_flops, run_costs, run_edges, training_flops_per_token
 from armd_scale.parallel import groups
 from armd_scale.parallel.engine import Engine, Pending
@@ -27,7 +29,7 @@ from armd_scale.rows import Rows
 from armd_scale.training import checkpoint, kernels, manifest, objectives, schedules
 from armd_scale.training.health import REQUEUE, STOP, Heartbeat, Signals, Spikes, Watchdog, slow_ranks
 from armd_scale.training.samples import Samples
-from armd_scale.training.telemetry import Lines, Telemetry, say
+from armd_scale.training.telemetry import Lines, Telemetry
 
 _LN2 = float(np.log(2))
 
@@ -37,6 +39,7 @@ def train(config: RunConfig, rank: int, processes: int, local_rank: int, rendezv
 
     Returns 0, or ``health.REQUEUE`` or ``health.STOP`` when a signal ended it after a checkpoint.
     """
+    logs.configure(rank)
     if processes != config.cluster.processes:
         raise UserError(
             f"the run is laid out for {config.cluster.processes} processes (cluster.nodes x cluster.tasks_per_node) "
@@ -80,7 +83,7 @@ class _Trainer:
         self.updates = 0  # steps that were applied
         self.grad_norm = math.nan  # of the last step that is known
         self.skipped: list[int] = []  # steps in a row that were not applied, up to now
-        self._say(_layout(config))
+        log.info(_layout(config))
         self.checkpointer = checkpoint.Checkpointer(
             self.engine, config.run_directory, config.train.keep_checkpoints, config.train.keep_every
         )
@@ -95,10 +98,6 @@ class _Trainer:
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.peak = peak * config.cluster.processes if peak else None
 
-    def _say(self, line: str) -> None:
-        if self.rank == 0:
-            say(line)
-
     def _resume(self, found: Path | None) -> None:
         """Resume from a checkpoint, or start from the beginning."""
         state: dict[str, Any] = {}
@@ -107,11 +106,11 @@ class _Trainer:
             facts = checkpoint.load(self.engine, found)
             self.step, state = facts["step"], facts["state"]
             self.updates = facts["updates"]
-            self._say(f"resumed from {found}")
+            log.info("resumed from %s", found)
         self.losses: list[float] = state.get("losses", [])  # of applied steps since the last record
         self.spikes = Spikes(self.config.train.spike_nats, state)
         for line in self.samples.start(self.step, state):
-            self._say(line)
+            log.info(line)
 
     def run(self) -> int:
         """All steps that are left, with their evaluations and checkpoints.
@@ -204,7 +203,8 @@ class _Trainer:
         what = "a gradient is not finite" if fine else f"its loss is {result.loss:.4g}"
         batch = self.config.train.global_batch
         ids = self.samples.ids(step * batch, batch)
-        self._say(f"step {step + 1} is not applied: {what}; its samples (data set, number): {ids}")
+        if self.rank == 0:
+            log.warning("step %d is not applied: %s; its samples (data set, number): %s", step + 1, what, ids)
         return result.flags
 
     def _log_samples(self, step: int, applied: bool) -> None:
@@ -225,7 +225,8 @@ class _Trainer:
             raise UserError(self._runaway("and there is no checkpoint to go back to"))
         self._resume(found)
         skipped = self.samples.skip(max(first, self.step), stop)
-        self._say(f"went back to step {self.step}; the samples of these steps are left out: {list(skipped)}")
+        if self.rank == 0:
+            log.warning("went back to step %d; the samples of these steps are left out: %s", self.step, list(skipped))
         self.telemetry.rewind(self.step)
 
     def _runaway(self, why: str) -> str:
@@ -297,7 +298,8 @@ class _Trainer:
         }
         if slow:
             record["slow_ranks"] = slow
-            self._say(f"step {self.step}: slow ranks, in times of the median: {slow}")
+            if self.rank == 0:
+                log.warning("step %d: slow ranks, in times of the median: %s", self.step, slow)
         if self.peak:
             record["mfu"] = self.flops / seconds / self.peak
         return record

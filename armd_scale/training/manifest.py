@@ -13,6 +13,7 @@ from typing import Any
 from armd_scale.config import RunConfig, identity
 from armd_scale.errors import UserError
 from armd_scale.files import sha256, write_atomically
+from armd_scale.logs import CHECKPOINT as log
 from armd_scale.run_directory import RunDirectory
 
 
@@ -79,7 +80,7 @@ def newest_good(run: RunDirectory) -> Path | None:
         try:
             verify(checkpoint)
         except UserError as error:
-            print(f"passed over: {error}", flush=True)
+            log.warning("passed over: %s", error)
         else:
             return checkpoint
     if found:

@@ -15,6 +15,7 @@ from armd_scale.data.left_out import LeftOut, Range
 from armd_scale.data.stream import Mixture, open_mixture
 from armd_scale.errors import UserError
 from armd_scale.files import write_atomically
+from armd_scale.logs import DATA as log
 
 
 def check(config: RunConfig) -> None:
@@ -30,7 +31,7 @@ def check(config: RunConfig) -> None:
         if damaged and config.data.damaged_shards == "stop":
             raise UserError(f"{next(iter(damaged.values()))}, or set data.damaged_shards=leave_out")
         for line in damaged.values():
-            print(f"data: left out: {line}", flush=True)
+            log.warning("left out: %s", line)
         if damaged:
             lost[str(data.folder)] = sorted(damaged)
         if len(damaged) >= len(data.index["shards"]):

@@ -14,6 +14,8 @@ from typing import Any
 
 from armd_scale.config import RunConfig
 from armd_scale.files import write_atomically
+from armd_scale.logs import ONCE
+from armd_scale.logs import TRAIN as log
 from armd_scale.run_directory import RunDirectory
 
 _PACKAGES = (
@@ -98,7 +100,7 @@ class Lines:
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._file.truncate(self._good)  # no half line stays
-            say(f"training goes on, but {self._path} cannot be written: {error}", once=True)
+            log.warning("training goes on, but %s cannot be written: %s", self._path, error, extra=ONCE)
 
     def close(self) -> None:
         """Close the file."""
@@ -106,20 +108,6 @@ class Lines:
 
 
 _MOST_WAITING = 100_000
-_unsaid: list[str] = []
-_said: set[str] = set()
-
-
-def say(line: str, once: bool = False) -> None:
-    """Print a line; when that fails because the disk is full, do it with the next one. ``once``: not twice in a job."""
-    if once and line in _said:
-        return
-    _said.update([line] if once else [])
-    _unsaid.append(line)
-    with contextlib.suppress(OSError):
-        while _unsaid:
-            print(_unsaid[0], flush=True)
-            _unsaid.pop(0)
 
 
 class Telemetry:
@@ -147,7 +135,7 @@ class Telemetry:
                 self._wandb.log(numbers, step=record["step"])
             except Exception as error:
                 self._wandb = None
-                say(f"training goes on, but wandb is lost: {error}")
+                log.warning("training goes on, but wandb is lost: %s", error)
 
     def rewind(self, step: int) -> None:
         """Drop the records after a step: a run that goes on from a checkpoint repeats them."""
@@ -181,5 +169,5 @@ def _start_wandb(config: RunConfig) -> Any:
             settings=wandb.Settings(silent=True, console="off"),
         )
     except Exception as error:
-        say(f"wandb is not available, the run goes on without it: {error}")
+        log.warning("wandb is not available, the run goes on without it: %s", error)
         return None
