@@ -327,6 +327,15 @@ class TrainConfig(Section):
     """Shortest time that is a hang."""
     log_samples: bool = False
     """Write the numbers of all samples that are trained on into ``samples/``, a file a rank."""
+    profile: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
+    """First and last step, as ``metrics.jsonl`` counts them, of which a PyTorch profile of CPU and GPU is written into
+    ``profiles/``: a Chrome trace of the first rank of each pipeline stage; null: none. A job writes one profile."""
+
+    @model_validator(mode="after")
+    def _profiles_some_steps(self) -> typing.Self:
+        if self.profile and self.profile[0] > self.profile[1]:
+            raise ValueError(f"profile = {self.profile} must be the first and the last step")
+        return self
 
 
 class ParallelConfig(Section):

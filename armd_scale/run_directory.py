@@ -189,6 +189,10 @@ class RunDirectory:
         records = [json.loads(line) for text in texts for line in text.split("\n")[:-1]]
         return sorted(records, key=lambda record: record["time"])
 
+    def profile_path(self, rank: int, first: int, last: int) -> Path:
+        """Chrome trace of a rank of the steps of ``train.profile``."""
+        return self.path / "profiles" / f"steps-{first}-{last}-{_rank(rank)}.json.gz"
+
     @property
     def left_out_path(self) -> Path:
         """Damaged shards that are left out."""

@@ -23,7 +23,7 @@ FILES = (
     "error.json", "restarts.jsonl", "summary.json", "samples.md", "loss.png", "manifest.json", "_result.pkl", "_log.",
 )  # fmt: skip
 DIRECTORIES = (
-    "code", "data", "checkpoints", "heartbeats", "stacks", "samples", "jobs", "export", "step-", "rank-",
+    "code", "data", "checkpoints", "heartbeats", "stacks", "samples", "jobs", "export", "profiles", "step-", "rank-",
 )  # fmt: skip
 PATTERNS = {  # whole words; "samples.md" is not the directory "samples"
     **{name: rf"(?<!\w){re.escape(name)}(?!\w)" for name in FILES},

@@ -182,14 +182,14 @@ class Engine:
         first_stage = parallel_state.get_pipeline_model_parallel_rank() == 0
         return first_stage and parallel_state.get_tensor_model_parallel_rank() == 0
 
-    def work_seconds(self) -> np.ndarray:
-        """Mean time of the passes since the last call, of every rank; collective.
+    def rank_figures(self, figures: Sequence[float] = ()) -> np.ndarray:
+        """Mean time of the passes since the last call and ``figures``, of every rank [ranks, 1 + figures]; collective.
 
-        What a rank waits for ranks of its own tensor-parallel group and pipeline is in it.
+        The time of a rank includes what it waits for ranks of its own tensor-parallel group and pipeline.
         """
-        told = torch.zeros(dist.get_world_size(), dtype=torch.float64, device=self.device)
+        told = torch.zeros(dist.get_world_size(), 1 + len(figures), dtype=torch.float64, device=self.device)
         spans = [a.elapsed_time(b) / 1e3 if self.device.type == "cuda" else b - a for a, b in self._spans]
-        told[dist.get_rank()] = sum(spans) / max(1, len(spans))
+        told[dist.get_rank()] = torch.tensor([sum(spans) / max(1, len(spans)), *figures], dtype=torch.float64)
         self._spans.clear()
         dist.all_reduce(told)
         return told.cpu().numpy()

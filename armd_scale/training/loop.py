@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 
 from armd_scale import logs
 from armd_scale.config import RunConfig, identity, with_vocabulary
@@ -26,7 +27,7 @@ from armd_scale.model.flops import peak_flops, run_costs, run_edges, training_fl
 from armd_scale.parallel import groups
 from armd_scale.parallel.engine import Engine, Pending
 from armd_scale.rows import Rows
-from armd_scale.training import checkpoint, kernels, manifest, objectives, schedules
+from armd_scale.training import checkpoint, kernels, manifest, objectives, profiling, schedules
 from armd_scale.training.health import REQUEUE, STOP, Heartbeat, Signals, Spikes, Watchdog, slow_ranks
 from armd_scale.training.samples import Samples
 from armd_scale.training.telemetry import Lines, Telemetry
@@ -89,6 +90,8 @@ class _Trainer:
         )
         self._resume(checkpoint.newest(self.config.run_directory))
         self.telemetry = Telemetry(config, active=rank == 0, first_step=self.step)
+        first_of_stage = parallel_state.get_tensor_model_parallel_rank() == self.engine.data_rank == 0
+        self.profiler = profiling.Profiler(config, rank, active=first_of_stage)
         self.sample_log: Lines | None = None
         if config.train.log_samples and self.engine.reads_data:
             path = config.run_directory.sample_log_path(rank)
@@ -134,6 +137,7 @@ class _Trainer:
             raise
         finally:
             self.watchdog.arm(10)
+        self.profiler.close()
         self.checkpointer.close()
         self.telemetry.close()
         self.watchdog.close()
@@ -153,7 +157,8 @@ class _Trainer:
                 batch = loader.submit(self.batch, min(self.step + 1, total - 1))
                 rate = schedules.learning_rate(self.step, self.config.optimizer, total)
                 limit = self.spikes.limit(self.step)
-                running = self.engine.train_step(micro_batches, rate, limit, self.signals.flag)
+                with self.profiler.step(self.step + 1):
+                    running = self.engine.train_step(micro_batches, rate, limit, self.signals.flag)
                 flags = self._judge(self.step - 1, before) if before else 0
                 done, self.step, steps, before = self.step, self.step + 1, steps + 1, running
                 last_of_phase = self.step in (train.steps, total)
@@ -174,8 +179,11 @@ class _Trainer:
                     self.telemetry.write(self._record(done, rate, (now - marked) / steps))
                     self.losses, marked, steps = [], now, 0
                 paused = time.perf_counter()
-                if evaluating or saving:
+                profiled = self.profiler.ends_with(self.step)
+                if evaluating or saving or profiled:
                     self.watchdog.arm(10)
+                if profiled:
+                    self.profiler.close()
                 if evaluating:
                     self.telemetry.write({"step": self.step, **self.evaluate()})
                 if saving:
@@ -218,6 +226,7 @@ class _Trainer:
     def _go_back(self) -> None:
         """Go back to the newest checkpoint, and leave out the samples of the steps that could not be applied."""
         self.watchdog.arm(10)
+        self.profiler.close()
         self.checkpointer.wait()
         first, stop = self.skipped[0], self.skipped[-1] + 1
         found = checkpoint.newest(self.config.run_directory)
@@ -282,7 +291,8 @@ class _Trainer:
     def _record(self, done: int, rate: float, seconds: float) -> dict[str, Any]:
         """The record of the steps since the last one; ``done``: the last of them; collective."""
         config, loss = self.config, sum(self.losses) / len(self.losses)
-        slow = slow_ranks(self.engine.work_seconds())
+        figures = self.engine.rank_figures(profiling.gpu_memory(self.engine.device))
+        slow = slow_ranks(figures[:, 0])
         record: dict[str, Any] = {
             "step": self.step,
             "loss": loss,
@@ -300,6 +310,7 @@ class _Trainer:
             record["slow_ranks"] = slow
             if self.rank == 0:
                 log.warning("step %d: slow ranks, in times of the median: %s", self.step, slow)
+        record |= profiling.memory_record(figures[:, 1:])
         if self.peak:
             record["mfu"] = self.flops / seconds / self.peak
         return record
