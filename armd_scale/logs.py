@@ -3,7 +3,7 @@
     2026-11-27 18:30:01 INFO rank 0 train: resumed from runs/some/checkpoints/step-00001000
 
 Every line has a time, a level, the rank and a topic: the last part of the name of its logger, ``armd_scale.TOPIC``.
-``configure`` is called once in each process; the loggers of other packages stay as they are.
+``configure`` is called in each process; the loggers of other packages stay as they are.
 """
 
 import contextlib
@@ -39,11 +39,13 @@ class Line(NamedTuple):
 def configure(rank: int | None = None) -> None:
     """Print the lines of this process on its standard output.
 
-    ``rank``: the rank in its job, None for a process that has none. Other ranks than 0 print warnings and errors only.
+    ``rank``: the rank in its job, None for a process that has none. Ranks other than 0 print warnings and errors only.
+    A second call changes the rank; lines that wait for room on the disk are kept.
     """
-    for handler in _ROOT.handlers[:]:
-        _ROOT.removeHandler(handler)
-    _ROOT.addHandler(_Printer(rank))
+    process = "" if rank is None else f"rank {rank} "
+    form = f"%(asctime)s %(levelname)s {process}%(topic)s: %(message)s"
+    _PRINTER.setFormatter(logging.Formatter(form, "%Y-%m-%d %H:%M:%S"))
+    _ROOT.addHandler(_PRINTER)
     _ROOT.setLevel(logging.WARNING if rank else logging.INFO)
     _ROOT.propagate = False  # DeepSpeed and others may have given the root logger a handler
 
@@ -60,12 +62,8 @@ def parse(text: str) -> Line | None:
 class _Printer(logging.Handler):
     """Prints lines. A line that cannot be printed, because the disk is full say, is printed before the next line."""
 
-    def __init__(self, rank: int | None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        process = "" if rank is None else f"rank {rank} "
-        self.setFormatter(
-            logging.Formatter(f"%(asctime)s %(levelname)s {process}%(topic)s: %(message)s", "%Y-%m-%d %H:%M:%S")
-        )
         self._waiting: deque[str] = deque(maxlen=_MOST_WAITING)
         self._printed: set[str] = set()
 
@@ -93,3 +91,6 @@ def _print(line: str) -> None:
         print(line.encode("ascii", "backslashreplace").decode(), flush=True)
     except ValueError:  # the stream is closed: nothing can be printed any more
         pass
+
+
+_PRINTER = _Printer()

@@ -13,8 +13,7 @@ from armd_scale import logs
 @pytest.fixture(autouse=True)
 def clean():
     yield
-    for handler in logging.getLogger("armd_scale").handlers[:]:
-        logging.getLogger("armd_scale").removeHandler(handler)
+    logging.getLogger("armd_scale").removeHandler(logs._PRINTER)
 
 
 def test_a_line_has_time_level_rank_and_topic(capsys):
@@ -72,7 +71,7 @@ def _full(text):
 
 def test_nothing_raises(capsys, monkeypatch):
     logs.configure(0)
-    logs.TRAIN.info("%d", "no number")
+    logs._PRINTER.handle(logging.LogRecord("armd_scale.train", logging.INFO, "", 0, "%d", ("no number",), None))
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", open("/dev/null", "w", encoding="ascii"))  # noqa: SIM115
         logs.TRAIN.info("µ")
