@@ -101,7 +101,7 @@ def test_the_run_folder_holds_everything(finished):
         assert f"S = {streams}: {steps} steps" in samples
     assert len([r for r in RunDirectory(run).metrics() if "loss" in r]) == 8
     assert list((run / "wandb").glob("offline-run-*/*.wandb"))
-    for word in ("loss.png", "left-to-right", "S = 4", str(run)):
+    for word in ("loss.png", "left-to-right", "S = 4", "\ndata: ", "\nexport: largest difference", str(run)):
         assert word in printed
 
 
