@@ -22,6 +22,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from armd_scale.errors import UserError
 from armd_scale.files import write_atomically
+from armd_scale.run_directory import RunDirectory
 from armd_scale.traits import DEFAULT, TRAITS, Traits
 
 
@@ -369,6 +370,15 @@ class TrainConfig(Section):
     """Shortest time that is a hang."""
     log_samples: bool = False
     """Write the numbers of all samples that are trained on into ``samples/``, a file a rank."""
+    profile: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
+    """First and last step, as ``metrics.jsonl`` counts them, of which a PyTorch profile of CPU and GPU is written into
+    ``profiles/``: a Chrome trace of the first rank of each pipeline stage; null: none. A job writes one profile."""
+
+    @model_validator(mode="after")
+    def _profiles_some_steps(self) -> typing.Self:
+        if self.profile and self.profile[0] > self.profile[1]:
+            raise ValueError(f"profile = {self.profile} must be the first and the last step")
+        return self
 
 
 class ParallelConfig(Section):
@@ -508,8 +518,13 @@ class RunConfig(Section):
         return Path(self.run_dir or f"runs/{self.name}")
 
     @property
+    def run_directory(self) -> RunDirectory:
+        """The files of the run in ``directory``."""
+        return RunDirectory(self.directory)
+
+    @property
     def data_directory(self) -> Path:
-        return Path(self.data.directory) if self.data.directory else self.directory / "data"
+        return Path(self.data.directory) if self.data.directory else self.run_directory.data
 
     @property
     def total_steps(self) -> int:

@@ -28,6 +28,7 @@ from armd_scale.data import readers, shards
 from armd_scale.data import tokenizer as tokenizers
 from armd_scale.errors import UserError
 from armd_scale.files import exclusive, write_atomically
+from armd_scale.logs import DATA as log
 from data_pipeline import documents, units
 
 _BEFORE = {
@@ -142,11 +143,10 @@ def finish(config: RunConfig) -> dict[str, Any]:
     if final.exists():
         final.rmdir()
     os.replace(folder, final)
-    print(
-        f"data: {train['documents']} documents, {train['bytes'] / 1e6:.1f} MB, {train['tokens']:,} tokens to train; "
+    log.info(
+        f"{train['documents']} documents, {train['bytes'] / 1e6:.1f} MB, {train['tokens']:,} tokens to train; "
         f"{heldout['documents']} documents, {heldout['tokens']:,} tokens held out{_left_out(counts)}; "
-        f"vocabulary {tokenizer.vocab_size}",
-        flush=True,
+        f"vocabulary {tokenizer.vocab_size}"
     )
     return train
 
@@ -194,7 +194,7 @@ def _check(config: RunConfig, folder: Path, done: dict[str, Any]) -> None:
     try:
         settings = _settings(config, _sources(config))
     except UserError as error:  # the shards are what counts once they are there
-        print(f"data: the text itself is gone, using the shards in {folder} ({error})", flush=True)
+        log.warning("the text itself is gone, using the shards in %s (%s)", folder, error)
         gone = {name: before[name] for name in ("text", "heldout_text")}
         settings = _settings(config, {"text": [], "heldout_text": []}) | gone
     differing = [name for name in settings if before.get(name) != settings[name]]
@@ -316,7 +316,7 @@ class _Progress:
         now = time.monotonic()
         if now - self._said >= 10:
             self._said = now
-            print(f"data: {self.line(now - self._started)}", flush=True)
+            log.info(self.line(now - self._started))
 
     def line(self, seconds: float) -> str:
         """What is done after some seconds."""
@@ -359,7 +359,7 @@ def _tokenizer(config: RunConfig, folder: Path, text: list[str]) -> tokenizers.T
         tokenizer = tokenizers.load(config.data.tokenizer)
         tokenizers.copy(tokenizer, folder)
         if not tokenizers.gives_back(tokenizer):
-            print(f"data: the tokenizer {tokenizer.path} does not give every text back as it was", flush=True)
+            log.warning("the tokenizer %s does not give every text back as it was", tokenizer.path)
         return tokenizer
     path = folder / "tokenizer.model"
     if path.is_file():  # of an interrupted preparation with the same settings

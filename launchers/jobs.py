@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 from armd_scale.config import RunConfig, StageConfig
 from armd_scale.errors import UserError
 from armd_scale.files import write_atomically
+from armd_scale.run_directory import RunDirectory
 from armd_scale.training import manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("tokenise", "train", "export", "evaluate")
 _PACKAGES = ("armd_scale", "data_pipeline", "launchers")
-_LIST = "jobs.json"
 _ENVIRONMENT = {
     "PYTHONSAFEPATH": "1",  # the snapshot, not the folder in which the job happens to start
     "PYTHONUNBUFFERED": "1",
@@ -42,7 +42,7 @@ class Step(NamedTuple):
     """One job of a run, or an array of them."""
 
     name: str
-    """Also the name of its folder in ``jobs/``."""
+    """Also the name of its directory among the jobs of the run."""
     stage: str
     """One of ``STAGES``."""
     shares: int = 1
@@ -65,8 +65,9 @@ def steps(config: RunConfig, only: str | None = None, start: str | None = None) 
     if "train" in wanted and not trained:
         found.append(Step("train", "train"))
     named = {only, start}
-    for stage, file in (("export", "export/config.json"), ("evaluate", "summary.json")):
-        fresh = trained and _made_from(config, file) == f"step-{config.total_steps:08d}"
+    run = config.run_directory
+    for stage, product in (("export", run.export / "config.json"), ("evaluate", run.summary_path)):
+        fresh = trained and _made_from(product) == run.checkpoint(config.total_steps).name
         if stage in wanted and (stage in named or not fresh or any(step.stage != "tokenise" for step in found)):
             found.append(Step(stage, stage))
     return found
@@ -74,27 +75,27 @@ def steps(config: RunConfig, only: str | None = None, start: str | None = None) 
 
 def is_trained(config: RunConfig) -> bool:
     """Whether the last checkpoint of the run is there already."""
-    newest = manifest.newest_good(config.directory / "checkpoints")
-    return newest is not None and manifest.step_of(newest) >= config.total_steps
+    newest = manifest.newest_good(config.run_directory)
+    return newest is not None and RunDirectory.step_of(newest) >= config.total_steps
 
 
-def _made_from(config: RunConfig, file: str) -> str | None:
+def _made_from(product: Path) -> str | None:
     """The checkpoint that a product says it was made from."""
     try:
-        return str(json.loads((config.directory / file).read_text(encoding="utf-8"))["checkpoint"])
+        return str(json.loads(product.read_text(encoding="utf-8"))["checkpoint"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def snapshot(run_dir: Path) -> Path:
-    """Keep a copy of the code in the run folder, under its hash; returns its folder."""
+def snapshot(run: RunDirectory) -> Path:
+    """Keep a copy of the code in the run directory, under its hash; returns the directory of the copy."""
     sources = {
         str(path.relative_to(ROOT)): path.read_bytes()
         for package in _PACKAGES
         for path in sorted((ROOT / package).rglob("*.py"))
     }
     name = hashlib.sha256(b"\0".join(name.encode() + b"\0" + text for name, text in sources.items())).hexdigest()[:12]
-    folder = run_dir / "code" / name
+    folder = run.code / name
     if not folder.is_dir():
         partial = folder.with_name(f".{name}.{os.getpid()}")
         for file, text in sources.items():
@@ -165,7 +166,7 @@ def _python(config: RunConfig) -> str:
 
 
 def _folder(config: RunConfig, step: Step) -> Path:
-    return (config.directory / "jobs" / step.name).resolve() / "%j"
+    return config.run_directory.job(step.name, "%j").resolve()
 
 
 class Submitted(NamedTuple):
@@ -199,7 +200,7 @@ class Jobs:
         processes = [job._process.pid for job in jobs if getattr(job, "_process", None)]
         ids = [job.job_id for job in jobs]
         submitted = Submitted(step.name, step.stage, ids, self.cluster, processes, time.time())
-        remember(self.config.directory, submitted)
+        remember(self.config.run_directory, submitted)
         return submitted, jobs
 
     def _executor(self, step: Step, after: Submitted | None) -> Any:
@@ -225,14 +226,14 @@ class Jobs:
         return executor
 
 
-def remember(run_dir: Path, submitted: Submitted) -> None:
+def remember(run: RunDirectory, submitted: Submitted) -> None:
     """Write down what was submitted."""
-    write_atomically(run_dir / _LIST, json.dumps([each._asdict() for each in [*known(run_dir), submitted]], indent=1))
+    write_atomically(run.jobs_path, json.dumps([job._asdict() for job in [*known(run), submitted]], indent=1))
 
 
-def known(run_dir: Path) -> list[Submitted]:
+def known(run: RunDirectory) -> list[Submitted]:
     """All jobs of a run, in the order in which they were submitted."""
-    path = run_dir / _LIST
+    path = run.jobs_path
     try:
         return [Submitted(**fields) for fields in json.loads(path.read_text(encoding="utf-8"))]
     except FileNotFoundError:
@@ -266,16 +267,16 @@ def states(submitted: list[Submitted]) -> dict[str, str]:
     return {job: state for job, state in found.items() if job in {job for each in submitted for job in each.ids}}
 
 
-def alive(run_dir: Path) -> list[Submitted]:
+def alive(run: RunDirectory) -> list[Submitted]:
     """Those jobs of a run that wait or run."""
-    every = known(run_dir)
+    every = known(run)
     now = states(every)
     return [each for each in every if any(job in now for job in each.ids)]
 
 
-def cancel(run_dir: Path) -> list[Submitted]:
-    """End all jobs of a run; which they were."""
-    ending = alive(run_dir)
+def cancel(run: RunDirectory) -> list[Submitted]:
+    """End all jobs of a run; returns the jobs that were waiting or running."""
+    ending = alive(run)
     for each in ending:
         if each.cluster == "slurm":
             subprocess.run(["scancel", *{job.partition("_")[0] for job in each.ids}], check=False)

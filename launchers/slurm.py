@@ -19,10 +19,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from armd_scale import logs
 from armd_scale.errors import UserError, cli
 from armd_scale.files import exclusive
 
 _GRACE_SECONDS = 5.0  # in which the processes of a local job end after the first of them has failed
+_SHOWN_TOPICS = ("data", "export")  # of the lines of jobs
 _POLL_SECONDS = {"slurm": 2.0, "local": 0.5}
 
 
@@ -65,7 +67,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, _interrupt)
-    with exclusive(config.directory / ".lock", f"the run folder {config.directory}"):
+    with exclusive(config.run_directory.lock_path, f"the run folder {config.directory}"):
         _Launcher(config, cluster, args.only, args.start).run(args.detach)
 
 
@@ -102,7 +104,7 @@ def _dry_run(config: Any, args: argparse.Namespace) -> None:
     planner = Planner(hardware.find("h100" if config.cluster.gpus_per_node else "cpu"))
     plan = planner.plan(assume_vocabulary(config))
     print("\n" + report.table(plan, {config.parallel.recompute: plan}, config.model.vocab_size is None))
-    code = config.directory.resolve() / "code" / "SNAPSHOT"
+    code = config.run_directory.code.resolve() / "SNAPSHOT"
     for step in jobs.steps(config, args.only, args.start):
         print(f"\n--- {step.name}\n{jobs.sbatch_text(config, step, code)}")
 
@@ -115,9 +117,10 @@ class _Launcher:
 
         from launchers import jobs
 
+        logs.configure()
         self.config, self.cluster = config, cluster
         self.console = Console(highlight=False, markup=False)
-        running = jobs.alive(config.directory)
+        running = jobs.alive(config.run_directory)
         if running and running[0].cluster != "slurm":
             raise UserError(
                 f"jobs of an earlier launcher still run in {config.directory}: wait for them, or end them with "
@@ -143,7 +146,7 @@ class _Launcher:
         """Do all steps; raises ``UserError`` with the reason when one fails."""
         from launchers import jobs
 
-        submitter = jobs.Jobs(self.config, self.cluster, jobs.snapshot(self.config.directory))
+        submitter = jobs.Jobs(self.config, self.cluster, jobs.snapshot(self.config.run_directory))
         if self.cluster != "slurm":
             for step in self.steps:
                 (self._debug if self.cluster == "debug" else self._run_here)(submitter, step)
@@ -215,7 +218,7 @@ class _Launcher:
 
         config, training = self.config, submitted.stage == "train"
         started, last_line, failing = time.monotonic(), 0.0, 0.0
-        metrics = MetricsReader(config.directory)
+        metrics = MetricsReader(config.run_directory)
         metrics.read()
         live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
         if live:
@@ -245,38 +248,43 @@ class _Launcher:
             if live:
                 live.stop()
         for job in submitted.ids:
-            folder = config.directory / "jobs" / submitted.step / job
-            if not self._succeeded(folder, job):
+            run = config.run_directory
+            if not self._succeeded(submitted.step, job):
                 if running:
                     raise _Died(job)
-                reason = [each["reason"] for each in restart.read(config.directory) if each["job"] == job][-1:]
-                error = restart.error_of(folder)
+                reason = [each["reason"] for each in run.restarts() if each["job"] == job][-1:]
+                error = run.error(submitted.step, job)
                 known = error["line"] if error else reason[0] if reason else "it ended without a result"
                 raise UserError(_failure(config, submitted.step, job, known))
-            for line in (folder / f"{job}_0_log.out").read_text(encoding="utf-8", errors="replace").splitlines():
-                if line.startswith(("data:", "export:")):
-                    self._say(line)
+            for line in (
+                run.log_path(submitted.step, job, rank=0).read_text(encoding="utf-8", errors="replace").splitlines()
+            ):
+                printed = logs.parse(line)
+                if printed and printed.topic in _SHOWN_TOPICS:
+                    self._say(f"{printed.topic}: {printed.message}")
         self._say(f"{submitted.step}: {time.monotonic() - started:.0f} s")
 
-    def _succeeded(self, folder: Path, job: str) -> bool:
+    def _succeeded(self, step: str, job: str) -> bool:
         """Whether every process of a job has written a result; shared disks may show it late."""
         import pickle
 
+        run = self.config.run_directory
         deadline = time.monotonic() + (20.0 if self.cluster == "slurm" else 0.0)
-        while not (folder / f"{job}_0_result.pkl").is_file() and time.monotonic() < deadline:
+        while not run.result_paths(step, job, rank=0) and time.monotonic() < deadline:
             time.sleep(0.5)
-        results = sorted(folder.glob("*_result.pkl"))
+        results = run.result_paths(step, job)
         return bool(results) and all(pickle.loads(path.read_bytes())[0] == "success" for path in results)
 
     def _close(self) -> None:
         """Print the last screen."""
         from armd_scale.evaluation.report import lines
 
-        path = self.config.directory / "summary.json"
-        if not path.is_file():
+        run = self.config.run_directory
+        summary = run.summary()
+        if summary is None:
             return
         self.console.rule()
-        for line in lines(json.loads(path.read_text(encoding="utf-8")), self.config.directory):
+        for line in lines(summary, run):
             self._say(line)
 
 
@@ -289,12 +297,11 @@ class _Died(Exception):
 
 
 def _failure(config: Any, step: str, job: str, reason: str) -> str:
-    from launchers import restart
-
-    folder = config.directory / "jobs" / step / job
-    error = restart.error_of(folder)
+    run = config.run_directory
+    error = run.error(step, job)
     if error and error["bad_input"]:
         return reason
+    folder = run.job(step, job)
     return f"stage '{step}' failed: {reason} (logs in {folder}); the same command goes on from the newest checkpoint"
 
 
@@ -305,15 +312,15 @@ def _prepare_folder(config: Any) -> None:
     from armd_scale.training import manifest
     from armd_scale.training.telemetry import environment
 
-    folder = config.directory
-    newest = manifest.readable(folder / "checkpoints")
+    run = config.run_directory
+    newest = manifest.readable(run)
     if newest:
         manifest.check_identity(newest, config)
     try:
-        configs.save(config, folder / "config.yaml")
-        write_atomically(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        configs.save(config, run.config_path)
+        write_atomically(run.environment_path, json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
-        raise UserError(f"the run folder {folder} cannot be written: {error}") from error
+        raise UserError(f"the run folder {run.path} cannot be written: {error}") from error
 
 
 def _heldout(record: dict[str, Any]) -> str:
@@ -338,20 +345,22 @@ def _about_a_run() -> None:
     )
     args = parser.parse_args()
 
+    from armd_scale.run_directory import RunDirectory
     from launchers import jobs, status
 
+    run = RunDirectory(args.run_dir)
     if args.command == "cancel":
-        status.open_run(args.run_dir)
-        ended = jobs.cancel(args.run_dir)
+        run.load_config()
+        ended = jobs.cancel(run)
         print(f"ended: {', '.join(each.step for each in ended)}" if ended else "no job of this run waits or runs")
         return
     if args.command == "status":
-        print("\n".join(status.lines(args.run_dir)))
+        print("\n".join(status.lines(run)))
         if not args.follow:
             return
-    path = status.log_of(args.run_dir, args.stage, args.rank, args.stream)
+    path = status.log_of(run, args.stage, args.rank, args.stream)
     if args.follow:
-        status.follow(path, lambda: bool(jobs.alive(args.run_dir)))
+        status.follow(path, lambda: bool(jobs.alive(run)))
     else:
         print(path.read_text(encoding="utf-8", errors="replace"), end="")
 

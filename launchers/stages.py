@@ -13,8 +13,10 @@ from typing import Any
 
 import submitit
 
+from armd_scale import logs
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError, is_bad_input
+from armd_scale.run_directory import RunDirectory
 from launchers import restart
 
 
@@ -23,7 +25,8 @@ def run(step: str, config: RunConfig, token: str, share: int = 0, shares: int = 
 
     ``token``: a word that no other submission has, for files that processes meet at.
     """
-    # Every start of a job meets at another place.
+    logs.configure(_rank())
+    # Each (re)start uses a fresh rendezvous file.
     os.environ["ARMD_SUBMISSION"] = f"{token}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
     if not config.cluster.gpus_per_node:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -37,13 +40,18 @@ def run(step: str, config: RunConfig, token: str, share: int = 0, shares: int = 
         raise
 
 
+def _rank() -> int:
+    """The rank of this process in its job; 0 in the launcher's own process."""
+    return int(os.environ.get("SUBMITIT_LOCAL_GLOBALID", os.environ.get("SLURM_PROCID", 0)))
+
+
 def _write_down(step: str, error: Exception) -> None:
     bad = is_bad_input(error)
     line = str(error) if bad else f"{type(error).__name__}: {error}"
-    told = {
+    facts = {
         "line": " ".join(line.split())[:2000],
         "bad_input": isinstance(error, UserError) or getattr(error, "bad_input", False),
-        "rank": os.environ.get("SLURM_PROCID", os.environ.get("SUBMITIT_LOCAL_GLOBALID")),
+        "rank": _rank(),
         "reached": getattr(error, "step", None),
         "step": step,
     }
@@ -51,8 +59,8 @@ def _write_down(step: str, error: Exception) -> None:
         return
     folder = submitit.JobEnvironment().paths.folder
     # The first one counts.
-    with contextlib.suppress(OSError), (folder / restart.ERROR).open("x", encoding="utf-8") as file:
-        json.dump(told, file)
+    with contextlib.suppress(OSError), RunDirectory.error_path(folder).open("x", encoding="utf-8") as file:
+        json.dump(facts, file)
 
 
 def _tokenise_share(config: RunConfig, part: str, share: int, shares: int) -> dict[str, Any]:
@@ -87,7 +95,7 @@ def _train(config: RunConfig) -> None:
         return
     if flag == health.REQUEUE and "SLURM_JOB_ID" in os.environ:
         if job.global_rank == 0:
-            print("the state is saved, the job is queued again", flush=True)
+            logs.JOB.info("the state is saved, the job is queued again")
             restart.note_requeue(config, job.job_id, requeues + 1, "warned before its time limit, or before preemption")
             restart.requeue()
         restart.hold()
@@ -95,32 +103,32 @@ def _train(config: RunConfig) -> None:
 
 
 def _rendezvous(config: RunConfig, job: Any) -> str:
-    """Where the processes meet: the first node of a Slurm job, or a file of the run when all are on this machine."""
+    """The rendezvous: an address on the first node of a Slurm job, or a file when all processes are on this machine."""
     if "SLURM_JOB_ID" in os.environ:
-        # The address of the node that runs srun, which is the first; its name may mean nothing to the others.
+        # srun runs on the first node. Other nodes may not resolve the name of that node, so its address is used.
         host = os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or job.hostnames[0]
         return f"tcp://{host}:{20000 + int(os.environ['SLURM_JOB_ID']) % 20000}"
-    folder = config.directory / "jobs"
-    folder.mkdir(exist_ok=True)
-    return str(folder / f"rendezvous-{os.environ['ARMD_SUBMISSION']}")
+    path = config.run_directory.rendezvous_path(os.environ["ARMD_SUBMISSION"])
+    path.parent.mkdir(exist_ok=True)
+    return str(path)
 
 
 def _export(config: RunConfig) -> dict[str, Any]:
     from armd_scale.training import export
 
     _set_threads(config)
-    config = export.load_run(config.directory)
-    facts = export.export(config, export.newest_checkpoint(config), config.directory / "export")
-    print(f"export: largest difference to the training model's logits {facts['difference']:.1e}", flush=True)
+    config = config.run_directory.load_config(vocabulary=True)
+    facts = export.export(config, export.newest_checkpoint(config), config.run_directory.export)
+    logs.EXPORT.info("largest difference to the training model's logits %.1e", facts["difference"])
     return facts
 
 
 def _evaluate(config: RunConfig) -> dict[str, Any]:
     from armd_scale.evaluation import report
-    from armd_scale.training import export
 
     _set_threads(config)
-    return report.write(export.load_run(config.directory), config.directory / "export")
+    config = config.run_directory.load_config(vocabulary=True)
+    return report.write(config, config.run_directory.export)
 
 
 def _set_threads(config: RunConfig) -> None:

@@ -5,45 +5,36 @@ import time
 from pathlib import Path
 from typing import Any
 
-from armd_scale import config as configs
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError
+from armd_scale.run_directory import RunDirectory
 from armd_scale.training import manifest
-from armd_scale.training.health import heartbeats
-from armd_scale.training.telemetry import read_metrics
-from launchers import jobs, restart
+from launchers import jobs
 
 
-def open_run(run_dir: Path) -> RunConfig:
-    """The resolved configuration of a run folder."""
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} is not a run folder: it has no config.yaml")
-    return configs.load(run_dir / "config.yaml").model_copy(update={"run_dir": str(run_dir)})
-
-
-def lines(run_dir: Path) -> list[str]:
+def lines(run: RunDirectory) -> list[str]:
     """Jobs by step, progress, checkpoints and restarts of a run."""
-    config = open_run(run_dir)
-    known = jobs.known(run_dir)
+    config = run.load_config()
+    known = jobs.known(run)
     now = jobs.states(known)
-    out = [f"{config.name}: {run_dir}"]
+    out = [f"{config.name}: {run.path}"]
     latest = {each.step: each for each in known}
     for each in latest.values():
-        out.append(f"  {each.step:<17} {each.cluster} {_numbers(each.ids):<16} {_state(run_dir, each, now)}")
-    records = read_metrics(run_dir)
+        out.append(f"  {each.step:<17} {each.cluster} {_numbers(each.ids):<16} {_state(run, each, now)}")
+    records = run.metrics()
     if any("loss" in record for record in records):
         out.append("  " + progress(records, config))
-    newest = manifest.readable(run_dir / "checkpoints")
+    newest = manifest.readable(run)
     if newest:
-        age = time.time() - (newest / "manifest.json").stat().st_mtime
+        age = time.time() - run.manifest_path(newest).stat().st_mtime
         out.append(f"  last checkpoint {newest.name}, {_span(age)} ago")
-    beats = heartbeats(run_dir)
+    beats = run.heartbeats()
     if beats and any(each.stage == "train" and any(job in now for job in each.ids) for each in known):
         last = min(beats, key=lambda beat: beat["time"])
         out.append(
             f"  rank {last['rank']} on {last['host']} was heard of last, {_span(time.time() - last['time'])} ago"
         )
-    for death in restart.read(run_dir):
+    for death in run.restarts():
         when = datetime.datetime.fromtimestamp(death["time"]).strftime("%Y-%m-%d %H:%M:%S")
         out.append(f"  {when} {death['step']} at step {death['reached']}: {death['reason']}; {death['decision']}")
     return out
@@ -65,14 +56,14 @@ def progress(records: list[dict[str, Any]], config: RunConfig) -> str:
     )
 
 
-def log_of(run_dir: Path, stage: str, rank: int, stream: str = "out") -> Path:
+def log_of(run: RunDirectory, stage: str, rank: int, stream: str = "out") -> Path:
     """What a process of the newest job of a stage prints."""
-    open_run(run_dir)
-    found = [each for each in jobs.known(run_dir) if stage in (each.stage, each.step)]
+    run.load_config()
+    found = [submitted for submitted in jobs.known(run) if stage in (submitted.stage, submitted.step)]
     if not found:
-        raise UserError(f"no job of stage '{stage}' was submitted for {run_dir}")
+        raise UserError(f"no job of stage '{stage}' was submitted for {run.path}")
     job = found[-1].ids[0]
-    path = run_dir / "jobs" / found[-1].step / job / f"{job}_{rank}_log.{stream}"
+    path = run.log_path(found[-1].step, job, rank, stream)
     if not path.is_file():
         raise UserError(f"rank {rank} of job {job} has printed nothing yet: there is no {path}")
     return path
@@ -92,16 +83,16 @@ def follow(path: Path, going_on: Any) -> None:
                 time.sleep(0.5)
 
 
-def _state(run_dir: Path, each: jobs.Submitted, now: dict[str, str]) -> str:
+def _state(run: RunDirectory, each: jobs.Submitted, now: dict[str, str]) -> str:
     current = [now[job] for job in each.ids if job in now]
     if current:
         counts = {state: current.count(state) for state in sorted(set(current))}
         return ", ".join(f"{count} x {state}" if len(each.ids) > 1 else state for state, count in counts.items())
     for job in each.ids:
-        error = restart.error_of(run_dir / "jobs" / each.step / job)
+        error = run.error(each.step, job)
         if error:
             return f"FAILED: {error['line']}"
-    results = [list((run_dir / "jobs" / each.step / job).glob("*_result.pkl")) for job in each.ids]
+    results = [run.result_paths(each.step, job) for job in each.ids]
     return "done" if all(results) else "ENDED without a result"
 
 

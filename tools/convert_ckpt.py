@@ -36,6 +36,7 @@ def main() -> None:
     if args.to_training != bool(args.config) or (args.overrides and not args.config):
         parser.error("--to-training and --config FILE go together")
     from armd_scale import config as configs
+    from armd_scale.run_directory import RunDirectory
     from armd_scale.training import export, manifest
 
     if args.to_training:
@@ -43,7 +44,7 @@ def main() -> None:
         begun = export.to_training(args.source, config)
         print(f"{begun}: train on with launchers/slurm.py --config {args.config} run_dir={args.out_dir} and the same")
         return
-    config = export.load_run(args.source)
+    config = RunDirectory(args.source).load_config(vocabulary=True)
     if args.checkpoint:
         source = args.checkpoint
         manifest.verify(source)

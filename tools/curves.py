@@ -21,7 +21,7 @@ from armd_scale.files import check_picture
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN[,RUN...]", help="run folders of a line")
-    parser.add_argument("--figure", default="loss", help="a figure of metrics.jsonl (default: loss)")
+    parser.add_argument("--figure", default="loss", help="a figure of the metrics (default: loss)")
     parser.add_argument("--out", type=Path, required=True, help="picture to write")
     args = parser.parse_args()
     check_picture(args.out)
@@ -45,13 +45,14 @@ def main() -> None:
 
 def _curve(folders: list[Path], figure: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps [K] and the figure of every run [runs, K]."""
-    from armd_scale.training.telemetry import read_metrics
+    from armd_scale.run_directory import RunDirectory
 
     found = []
     for folder in folders:
-        records = read_metrics(folder)
+        run = RunDirectory(folder)
+        records = run.metrics()
         if not records:
-            raise UserError(f"{folder} has no metrics.jsonl: it is no run folder, or nothing is recorded yet")
+            raise UserError(f"{folder} has no {run.metrics_path.name}: it is no run folder, or nothing is recorded yet")
         known = {record["step"]: record[figure] for record in records if _is_number(record.get(figure))}
         if not known:
             names = sorted({name for record in records for name in record if _is_number(record[name])} - {"step"})

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -27,10 +28,9 @@ import yaml
 
 from armd_scale.errors import UserError, cli
 from armd_scale.files import write_atomically
+from armd_scale.run_directory import RunDirectory
 from armd_scale.training import manifest
-from armd_scale.training.health import heartbeats
-from armd_scale.training.telemetry import read_metrics
-from launchers import jobs, restart
+from launchers import jobs
 
 ROOT = Path(__file__).resolve().parents[1]
 TMPFS_BYTES = 160 << 20
@@ -94,14 +94,15 @@ class _Campaign:
     def __init__(self, folder: Path, draw: random.Random, count: int) -> None:
         self.folder, self.draw, self.count = folder, draw, count
         self.rows: list[dict[str, Any]] = []
-        self.run_dir = folder / "disk" / "run"
-        self.run_dir.parent.mkdir()
+        self.run_dir = RunDirectory(folder / "disk" / "run")
+        self.run_dir.path.parent.mkdir()
         (folder / "hook").mkdir()
         (folder / "hook/sitecustomize.py").write_text(HOOK)
         self.tmpfs = (
             os.geteuid() == 0
             and not subprocess.run(
-                ["mount", "-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "tmpfs", str(self.run_dir.parent)], check=False
+                ["mount", "-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "tmpfs", str(self.run_dir.path.parent)],
+                check=False,
             ).returncode
         )
         self.process: subprocess.Popen[bytes] | None = None
@@ -128,7 +129,7 @@ class _Campaign:
         ]
         print(f"{'fault':<36} {'at step':>7} {'detected':>9} {'lost':>5} {'again at work':>14}  outcome")
         self._launch()
-        self._wait("the first checkpoint", lambda: manifest.latest(self.run_dir / "checkpoints") is not None)
+        self._wait("the first checkpoint", lambda: self.run_dir.newest_checkpoint() is not None)
         for name in order[: self.count]:
             beyond = self._reached() + self.draw.randrange(3, 25)
             self._wait("progress", lambda beyond=beyond: self._reached() > beyond)  # type: ignore[misc]
@@ -155,17 +156,17 @@ class _Campaign:
         """End what still runs, and unmount."""
         self._end()
         if self.tmpfs:
-            subprocess.run(["umount", "-l", str(self.run_dir.parent)], check=False)
+            subprocess.run(["umount", "-l", str(self.run_dir.path.parent)], check=False)
 
     # --- the run
 
-    def _config(self, run_dir: Path, nan_steps: list[int] | None = None, steps: int | None = None) -> Path:
+    def _config(self, run: RunDirectory, nan_steps: list[int] | None = None, steps: int | None = None) -> Path:
         hook = {"PYTHONPATH": str(self.folder / "hook")}
         if nan_steps:
             hook["ARMD_NAN_STEPS"] = ",".join(map(str, nan_steps))
         values = {
             "name": "faults",
-            "run_dir": str(run_dir),
+            "run_dir": str(run.path),
             "model": {"layers": 2, "hidden": 32, "heads": 2, "length": 32},
             "orders": {"ar_steps": 20, "permutation_steps": 60, "rho": 8},
             "data": {
@@ -182,7 +183,7 @@ class _Campaign:
             "report": {"wandb": "disabled"},
             "cluster": {"tasks_per_node": 4, "backoff_seconds": 0.0, "max_restarts": 20, "environment": hook},
         }  # fmt: skip
-        path = self.folder / f"{run_dir.name}.yaml"
+        path = self.folder / f"{run.path.name}.yaml"
         path.write_text(yaml.safe_dump(values))
         return path
 
@@ -206,15 +207,15 @@ class _Campaign:
         self._wait("the end of the jobs", lambda: not jobs.alive(self.run_dir), launch=False)
 
     def _reached(self) -> int:
-        records = read_metrics(self.run_dir)
+        records = self.run_dir.metrics()
         return records[-1]["step"] if records else 0
 
     def _ranks(self) -> list[int]:
-        return [beat["pid"] for beat in heartbeats(self.run_dir) if Path(f"/proc/{beat['pid']}").exists()]
+        return [beat["pid"] for beat in self.run_dir.heartbeats() if Path(f"/proc/{beat['pid']}").exists()]
 
     def _output(self) -> str:
         """What rank 0 has printed in all jobs."""
-        logs = sorted((self.run_dir / "jobs/train").glob("*/*_0_log.out"), key=lambda path: path.stat().st_mtime)
+        logs = sorted(self.run_dir.log_paths("train", rank=0), key=lambda path: path.stat().st_mtime)
         return "".join(path.read_text(errors="replace") for path in logs)
 
     def _wait(self, what: str, condition: Callable[[], bool], launch: bool = True, limit: float = 120.0) -> None:
@@ -227,8 +228,8 @@ class _Campaign:
             time.sleep(0.1)
 
     def _resumed_at(self) -> int:
-        lines = [line for line in self._output().splitlines() if line.startswith("resumed from ")]
-        return manifest.step_of(Path(lines[-1])) if lines else 0
+        lines = [line.rpartition("resumed from ")[2] for line in self._output().splitlines() if "resumed from " in line]
+        return RunDirectory.step_of(Path(lines[-1])) if lines else 0
 
     def _unwritten(self) -> int:
         return sum(self._output().count(f"{word} be written") for word in ("cannot", "could not"))
@@ -237,7 +238,7 @@ class _Campaign:
 
     def _mark(self) -> tuple[int, int]:
         self.starts = self._output().count("processes: ")
-        return self.starts, len(restart.read(self.run_dir))
+        return self.starts, len(self.run_dir.restarts())
 
     def _restarted(self, starts: int) -> None:
         self._wait("a new start", lambda: self._output().count("processes: ") > starts)
@@ -246,10 +247,10 @@ class _Campaign:
     def _died(self, act: Callable[[], None]) -> str:
         starts, deaths = self._mark()
         act()
-        self._wait("its detection", lambda: len(restart.read(self.run_dir)) > deaths)
+        self._wait("its detection", lambda: len(self.run_dir.restarts()) > deaths)
         self.noticed = time.monotonic()
         self._restarted(starts)
-        return "started again by itself: " + restart.read(self.run_dir)[-1]["reason"][:40]
+        return "started again by itself: " + self.run_dir.restarts()[-1]["reason"][:40]
 
     def _kill_rank(self) -> str:
         return self._died(lambda: os.kill(self.draw.choice(self._ranks()), signal.SIGKILL))
@@ -293,7 +294,7 @@ class _Campaign:
     def _good(self) -> int:
         """Number of checkpoints that a run could go on from."""
         count = 0
-        for checkpoint in manifest.complete(self.run_dir / "checkpoints"):
+        for checkpoint in self.run_dir.complete_checkpoints():
             with contextlib.suppress(UserError, OSError):  # damaged, or just being removed
                 manifest.verify(checkpoint)
                 count += 1
@@ -303,7 +304,7 @@ class _Campaign:
         self._wait("a second checkpoint", lambda: self._good() > 1)
         starts, _ = self._mark()
         self._stop_everything()
-        newest = manifest.latest(self.run_dir / "checkpoints")
+        newest = self.run_dir.newest_checkpoint()
         assert newest
         _damage(self.draw.choice(sorted(newest.glob("*.distcp"))), truncate, self.draw)
         self._restarted(starts)
@@ -340,7 +341,7 @@ class _Campaign:
     def _fill_disk(self) -> str:
         self._mark()
         said = self._unwritten()
-        filler = self.run_dir.parent / "filler"
+        filler = self.run_dir.path.parent / "filler"
         with filler.open("wb", buffering=0) as file:
             try:
                 while True:
@@ -357,18 +358,18 @@ class _Campaign:
 
     def _compare(self) -> list[str]:
         """Losses and samples against a calm run in which the same steps were not applied."""
-        found = {r["step"]: r["loss"] for r in read_metrics(self.run_dir) if "loss" in r}
+        found = {r["step"]: r["loss"] for r in self.run_dir.metrics() if "loss" in r}
         last = max(found)
         # A full disk swallows records too; those steps were applied.
-        bad = [int(line.split()[1]) for line in self._output().splitlines() if "is not applied" in line]
+        bad = [int(step) for step in re.findall(r"step (\d+) is not applied", self._output())]
         missing = [step for step in range(1, last + 1) if step not in found and step in bad]
-        calm = self.folder / "calm"
+        calm = RunDirectory(self.folder / "calm")
         path = self._config(calm, missing, steps=max(60, last))
         subprocess.run(
             [sys.executable, "launchers/slurm.py", "--config", str(path), "--cluster", "local", "--only", "train"],
             cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip
-        expected = {r["step"]: r["loss"] for r in read_metrics(calm) if "loss" in r}
+        expected = {r["step"]: r["loss"] for r in calm.metrics() if "loss" in r}
         failures = [
             f"step {step}: loss {loss} instead of {expected.get(step)}"
             for step, loss in found.items()
@@ -381,7 +382,7 @@ class _Campaign:
         lost = [place for place in range(last * 8) if place not in seen]
         failures += [f"{len(lost)} samples were not seen"] if lost else []
         print(
-            f"\n{len(self.rows)} faults, {len(restart.read(self.run_dir))} restarts, {len(missing)} steps not applied; "
+            f"\n{len(self.rows)} faults, {len(self.run_dir.restarts())} restarts, {len(missing)} steps not applied; "
             f"{len(found)} losses and {last * 8} samples compared; most work lost: "
             f"{max(row['lost_steps'] for row in self.rows)} steps, a checkpoint every 20"
         )
@@ -397,18 +398,12 @@ def _damage(path: Path, truncate: bool, draw: random.Random) -> None:
     path.write_bytes(content)
 
 
-def _samples(run_dir: Path) -> dict[int, int]:
+def _samples(run: RunDirectory) -> dict[int, int]:
     """Sample at each place of the sequence; of steps done again, the last time counts."""
-    lines = [
-        json.loads(line)
-        for path in (run_dir / "samples").glob("*.jsonl")
-        for line in path.read_text().splitlines()
-        if line.endswith("}")
-    ]
     return {
-        line["first"] + place: sample
-        for line in sorted(lines, key=lambda line: line["time"])
-        for place, (_, sample) in enumerate(line["ids"])
+        record["first"] + place: sample
+        for record in run.sample_logs()
+        for place, (_, sample) in enumerate(record["ids"])
     }
 
 

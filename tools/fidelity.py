@@ -122,7 +122,7 @@ def _check_begun(config: Any) -> None:
     """``UserError`` when the folder of a run holds one with other settings."""
     from armd_scale import config as configs
 
-    path = config.directory / "config.yaml"
+    path = config.run_directory.config_path
     if not path.is_file():
         return
     free = {"name", "run_dir", "cluster", "report"}

@@ -20,8 +20,7 @@ from armd_scale.errors import UserError
 from armd_scale.evaluation.likelihood import cut, units
 from armd_scale.evaluation.models import open_model
 from armd_scale.inference import ARMD, FREE, Decoding, Frontier
-from armd_scale.training import manifest
-from armd_scale.training.telemetry import read_metrics
+from armd_scale.run_directory import RunDirectory
 
 JUDGE = "ar"
 """Objective of the runs that judge texts unless another judge is named."""
@@ -95,7 +94,7 @@ class HuggingFaceJudge:
 
 def load_judge(path: Path, device: str = "cpu") -> Judge:
     """The judge in a folder: a model or a run of this project, or a model of transformers. Raises ``UserError``."""
-    if not any((path / name).is_file() for name in ("config.json", "config.yaml")):
+    if not (path / "config.json").is_file() and not RunDirectory(path).exists():
         raise UserError(f"there is no judge in {path}: name a model folder or a run folder")
     foreign = (path / "config.json").is_file() and not (path / "modeling_armd.py").is_file()
     return HuggingFaceJudge(path, device) if foreign else OwnJudge(path, device)
@@ -106,15 +105,16 @@ def find_judge(model: Path) -> Path:
 
     ``model``: a run folder, or a folder inside one.
     """
-    place = next((place for place in (model, *model.resolve().parents[:2]) if (place / "config.yaml").is_file()), None)
+    own = RunDirectory.around(model)
+    beside = map(RunDirectory, own.path.resolve().parent.iterdir()) if own else ()
     scores: dict[Path, float] = {}
-    own = place.resolve() if place else None
-    for settings in own.parent.glob("*/config.yaml") if own else ():
-        found = [r for r in read_metrics(settings.parent) if "heldout_left_to_right" in r]
-        chosen = yaml.safe_load(settings.read_text(encoding="utf-8")) or {}
-        other = settings.parent != own
-        if found and other and chosen.get("objective") == JUDGE and manifest.complete(settings.parent / "checkpoints"):
-            scores[settings.parent] = found[-1]["heldout_left_to_right_bits_per_byte"]
+    for run in beside:
+        if own is None or run.path == own.path.resolve() or not run.exists():
+            continue
+        found = [record for record in run.metrics() if "heldout_left_to_right" in record]
+        chosen = yaml.safe_load(run.config_path.read_text(encoding="utf-8")) or {}
+        if found and chosen.get("objective") == JUDGE and run.complete_checkpoints():
+            scores[run.path] = found[-1]["heldout_left_to_right_bits_per_byte"]
     if not scores:
         raise UserError(f"there is no judge beside the model: train a run with objective={JUDGE}, or use --judge")
     return min(scores, key=lambda run: scores[run])

@@ -19,15 +19,16 @@ from armd_scale.data.tokenizer import Tokenizer
 from armd_scale.errors import UserError
 from armd_scale.inference import ARMD
 from armd_scale.inference.model import check_device
+from armd_scale.run_directory import RunDirectory
 
 
 def resolve(path: Path) -> Path:
     """A model folder or a checkpoint as it is; of a run folder the newest checkpoint. Raises ``UserError``."""
-    if (path / "config.json").is_file() or not (path / "config.yaml").is_file():
+    if (path / "config.json").is_file() or not RunDirectory(path).exists():
         return path
     from armd_scale.training import export
 
-    return export.newest_checkpoint(export.load_run(path))
+    return export.newest_checkpoint(RunDirectory(path).load_config(vocabulary=True))
 
 
 def open_model(path: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[ARMD, Tokenizer]:
@@ -42,11 +43,11 @@ def open_model(path: Path, device: str = "cpu", dtype: torch.dtype | None = None
 
     place = check_device(device)
     source = resolve(path)
-    run = next((folder for folder in source.resolve().parents[:2] if (folder / "config.yaml").is_file()), None)
+    run = RunDirectory.around(source)
     if run is None:
         raise UserError(f"{path} holds no model: name a model folder, a run folder or one of its checkpoints")
     manifest.verify(source)
-    model, tokenizer = export.in_memory(export.load_run(run), source)
+    model, tokenizer = export.in_memory(run.load_config(vocabulary=True), source)
     return model.to(place, dtype), tokenizer
 
 

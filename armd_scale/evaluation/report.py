@@ -23,14 +23,15 @@ from armd_scale.evaluation.models import alone
 from armd_scale.files import write_atomically
 from armd_scale.model.flops import training_flops_per_token
 from armd_scale.objectives import interface as objectives
-from armd_scale.training.telemetry import environment, read_metrics
+from armd_scale.run_directory import RunDirectory
+from armd_scale.training.telemetry import environment
 
 _UNIGRAM_SAMPLES = 100_000  # training samples whose tokens are counted
 
 
 def write(config: RunConfig, export: Path) -> dict[str, Any]:
     """Evaluate the exported model of a run, generate with it, and write the report; returns the summary."""
-    run_dir = config.directory
+    run = config.run_directory
     train, heldout = (PackedDataset(config.data_directory / split) for split in ("train", "heldout"))
     model, tokenizer = inference.load(export), tokenizers.load(export)
     chunks = list(heldout.read(np.arange(min(len(heldout), config.report.heldout_samples))))
@@ -44,7 +45,7 @@ def write(config: RunConfig, export: Path) -> dict[str, Any]:
     scores = [likelihood.score(alone(model), chunks, name, size) for name in names]
     samples = _samples(config, model, tokenizer)
     made = json.loads((export / "config.json").read_text(encoding="utf-8"))
-    metrics = read_metrics(run_dir)
+    metrics = run.metrics()
     steps = [record for record in metrics if "loss" in record]
     summary: dict[str, Any] = {
         "name": config.name,
@@ -65,9 +66,9 @@ def write(config: RunConfig, export: Path) -> dict[str, Any]:
         "export_difference": made["logits_difference"],
         "environment": environment(),
     }
-    write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
-    write_atomically(run_dir / "samples.md", _samples_page(config, samples))
-    plot(config, metrics, summary, run_dir / "loss.png")
+    write_atomically(run.summary_path, json.dumps(summary, indent=1) + "\n")
+    write_atomically(run.samples_page_path, _samples_page(config, samples))
+    plot(config, metrics, summary, run.loss_plot_path)
     return summary
 
 
@@ -183,7 +184,7 @@ def _mark_phases(axes: Any, config: RunConfig) -> None:
             )
 
 
-def lines(summary: dict[str, Any], run_dir: Path) -> list[str]:
+def lines(summary: dict[str, Any], run: RunDirectory) -> list[str]:
     """The last screen of a run, line by line."""
     out = [
         f"{summary['name']}: {summary['parameters']:,} parameters, {summary['steps']} steps, "
@@ -206,15 +207,16 @@ def lines(summary: dict[str, Any], run_dir: Path) -> list[str]:
             f"  S = {sample['streams']}: {sample['steps']} steps, {sample['seconds']:.3f} s, "
             f"{sample['tokens_per_second']:.0f} tokens/s"
         )
-    out += ["", summary["sample_text"].strip(), "", f"{run_dir}/"]
-    for name, what in (
-        ("loss.png", "training and held-out loss"),
-        ("samples.md", "texts for each number of streams"),
-        ("summary.json", "these figures and the versions behind them"),
-        ("export/", "the standalone model: tools/generate.py, tools/serve.py, tools/eval_zeroshot.py"),
-        ("config.yaml", "the resolved configuration"),
-        ("metrics.jsonl", "every logged step"),
-        ("checkpoints/", "to resume from"),
+    out += ["", summary["sample_text"].strip(), "", f"{run.path}/"]
+    for path, what in (
+        (run.loss_plot_path, "training and held-out loss"),
+        (run.samples_page_path, "texts for each number of streams"),
+        (run.summary_path, "these figures and the versions behind them"),
+        (run.export, "the standalone model: tools/generate.py, tools/serve.py, tools/eval_zeroshot.py"),
+        (run.config_path, "the resolved configuration"),
+        (run.metrics_path, "every logged step"),
+        (run.checkpoints, "to resume from"),
     ):
+        name = path.name + "/" * path.is_dir()
         out.append(f"  {name:<15}{what}")
     return out

@@ -25,8 +25,7 @@ from armd_scale.files import write_atomically
 from armd_scale.inference import ARMD
 from armd_scale.model.flops import training_flops_per_token
 from armd_scale.objectives import interface as objectives
-from armd_scale.training.export import load_run
-from armd_scale.training.telemetry import read_metrics
+from armd_scale.run_directory import RunDirectory
 
 MAIN = "armd"
 """The variant that a study is about."""
@@ -133,10 +132,10 @@ def measure(study: Study, run: Run, folder: Path, equal: int, judge: Path, suite
     ``equal``: the steps at which variants are compared; ``judge``: the folder of another run; ``suite``: that of the
     zero-shot texts. Raises ``UserError``.
     """
-    config = load_run(folder)
+    config = RunDirectory(folder).load_config(vocabulary=True)
     torch.set_num_threads(1 if study.slots > 1 else torch.get_num_threads())
     device = "cuda" if config.cluster.gpus_per_node else "cpu"
-    records = read_metrics(config.directory)
+    records = config.run_directory.metrics()
     known_by = f"heldout_{objectives.training(config.objective).heldout[0]}"
     tokens_a_step = config.train.global_batch * config.model.length
     steps = [record for record in records if "loss" in record]
@@ -167,7 +166,7 @@ def _checkpoints(run: Run, config: RunConfig, equal: int) -> dict[int, Path]:
     kept = range(equal, config.total_steps + 1, config.train.keep_every or config.total_steps)
     between = kept if run.variant == MAIN else ()
     found = sorted({min(equal, config.total_steps), *between, config.total_steps})
-    places = {step: config.directory / "checkpoints" / f"step-{step:08d}" for step in found}
+    places = {step: config.run_directory.checkpoint(step) for step in found}
     missing = [str(place) for place in places.values() if not place.is_dir()]
     if missing:
         raise UserError(f"{missing[0]} is not there: train.checkpoint_every and keep_every must keep it")

@@ -122,17 +122,17 @@ class Engine:
         first_stage = parallel_state.get_pipeline_model_parallel_rank() == 0
         return first_stage and parallel_state.get_tensor_model_parallel_rank() == 0
 
-    def work_seconds(self) -> np.ndarray:
-        """Mean time of the passes of a step since the last call, by rank; collective.
+    def rank_figures(self, figures: Sequence[float] = ()) -> np.ndarray:
+        """Mean time of the passes of a step since the last call, and ``figures``: [ranks, 1 + figures]; collective.
 
-        Includes the time that a rank waits for other ranks of its tensor-parallel group and pipeline.
+        The time includes what a rank waits for other ranks of its tensor-parallel group and pipeline.
         """
-        seconds = torch.zeros(dist.get_world_size(), dtype=torch.float64, device=self.device)
+        stats = torch.zeros(dist.get_world_size(), 1 + len(figures), dtype=torch.float64, device=self.device)
         spans = [a.elapsed_time(b) / 1e3 if self.device.type == "cuda" else b - a for a, b in self._spans]
-        seconds[dist.get_rank()] = sum(spans) / max(1, len(spans))
+        stats[dist.get_rank()] = torch.tensor([sum(spans) / max(1, len(spans)), *figures], dtype=torch.float64)
         self._spans.clear()
-        dist.all_reduce(seconds)
-        return seconds.cpu().numpy()
+        dist.all_reduce(stats)
+        return stats.cpu().numpy()
 
     def _now(self) -> Any:
         if self.device.type != "cuda":

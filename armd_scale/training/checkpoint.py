@@ -24,19 +24,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from armd_scale.errors import UserError
+from armd_scale.logs import CHECKPOINT as log
 from armd_scale.parallel.engine import Engine
 from armd_scale.parallel.optimizer import EMA, MASTER, MOMENTS
 from armd_scale.parallel.sharding import is_pipeline_copy, partition_dim
 from armd_scale.parallel.zero import local_shape
+from armd_scale.run_directory import RunDirectory
 from armd_scale.training import manifest
-from armd_scale.training.telemetry import say
 
 
 class Checkpointer:
     """Writes checkpoints beside the training; one at a time."""
 
-    def __init__(self, engine: Engine, folder: Path, keep: int, keep_every: int | None) -> None:
-        self.engine, self.folder = engine, folder
+    def __init__(self, engine: Engine, run: RunDirectory, keep: int, keep_every: int | None) -> None:
+        self.engine, self.run = engine, run
         self._keep, self._keep_every = keep, keep_every
         self._mesh = _mesh(engine)
         # Its own group: the writer's messages must not mix with those of the training.
@@ -66,7 +67,7 @@ class Checkpointer:
         except (OSError, dcp.api.CheckpointException) as error:
             if dist.get_rank() == 0:
                 reason = " ".join(str(error).split())[:500]
-                say(f"the checkpoint of step {step} could not be written, training goes on: {reason}")
+                log.warning("the checkpoint of step %d could not be written, training goes on: %s", step, reason)
 
     def close(self) -> None:
         """Wait, and end the thread."""
@@ -96,8 +97,7 @@ class Checkpointer:
         return tensors
 
     def _write(self, facts: dict[str, Any], tensors: dict[str, DTensor]) -> None:
-        final = self.folder / f"step-{facts['step']:08d}"
-        partial = self.folder / f".{final.name}.partial"
+        partial = self.run.partial_checkpoint(facts["step"])
 
         def begin() -> None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -105,8 +105,8 @@ class Checkpointer:
 
         def end() -> None:
             manifest.write(partial, facts)
-            manifest.publish(partial, final)
-            manifest.retain(self.folder, self._keep, self._keep_every)
+            manifest.publish(self.run, facts["step"])
+            manifest.retain(self.run, self._keep, self._keep_every)
 
         self._on_rank_0(begin)
         dcp.save(tensors, checkpoint_id=partial, process_group=self._group)
@@ -125,7 +125,7 @@ class Checkpointer:
             raise outcome[0]
 
 
-def begin(folder: Path, weights: Mapping[str, Tensor], state: dict[str, Any], averaged: bool) -> Path:
+def begin(run: RunDirectory, weights: Mapping[str, Tensor], state: dict[str, Any], averaged: bool) -> Path:
     """Write a checkpoint of step 0 from whole float32 weights, in this process; moments are zero.
 
     ``state``: facts to keep beside it. ``averaged``: with a moving average, which begins as the weights.
@@ -136,27 +136,25 @@ def begin(folder: Path, weights: Mapping[str, Tensor], state: dict[str, Any], av
         for parameter, weight in weights.items()
         for name in names
     }
-    final = folder / "step-00000000"
-    partial = folder / f".{final.name}.partial"
+    partial = run.partial_checkpoint(0)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that there is no process group; that is the intent
         dcp.save(tensors, checkpoint_id=partial, no_dist=True)
     manifest.write(partial, {"step": 0, "updates": 0, "states": names, "state": state})
-    manifest.publish(partial, final)
-    return final
+    return manifest.publish(run, 0)
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest good checkpoint, on all ranks alike; damaged ones are named and passed over. Collective.
+def newest(run: RunDirectory) -> Path | None:
+    """The newest good checkpoint, on all ranks alike; damaged checkpoints are named and passed over. Collective.
 
-    Raises ``UserError`` when there are checkpoints and none of them is good.
+    Raises ``UserError`` when there are checkpoints and all are damaged.
     """
     found: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            found = [manifest.newest_good(folder)]
+            found = [manifest.newest_good(run)]
         except UserError as error:
             found = [error]
     dist.broadcast_object_list(found)

@@ -32,7 +32,6 @@ from armd_scale.objectives import interface as objectives
 from armd_scale.parallel import groups
 from armd_scale.rows import Rows
 from armd_scale.training import checkpoint, manifest
-from armd_scale.training.telemetry import read_metrics
 
 TOLERANCE = 1e-3
 """Largest difference of float32 logits that two orders of summation can explain."""
@@ -41,19 +40,9 @@ FILE_BYTES = 2_000_000_000
 """Most bytes of weights in one file, unless a single tensor is larger."""
 
 
-def load_run(run_dir: Path) -> RunConfig:
-    """The resolved configuration of a run folder, with the vocabulary of its data filled in."""
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{run_dir} is not a run folder: it has no config.yaml")
-    config = configs.load(path).model_copy(update={"run_dir": str(run_dir)})
-    index = PackedDataset(config.data_directory / "train").index
-    return configs.with_vocabulary(config, index["vocab_size"], index["bos_id"])
-
-
 def newest_checkpoint(config: RunConfig) -> Path:
     """The newest complete checkpoint of a run, verified; ``UserError`` when there is none."""
-    found = manifest.latest(config.directory / "checkpoints")
+    found = config.run_directory.newest_checkpoint()
     if found is None:
         raise UserError(f"{config.directory} has no complete checkpoint to export: train first")
     manifest.verify(found)
@@ -142,8 +131,7 @@ def to_training(model_dir: Path, config: RunConfig) -> Path:
     for name, value in vars(standalone_config(full.model, eos_id)).items():
         if value != getattr(found, name):
             raise UserError(f"the configuration's model has {name} = {value!r}, {model_dir} {getattr(found, name)!r}")
-    checkpoints = config.directory / "checkpoints"
-    if manifest.complete(checkpoints):
+    if config.run_directory.complete_checkpoints():
         raise UserError(f"{config.directory} has checkpoints already: choose another run_dir")
     weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
     for name in weights.keys() & {"embedding.weight", "head.weight"}:
@@ -151,7 +139,7 @@ def to_training(model_dir: Path, config: RunConfig) -> Path:
         weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, rows))
     state = {"identity": configs.identity(full), "samples": 0, "losses": []}
     state["tokenizer_sha256"] = tokenizers.digest(tokenizer)
-    return checkpoint.begin(checkpoints, weights, state, averaged=config.optimizer.ema > 0)
+    return checkpoint.begin(config.run_directory, weights, state, averaged=config.optimizer.ema > 0)
 
 
 def _training_facts(config: RunConfig, source: Path) -> dict[str, Any]:
@@ -159,7 +147,7 @@ def _training_facts(config: RunConfig, source: Path) -> dict[str, Any]:
     step = manifest.read(source)["step"]
     objective = objectives.training(config.objective)
     known_by = f"heldout_{objective.heldout[0]}_bits_per_byte"
-    scores = [record for record in read_metrics(config.directory) if known_by in record]
+    scores = [record for record in config.run_directory.metrics() if known_by in record]
     kinds = {label: kind for kind, label in objective.labels(config).items()}
     newest = max((one for one in scores if one["step"] <= step), key=lambda one: one["step"], default=None)
     heldout = {kind: newest[f"heldout_{name}_bits_per_byte"] for kind, name in kinds.items()} if newest else {}

@@ -13,16 +13,15 @@ import socket
 import statistics
 import time
 from collections import deque
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from armd_scale.config import TrainConfig
+from armd_scale.run_directory import RunDirectory
 
 REQUEUE, STOP = 1, 1 << 20
 """Flags of a rank that was warned of the end of its time, and of one that was told to end; they can be summed."""
-HEARTBEATS = "heartbeats"
 _WINDOW = 64  # applied steps whose median loss is the measure of a spike
 _LEAST = 16  # steps before which nothing is a spike
 _SLOW = 1.5  # times the median of all ranks
@@ -50,9 +49,9 @@ class Watchdog:
     peers wait for it, write and end, and Slurm ends it with them.
     """
 
-    def __init__(self, folder: Path, rank: int, train: TrainConfig) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / f"rank-{rank:05d}.txt"
+    def __init__(self, run: RunDirectory, rank: int, train: TrainConfig) -> None:
+        self._path = run.stack_path(rank)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("w", encoding="utf-8")
         self._train = train
         self._seconds: deque[float] = deque(maxlen=_WINDOW)
@@ -83,12 +82,11 @@ class Watchdog:
 class Heartbeat:
     """A small file a rank, written again every few seconds: where the rank is and how far it has come."""
 
-    def __init__(self, run_dir: Path, rank: int) -> None:
-        folder = run_dir / HEARTBEATS
-        self._path = folder / f"rank-{rank:05d}.json"
+    def __init__(self, run: RunDirectory, rank: int) -> None:
+        self._path = run.heartbeat_path(rank)
         self._facts = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
         self._written = -math.inf
-        folder.mkdir(parents=True, exist_ok=True)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
 
     def beat(self, step: int) -> None:
         """This rank has finished ``step`` steps."""
@@ -100,11 +98,6 @@ class Heartbeat:
         with contextlib.suppress(OSError):  # a full disk is reported where it matters
             partial.write_text(json.dumps({**self._facts, "step": step, "time": time.time()}), encoding="utf-8")
             os.replace(partial, self._path)
-
-
-def heartbeats(run_dir: Path) -> list[dict[str, Any]]:
-    """The last signs of life of all ranks, by rank."""
-    return [json.loads(path.read_text()) for path in sorted((run_dir / HEARTBEATS).glob("rank-*.json"))]
 
 
 class Spikes:

@@ -21,8 +21,6 @@ from armd_scale.files import write_atomically
 from armd_scale.model import attention
 from armd_scale.model.network import streams_of
 
-FILE = "attention.json"
-
 
 def check_fp8(config: RunConfig, device: torch.device) -> None:
     """``UserError`` when the run wants FP8 from a GPU without TransformerEngine, or with one that is too old for it."""
@@ -51,7 +49,7 @@ def attention_kernel(config: RunConfig, device: torch.device) -> str | None:
             return None
         told = [_measured(config, device) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(told, src=0, device=device)
-        wanted, source = told[0], f"the choice of this run ({config.directory / FILE})"
+        wanted, source = told[0], f"the choice of this run ({config.run_directory.attention_path})"
     if wanted is None:
         return None
     shape = next(iter(shapes(config)))
@@ -62,7 +60,7 @@ def attention_kernel(config: RunConfig, device: torch.device) -> str | None:
 
 
 def _measured(config: RunConfig, device: torch.device) -> str | None:
-    path = config.directory / FILE
+    path = config.run_directory.attention_path
     layers, name = shapes(config), torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     setting = {"device": name, "torch": torch.__version__, "dtype": config.train.dtype, "shapes": _listed(layers)}
     known: Any = None

@@ -16,19 +16,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 
+from armd_scale import logs
 from armd_scale.config import RunConfig, identity, with_vocabulary
 from armd_scale.data.shards import PackedDataset
 from armd_scale.errors import UserError
+from armd_scale.logs import TRAIN as log
 from armd_scale.model.flops import peak_flops, run_costs, run_edges, training_flops_per_token
 from armd_scale.objectives import interface as objectives
 from armd_scale.parallel import groups
 from armd_scale.parallel.engine import Engine, Pending
 from armd_scale.rows import Rows
-from armd_scale.training import checkpoint, kernels, manifest, schedules
+from armd_scale.training import checkpoint, kernels, manifest, profiling, schedules
 from armd_scale.training.health import REQUEUE, STOP, Heartbeat, Signals, Spikes, Watchdog, slow_ranks
 from armd_scale.training.samples import Samples
-from armd_scale.training.telemetry import Lines, Telemetry, say
+from armd_scale.training.telemetry import Lines, Telemetry
 
 _LN2 = float(np.log(2))
 
@@ -38,6 +41,7 @@ def train(config: RunConfig, rank: int, processes: int, local_rank: int, rendezv
 
     Returns 0, or ``health.REQUEUE`` or ``health.STOP`` when a signal ended it after a checkpoint.
     """
+    logs.configure(rank)
     if processes != config.cluster.processes:
         raise UserError(
             f"the run is laid out for {config.cluster.processes} processes (cluster.nodes x cluster.tasks_per_node) "
@@ -74,48 +78,44 @@ class _Trainer:
         self.heldout = heldout
         self.rank = rank
         self.signals = Signals()
-        self.watchdog = Watchdog(config.directory / "stacks", rank, config.train)
-        self.heartbeat = Heartbeat(config.directory, rank)
+        self.watchdog = Watchdog(config.run_directory, rank, config.train)
+        self.heartbeat = Heartbeat(config.run_directory, rank)
         kernels.check_fp8(config, device)
         self.engine = Engine(config, device, kernels.attention_kernel(config, device))
-        self.folder = config.directory / "checkpoints"
         self.step = 0
         self.updates = 0  # steps that were applied
         self.grad_norm = math.nan  # of the last step that is known
         self.skipped: list[int] = []  # steps in a row that were not applied, up to now
-        self._say(_layout(config))
+        log.info(_layout(config))
         self.checkpointer = checkpoint.Checkpointer(
-            self.engine, self.folder, config.train.keep_checkpoints, config.train.keep_every
+            self.engine, config.run_directory, config.train.keep_checkpoints, config.train.keep_every
         )
-        self._resume(checkpoint.newest(self.folder))
+        self._resume(checkpoint.newest(self.config.run_directory))
         self.telemetry = Telemetry(config, active=rank == 0, first_step=self.step)
+        first_of_stage = parallel_state.get_tensor_model_parallel_rank() == self.engine.data_rank == 0
+        self.profiler = profiling.Profiler(config, rank, active=first_of_stage)
         self.sample_log: Lines | None = None
         if config.train.log_samples and self.engine.reads_data:
-            folder = config.directory / "samples"
-            folder.mkdir(exist_ok=True)
-            self.sample_log = Lines(folder / f"rank-{rank:05d}.jsonl")
+            path = config.run_directory.sample_log_path(rank)
+            path.parent.mkdir(exist_ok=True)
+            self.sample_log = Lines(path)
         self.flops = training_flops_per_token(config.model) * config.train.global_batch * config.model.length
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.peak = peak * config.cluster.processes if peak else None
 
-    def _say(self, line: str) -> None:
-        if self.rank == 0:
-            say(line)
-
-    def _resume(self, found: Path | None, own_skips: Sequence[list[int]] = ()) -> None:
-        """Go on from a checkpoint, or from the beginning; ``own_skips``: what was left out since then."""
+    def _resume(self, found: Path | None) -> None:
+        """Resume from a checkpoint, or start from the beginning."""
         state: dict[str, Any] = {}
         if found:
             manifest.check_identity(found, self.config)
             facts = checkpoint.load(self.engine, found)
             self.step, state = facts["step"], facts["state"]
             self.updates = facts["updates"]
-            state = {**state, "own_skips": own_skips or state.get("own_skips", [])}
-            self._say(f"resumed from {found}")
+            log.info("resumed from %s", found)
         self.losses: list[float] = state.get("losses", [])  # of applied steps since the last record
         self.spikes = Spikes(self.config.train.spike_nats, state)
         for line in self.samples.start(self.step, state):
-            self._say(line)
+            log.info(line)
 
     def run(self) -> int:
         """All steps that are left, with their evaluations and checkpoints.
@@ -139,6 +139,7 @@ class _Trainer:
             raise
         finally:
             self.watchdog.arm(10)
+        self.profiler.close()
         self.checkpointer.close()
         self.telemetry.close()
         self.watchdog.close()
@@ -158,7 +159,8 @@ class _Trainer:
                 batch = loader.submit(self.batch, min(self.step + 1, total - 1))
                 rate = schedules.learning_rate(self.step, self.config.optimizer, total)
                 limit = self.spikes.limit(self.step)
-                running = self.engine.train_step(micro_batches, rate, limit, self.signals.flag)
+                with self.profiler.step(self.step + 1):
+                    running = self.engine.train_step(micro_batches, rate, limit, self.signals.flag)
                 flags = self._judge(self.step - 1, before) if before else 0
                 done, self.step, steps, before = self.step, self.step + 1, steps + 1, running
                 last_of_phase = self.step in (train.steps, total)
@@ -179,8 +181,11 @@ class _Trainer:
                     self.telemetry.write(self._record(done, rate, (now - marked) / steps))
                     self.losses, marked, steps = [], now, 0
                 paused = time.perf_counter()
-                if evaluating or saving:
+                profiled = self.profiler.ends_with(self.step)
+                if evaluating or saving or profiled:
                     self.watchdog.arm(10)
+                if profiled:
+                    self.profiler.close()
                 if evaluating:
                     self.telemetry.write({"step": self.step, **self.evaluate()})
                 if saving:
@@ -208,7 +213,8 @@ class _Trainer:
         what = "a gradient is not finite" if fine else f"its loss is {result.loss:.4g}"
         batch = self.config.train.global_batch
         ids = self.samples.ids(step * batch, batch)
-        self._say(f"step {step + 1} is not applied: {what}; its samples (data set, number): {ids}")
+        if self.rank == 0:
+            log.warning("step %d is not applied: %s; its samples (data set, number): %s", step + 1, what, ids)
         return result.flags
 
     def _log_samples(self, step: int, applied: bool) -> None:
@@ -222,20 +228,22 @@ class _Trainer:
     def _go_back(self) -> None:
         """Go back to the newest checkpoint, and leave out the samples of the steps that could not be applied."""
         self.watchdog.arm(10)
+        self.profiler.close()
         self.checkpointer.wait()
         first, stop = self.skipped[0], self.skipped[-1] + 1
-        found = checkpoint.newest(self.folder)
+        found = checkpoint.newest(self.config.run_directory)
         if found is None:
             raise UserError(self._runaway("and there is no checkpoint to go back to"))
-        self._resume(found, self.samples.own_skips)
+        self._resume(found)
         skipped = self.samples.skip(max(first, self.step), stop)
-        self._say(f"went back to step {self.step}; the samples of these steps are left out: {skipped}")
+        if self.rank == 0:
+            log.warning("went back to step %d; the samples of these steps are left out: %s", self.step, list(skipped))
         self.telemetry.rewind(self.step)
 
     def _runaway(self, why: str) -> str:
         return (
             f"the loss is not finite after step {self.skipped[0]}, or far too high, {why}: lower optimizer.lr or "
-            f"lengthen the warm-up, and go on from the newest checkpoint in {self.folder}"
+            f"lengthen the warm-up, and go on from the newest checkpoint in {self.config.run_directory.checkpoints}"
         )
 
     def batch(self, step: int) -> Sequence[Rows]:
@@ -285,7 +293,8 @@ class _Trainer:
     def _record(self, done: int, rate: float, seconds: float) -> dict[str, Any]:
         """The record of the steps since the last one; ``done``: the last of them; collective."""
         config, loss = self.config, sum(self.losses) / len(self.losses)
-        slow = slow_ranks(self.engine.work_seconds())
+        figures = self.engine.rank_figures(profiling.gpu_memory(self.engine.device))
+        slow = slow_ranks(figures[:, 0])
         record: dict[str, Any] = {
             "step": self.step,
             "loss": loss,
@@ -299,7 +308,9 @@ class _Trainer:
         }
         if slow:
             record["slow_ranks"] = slow
-            self._say(f"step {self.step}: slow ranks, in times of the median: {slow}")
+            if self.rank == 0:
+                log.warning("step %d: slow ranks, in times of the median: %s", self.step, slow)
+        record |= profiling.memory_record(figures[:, 1:])
         if self.peak:
             record["mfu"] = self.flops / seconds / self.peak
         return record

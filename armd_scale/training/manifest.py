@@ -1,133 +1,112 @@
-"""Which checkpoints of a run are good: a folder counts when its manifest is there, and is good when its files
-agree with it.
+"""What a checkpoint is: a directory with a manifest, which is good when its files agree with the manifest.
 
-The manifest holds the step, what is kept for every parameter, and the size and SHA-256 of each file. It is
-written last, into a folder that gets its final name after that. Needs neither torch nor any other rank.
+The manifest holds the step, the names of what is kept for every parameter, and the size and SHA-256 of each file. It is
+written last, into a directory that gets its final name after that. Needs neither torch nor other ranks.
 """
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from armd_scale.config import RunConfig, identity
 from armd_scale.errors import UserError
-from armd_scale.files import sha256
-
-MANIFEST = "manifest.json"
-POINTER = "latest"
-_NAME = re.compile(r"step-(\d{8,})")
+from armd_scale.files import sha256, write_atomically
+from armd_scale.logs import CHECKPOINT as log
+from armd_scale.run_directory import RunDirectory
 
 
 def write(checkpoint: Path, facts: dict[str, Any]) -> None:
-    """Close a checkpoint folder: hash its files and write the manifest."""
+    """Close a checkpoint: hash its files and write the manifest."""
     files = sorted(path for path in checkpoint.iterdir() if path.is_file())
-    with (checkpoint / MANIFEST).open("w", encoding="utf-8") as file:
+    with RunDirectory.manifest_path(checkpoint).open("w", encoding="utf-8") as file:
         json.dump({**facts, "files": {path.name: _facts(path) for path in files}}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 
 
-def publish(partial: Path, final: Path) -> None:
-    """Give a closed checkpoint folder its name, and point ``latest`` to it."""
-    aside = _aside(final) if final.exists() else None  # written again after a resume
+def publish(run: RunDirectory, step: int) -> Path:
+    """Give the closed checkpoint of a step its final name, and make it the newest; returns its path."""
+    partial, final = run.partial_checkpoint(step), run.checkpoint(step)
+    removed = _remove_from_list(final) if final.exists() else None  # written again after a resume
     os.replace(partial, final)
-    pointer = final.parent / f".{POINTER}.partial"
-    pointer.write_text(final.name + "\n", encoding="utf-8")
-    os.replace(pointer, final.parent / POINTER)
-    directory = os.open(final.parent, os.O_RDONLY)
+    write_atomically(run.newest_pointer_path, final.name + "\n")
+    directory = os.open(run.checkpoints, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
-    if aside:
-        shutil.rmtree(aside)
+    if removed:
+        shutil.rmtree(removed)
+    return final
 
 
-def _aside(checkpoint: Path) -> Path:
-    """Take a checkpoint out of the list in one move; to be removed at leisure."""
-    aside = checkpoint.with_name(f".{checkpoint.name}.removed")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(checkpoint, aside)
-    return aside
+def _remove_from_list(checkpoint: Path) -> Path:
+    """Rename a checkpoint, so that it no longer counts; its files can be removed at any time after that."""
+    removed = RunDirectory.removed_checkpoint(checkpoint)
+    shutil.rmtree(removed, ignore_errors=True)
+    os.replace(checkpoint, removed)
+    return removed
 
 
-def retain(folder: Path, last: int, every: int | None) -> None:
+def retain(run: RunDirectory, last: int, every: int | None) -> None:
     """Remove all but the ``last`` newest checkpoints and those whose step is a multiple of ``every``.
 
-    Those newer than the one that ``latest`` names were passed over as damaged: they get another name and do not count.
-    A folder loses its name first: a process that dies while it removes files leaves no damaged checkpoint behind.
+    Checkpoints newer than the one that was written last are damaged and were passed over: they are renamed and do not
+    count. A checkpoint is renamed before its files are removed, so a process that dies in between leaves no damaged
+    checkpoint behind.
     """
-    good = step_of(folder / (folder / POINTER).read_text(encoding="utf-8").strip())
-    for damaged in complete(folder):
-        if step_of(damaged) > good:
-            aside = damaged.with_name(f"{damaged.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(damaged, aside)
-    for old in complete(folder)[:-last]:
-        if not every or step_of(old) % every:
-            _aside(old)
-    for removed in folder.glob(".step-*.removed"):
+    good = run.step_of(Path(run.newest_pointer_path.read_text(encoding="utf-8").strip()))
+    for checkpoint in run.complete_checkpoints():
+        if run.step_of(checkpoint) > good:
+            damaged = run.damaged_checkpoint(checkpoint)
+            shutil.rmtree(damaged, ignore_errors=True)
+            os.replace(checkpoint, damaged)
+    for old in run.complete_checkpoints()[:-last]:
+        if not every or run.step_of(old) % every:
+            _remove_from_list(old)
+    for removed in run.removed_checkpoints():
         shutil.rmtree(removed)
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step in the name of a checkpoint folder."""
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def newest_good(folder: Path) -> Path | None:
+def newest_good(run: RunDirectory) -> Path | None:
     """The newest checkpoint that agrees with its manifest, None when there is no checkpoint at all.
 
-    Each damaged one is named on the way; ``UserError`` when all are.
+    Damaged checkpoints are named and passed over; ``UserError`` when all are damaged.
     """
-    found = complete(folder)
+    found = run.complete_checkpoints()
     for checkpoint in reversed(found):
         try:
             verify(checkpoint)
         except UserError as error:
-            print(f"passed over: {error}", flush=True)
+            log.warning("passed over: %s", error)
         else:
             return checkpoint
     if found:
         raise UserError(
-            f"all {len(found)} checkpoints in {folder} are damaged: restore one, or remove them to start anew"
+            f"all {len(found)} checkpoints in {run.checkpoints} are damaged: restore one, or remove them to start anew"
         )
     return None
 
 
-def complete(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
-    return sorted(found, key=step_of)
-
-
-def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint, None when there is none."""
-    found = complete(folder)
-    return found[-1] if found else None
-
-
 def read(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint."""
+    path = RunDirectory.manifest_path(checkpoint)
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         assert isinstance(manifest["files"], dict)
         assert all(facts.keys() >= {"size", "sha256"} for facts in manifest["files"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(
-            f"checkpoint {checkpoint} has no readable {MANIFEST} ({error}): use the checkpoint before it"
+            f"checkpoint {checkpoint} has no readable {path.name} ({error}): use the checkpoint before it"
         ) from error
     return manifest
 
 
-def readable(folder: Path) -> Path | None:
+def readable(run: RunDirectory) -> Path | None:
     """The newest complete checkpoint whose manifest can be read, not verified; None when there is none."""
-    for checkpoint in reversed(complete(folder)):
+    for checkpoint in reversed(run.complete_checkpoints()):
         try:
             read(checkpoint)
         except UserError:

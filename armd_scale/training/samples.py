@@ -1,7 +1,7 @@
-"""The samples of a run, and what is left out of them: ranges of steps, and shards that are lost.
+"""The samples of a run.
 
-Which sample a step sees follows from the step and from what is left out. A checkpoint keeps the latter, so that a run
-that goes on sees what it would have seen, and nothing that it has seen already.
+The samples of a step follow from the number of the step and from what is left out (``data.left_out``). A checkpoint
+keeps what is left out, so a resumed run reads the same samples as an uninterrupted run.
 """
 
 import json
@@ -11,11 +11,11 @@ import numpy as np
 
 from armd_scale.config import RunConfig
 from armd_scale.data import shards
-from armd_scale.data.stream import Mixture, open_mixture, skipping
+from armd_scale.data.left_out import LeftOut, Range
+from armd_scale.data.stream import Mixture, open_mixture
 from armd_scale.errors import UserError
 from armd_scale.files import write_atomically
-
-_LEFT_OUT = "left_out.json"
+from armd_scale.logs import DATA as log
 
 
 def check(config: RunConfig) -> None:
@@ -31,12 +31,12 @@ def check(config: RunConfig) -> None:
         if damaged and config.data.damaged_shards == "stop":
             raise UserError(f"{next(iter(damaged.values()))}, or set data.damaged_shards=leave_out")
         for line in damaged.values():
-            print(f"data: left out: {line}", flush=True)
+            log.warning("left out: %s", line)
         if damaged:
             lost[str(data.folder)] = sorted(damaged)
         if len(damaged) >= len(data.index["shards"]):
             raise UserError(f"every shard in {data.folder} is damaged or missing: prepare it again")
-    path = config.directory / _LEFT_OUT
+    path = config.run_directory.left_out_path
     if lost:
         config.directory.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(lost, indent=1) + "\n")
@@ -51,10 +51,7 @@ class Samples:
         self._config = config
         self.datasets = open_mixture(config)
         self._tokenizer: str = self.datasets[0].index["tokenizer_sha256"]
-        self._skip: list[list[int]] = config.data.skip_steps
-        self.own_skips: list[list[int]] = []  # ranges that the run has left out by itself
-        self._left_out: list[list[Any]] = []
-        self._open()
+        self._leave_out(LeftOut.from_config(config.data.skip_steps, config.train.global_batch))
 
     @property
     def bytes_per_token(self) -> float:
@@ -69,27 +66,20 @@ class Samples:
         """Number of the data set and number in it of the same samples."""
         return np.stack(self._mixture.locate(start, count), axis=1).tolist()
 
-    def skip(self, first: int, last: int) -> list[int]:
-        """Leave out what the steps [first, last) would have seen; the range in steps of the whole sequence."""
-        batch = self._config.train.global_batch
-        edges = skipping(np.array([first, last - 1]) * batch, self._ranges(self._skip)) // batch
-        found = [int(edges[0]), int(edges[1]) + 1]
-        self.own_skips = [*self.own_skips, found]
-        self._skip = _joined([*self._skip, found])
-        self._open()
-        return found
+    def skip(self, first: int, last: int) -> Range:
+        """Leave out the samples of the steps [first, last) after a rollback; the range in steps of the whole
+        sequence.
+        """
+        left_out, skipped = self.left_out.after_rollback(first, last)
+        self._leave_out(left_out)
+        return skipped
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {
-            "tokenizer_sha256": self._tokenizer,
-            "skip_steps": self._skip,
-            "own_skips": self.own_skips,
-            "left_out": self._left_out,
-        }
+        return {"tokenizer_sha256": self._tokenizer, **self.left_out.state()}
 
     def start(self, step: int, state: dict[str, Any]) -> list[str]:
-        """Go on at a step, from the ``state`` of a checkpoint ({} at the beginning); lines that say what is left out.
+        """Start or resume at a step, from the ``state`` of a checkpoint ({} at the beginning); lines for the log.
 
         ``UserError`` when the samples of the steps before would now be others.
         """
@@ -98,57 +88,17 @@ class Samples:
                 f"the data in {self.datasets[0].folder} was made with another tokenizer than what the run has seen: "
                 "restore it, or start anew in another run_dir"
             )
-        # What the run itself has left out stays so.
-        own = state.get("own_skips", [])
-        self.own_skips = own
-        self._skip = _joined([*self._config.data.skip_steps, *own])
-        self._check_skips(step, state.get("skip_steps", []))
-        first = int(skipping(np.array([step * self._config.train.global_batch]), self._ranges(self._skip))[0])
-        before = [list(each) for each in state.get("left_out", [])]
-        known = {(number, name) for _, number, name in before}
-        new = [[first, *each] for each in self._lost_now() if tuple(each) not in known]
-        self._left_out = before + new
-        self._open()
-        lines = [f"the samples of these steps are left out: {self._skip}"] if self._skip else []
-        for since, number, name in self._left_out:
-            lines.append(f"left out from sample {since} on: {self.datasets[number].folder / name}")
-        return lines
+        saved = LeftOut.from_state(state, self._config.train.global_batch)
+        self._leave_out(self.left_out.resumed(step, saved, self._damaged_shards()))
+        return self.left_out.describe([data.folder for data in self.datasets])
 
-    def _open(self) -> None:
+    def _leave_out(self, left_out: LeftOut) -> None:
+        self.left_out = left_out
         data = self._config.data
         weights = [data.weight, *(other.weight for other in data.mixture)]
-        left_out = [(since, number, name) for since, number, name in self._left_out]
-        self._mixture = Mixture(self.datasets, weights, self._config.seed, self._ranges(self._skip), left_out)
+        self._mixture = Mixture(self.datasets, weights, self._config.seed, left_out.samples, left_out.shards)
 
-    def _ranges(self, steps: list[list[int]]) -> list[tuple[int, int]]:
-        batch = self._config.train.global_batch
-        return [(first * batch, last * batch) for first, last in steps]
-
-    def _lost_now(self) -> list[tuple[int, str]]:
-        path = self._config.directory / _LEFT_OUT
-        lost = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return [(number, name) for number, data in enumerate(self.datasets) for name in lost.get(str(data.folder), [])]
-
-    def _check_skips(self, step: int, before: list[list[int]]) -> None:
-        if not step:
-            return
-        seen = np.array([step * self._config.train.global_batch - 1])
-        both = [self._ranges(before), self._ranges(self._skip)]
-        reached = max(int(skipping(seen, ranges)[0]) for ranges in both)
-        past = [[pair for pair in ranges if pair[0] <= reached] for ranges in both]
-        if past[0] != past[1]:
-            raise UserError(
-                f"data.skip_steps = {self._skip} changes what the run has seen before step {step} (it was {before}): "
-                "only steps ahead can be skipped; to go back, remove newer checkpoints"
-            )
-
-
-def _joined(ranges: list[list[int]]) -> list[list[int]]:
-    """Growing ranges that do not touch, of the same steps."""
-    out: list[list[int]] = []
-    for first, last in sorted(ranges):
-        if out and out[-1][1] >= first:
-            out[-1][1] = max(last, out[-1][1])
-        else:
-            out.append([first, last])
-    return out
+    def _damaged_shards(self) -> list[tuple[int, str]]:
+        """Number of the data set and file name of the shards that ``check`` has found damaged."""
+        names = self._config.run_directory.damaged_shards()
+        return [(number, name) for number, data in enumerate(self.datasets) for name in names.get(str(data.folder), [])]

@@ -14,8 +14,10 @@ from typing import Any
 
 from armd_scale.config import RunConfig
 from armd_scale.files import write_atomically
+from armd_scale.logs import ONCE
+from armd_scale.logs import TRAIN as log
+from armd_scale.run_directory import RunDirectory
 
-METRICS = "metrics.jsonl"
 _PACKAGES = (
     "torch",
     "megatron-core",
@@ -51,20 +53,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All records of a run; a last line that is still being written is left out."""
-    path = run_dir / METRICS
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
-
-
 class MetricsReader:
-    """Reads what is added to the records of a run, without reading the whole again."""
+    """Reads the records that are added to the metrics of a run, without reading the whole file again."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / METRICS
+    def __init__(self, run: RunDirectory) -> None:
+        self._path = run.metrics_path
         self._file, self._at = 0, 0
         self.records: list[dict[str, Any]] = []
 
@@ -107,7 +100,7 @@ class Lines:
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._file.truncate(self._good)  # no half line stays
-            say(f"training goes on, but {self._path} cannot be written: {error}", once=True)
+            log.warning("training goes on, but %s cannot be written: %s", self._path, error, extra=ONCE)
 
     def close(self) -> None:
         """Close the file."""
@@ -115,20 +108,6 @@ class Lines:
 
 
 _MOST_WAITING = 100_000
-_unsaid: list[str] = []
-_said: set[str] = set()
-
-
-def say(line: str, once: bool = False) -> None:
-    """Print a line; when that fails because the disk is full, do it with the next one. ``once``: not twice in a job."""
-    if once and line in _said:
-        return
-    _said.update([line] if once else [])
-    _unsaid.append(line)
-    with contextlib.suppress(OSError):
-        while _unsaid:
-            print(_unsaid[0], flush=True)
-            _unsaid.pop(0)
 
 
 class Telemetry:
@@ -137,11 +116,10 @@ class Telemetry:
     def __init__(self, config: RunConfig, active: bool, first_step: int) -> None:
         self._wandb: Any = None
         self._file: Lines | None = None
-        self._path: Path | None = None
+        self._run = config.run_directory
+        self._active = active
         if not active:
             return
-        path = config.directory / METRICS
-        self._path = path
         self.rewind(first_step)
         if config.report.wandb == "auto":
             self._wandb = _start_wandb(config)
@@ -157,17 +135,17 @@ class Telemetry:
                 self._wandb.log(numbers, step=record["step"])
             except Exception as error:
                 self._wandb = None
-                say(f"training goes on, but wandb is lost: {error}")
+                log.warning("training goes on, but wandb is lost: %s", error)
 
     def rewind(self, step: int) -> None:
         """Drop the records after a step: a run that goes on from a checkpoint repeats them."""
-        if self._path is None:
+        if not self._active:
             return
         if self._file is not None:
             self._file.close()
-        kept = [record for record in read_metrics(self._path.parent) if record["step"] <= step]
-        write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = Lines(self._path)
+        kept = [record for record in self._run.metrics() if record["step"] <= step]
+        write_atomically(self._run.metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = Lines(self._run.metrics_path)
 
     def close(self) -> None:
         """Finish the files."""
@@ -191,5 +169,5 @@ def _start_wandb(config: RunConfig) -> Any:
             settings=wandb.Settings(silent=True, console="off"),
         )
     except Exception as error:
-        say(f"wandb is not available, the run goes on without it: {error}")
+        log.warning("wandb is not available, the run goes on without it: %s", error)
         return None

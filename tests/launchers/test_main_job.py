@@ -20,8 +20,8 @@ from armd_scale import inference
 from armd_scale.config import RunConfig
 from armd_scale.data import tokenizer as tokenizers
 from armd_scale.errors import UserError
+from armd_scale.run_directory import RunDirectory
 from armd_scale.training import export
-from armd_scale.training.telemetry import read_metrics
 from launchers import jobs, restart
 from tests.conftest import run_tool
 
@@ -99,9 +99,9 @@ def test_the_run_folder_holds_everything(finished):
     for streams in (1, 2, 4):
         steps = streams + -(-(32 - prompt) // streams) - 1
         assert f"S = {streams}: {steps} steps" in samples
-    assert len([r for r in read_metrics(run) if "loss" in r]) == 8
+    assert len([r for r in RunDirectory(run).metrics() if "loss" in r]) == 8
     assert list((run / "wandb").glob("offline-run-*/*.wandb"))
-    for word in ("loss.png", "left-to-right", "S = 4", str(run)):
+    for word in ("loss.png", "left-to-right", "S = 4", "\ndata: ", "\nexport: largest difference", str(run)):
         assert word in printed
 
 
@@ -111,7 +111,7 @@ def test_heldout_figures_are_those_of_the_exported_model(finished):
     from armd_scale.data.shards import PackedDataset
 
     _, run, _ = finished
-    last = [r for r in read_metrics(run) if "heldout_left_to_right" in r][-1]
+    last = [r for r in RunDirectory(run).metrics() if "heldout_left_to_right" in r][-1]
     model = inference.load(run / "export")
     heldout = PackedDataset(run / "data/heldout")
     tokens = torch.from_numpy(heldout.read(np.arange(8) * len(heldout) // 8))
@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path):
     result = command(*words)
     assert result.returncode == 0, result.stderr
     assert f"{part.name} has" in result.stdout
-    losses = [[r["loss"] for r in read_metrics(folder) if "loss" in r] for folder in (run, copy)]
+    losses = [[r["loss"] for r in RunDirectory(folder).metrics() if "loss" in r] for folder in (run, copy)]
     assert losses[0] == losses[1]
     for part in (copy / "checkpoints").glob("*/*.distcp"):
         part.write_bytes(b"")
@@ -164,7 +164,7 @@ def test_the_resolved_configuration_reruns_the_run(finished, tmp_path):
     words = "launchers/slurm.py", "--config", run / "config.yaml", "--cluster", "local", "--only", "train", *places
     result = command(*words)
     assert result.returncode == 0, result.stderr
-    losses = [[r["loss"] for r in read_metrics(folder) if "loss" in r] for folder in (run, tmp_path / "r")]
+    losses = [[r["loss"] for r in RunDirectory(folder).metrics() if "loss" in r] for folder in (run, tmp_path / "r")]
     assert losses[0] == losses[1]
 
 
@@ -177,7 +177,7 @@ def test_everything_in_one_process(finished, tmp_path):
     one = "cluster.tasks_per_node=1", "parallel.tensor=1"
     result = command(*words, *one, *places)
     assert result.returncode == 0, result.stderr
-    losses = [[r["loss"] for r in read_metrics(folder) if "loss" in r] for folder in (run, tmp_path / "r")]
+    losses = [[r["loss"] for r in RunDirectory(folder).metrics() if "loss" in r] for folder in (run, tmp_path / "r")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert (tmp_path / "r/summary.json").is_file()
 
@@ -264,8 +264,8 @@ def test_back_to_training(finished, tmp_path):
         *steps, "train.log_every=1", "train.checkpoint_every=4",
     )  # fmt: skip
     assert launched.returncode == 0, launched.stderr
-    first = next(r["loss"] for r in read_metrics(begun) if "loss" in r)
-    fresh, *_, last = (r["loss"] for r in read_metrics(run) if "loss" in r)
+    first = next(r["loss"] for r in RunDirectory(begun).metrics() if "loss" in r)
+    fresh, *_, last = (r["loss"] for r in RunDirectory(run).metrics() if "loss" in r)
     assert abs(first - last) < 0.3 * abs(fresh - last)
     assert (begun / "checkpoints/step-00000004").is_dir()
     source, back = begun / "checkpoints/step-00000000", tmp_path / "back"
@@ -363,12 +363,15 @@ def test_a_killed_rank_and_a_killed_launcher(finished, tmp_path):
     victims = _running("submitit.core._submit", tmp_path)
     assert len(victims) >= 4
     refused(command(*words[1:]), "another process works on the run folder")
-    before = {r["step"]: r["loss"] for r in read_metrics(run)}
+    before = {r["step"]: r["loss"] for r in RunDirectory(run).metrics()}
     os.kill(max(victims), signal.SIGKILL)
     deadline = time.monotonic() + 120
-    while max((r["step"] for r in read_metrics(run)), default=0) < max(before) + 8 and time.monotonic() < deadline:
+    while (
+        max((r["step"] for r in RunDirectory(run).metrics()), default=0) < max(before) + 8
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.2)
-    deaths = restart.read(run)
+    deaths = RunDirectory(run).restarts()
     assert [death["decision"] for death in deaths] == ["starts again after 0 s"]
     assert f"train at step {deaths[0]['reached']}" in command("launchers/slurm.py", "status", run).stdout
     process.kill()
@@ -377,10 +380,10 @@ def test_a_killed_rank_and_a_killed_launcher(finished, tmp_path):
     assert command("launchers/slurm.py", "cancel", run).stdout == "ended: train\n"
     while _running("submitit", tmp_path) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert max(r["step"] for r in read_metrics(run)) < 150
+    assert max(r["step"] for r in RunDirectory(run).metrics()) < 150
     again = command(*words[1:], "--only", "train")
     assert again.returncode == 0, again.stderr
-    after = {r["step"]: r["loss"] for r in read_metrics(run) if "loss" in r}
+    after = {r["step"]: r["loss"] for r in RunDirectory(run).metrics() if "loss" in r}
     assert sorted(after) == list(range(1, 153))
     assert {step: after[step] for step in before} == before
 
@@ -456,7 +459,7 @@ def test_what_dies_again_and_again_is_given_up(tmp_path):
 
     def dies(step, bad_input=False):
         fields = {"line": "out of luck", "bad_input": bad_input, "reached": step}
-        (job / restart.ERROR).write_text(json.dumps(fields))
+        RunDirectory.error_path(job).write_text(json.dumps(fields))
         return restart.decide(config, "train", "1", 1)[:2]
 
     assert dies(7) == (2.0, "out of luck")
@@ -473,7 +476,7 @@ def test_what_dies_again_and_again_is_given_up(tmp_path):
     assert dies(13)[0] == 2.0, "a new checkpoint is progress"
     assert dies(14, bad_input=True) == (None, "out of luck")
     restart.clear(config, "train", "1")
-    assert not (job / restart.ERROR).exists()
+    assert not RunDirectory.error_path(job).exists()
     assert restart.decide(config, "train", "1", 137) == (2.0, "a process died without a word (exit code 137)", True)
 
 
@@ -499,7 +502,7 @@ def _under_way(config, folder, records, **train):
     words = [sys.executable, "launchers/slurm.py", "--config", str(path), "--cluster", "local"]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while len(read_metrics(folder / "run")) < records and time.monotonic() < deadline:
+    while len(RunDirectory(folder / "run").metrics()) < records and time.monotonic() < deadline:
         time.sleep(0.2)
     return words, process
 

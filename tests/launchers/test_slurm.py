@@ -1,7 +1,6 @@
 """A run on a real Slurm, and what can befall it there: its losses and samples are those of a calm one."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -12,9 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from armd_scale.run_directory import RunDirectory
 from armd_scale.training import manifest
-from armd_scale.training.telemetry import read_metrics
-from launchers import restart
 from tests.launchers import slurm_cluster
 from tests.launchers.test_main_job import ROOT, SMALL, text  # noqa: F401  (text is a fixture)
 
@@ -69,14 +67,13 @@ def calm(slurm, tmp_path_factory, text):  # noqa: F811
 
 
 def losses(run):
-    return {record["step"]: record["loss"] for record in read_metrics(run) if "loss" in record}
+    return {record["step"]: record["loss"] for record in RunDirectory(run).metrics() if "loss" in record}
 
 
 def samples(run):
     """Sample at each place of the sequence, as the ranks have written them down; the last writer of a step counts."""
-    lines = [json.loads(line) for path in (run / "samples").glob("*.jsonl") for line in path.read_text().splitlines()]
     seen = {}
-    for line in sorted(lines, key=lambda line: line["time"]):
+    for line in RunDirectory(run).sample_logs():
         seen |= {line["first"] + place: sample for place, (_, sample) in enumerate(line["ids"])}
     return seen
 
@@ -130,16 +127,15 @@ def test_everything_befalls_one_run(slurm, calm, tmp_path, request):
         reached = max(losses(run))
 
     def ranks():
-        beats = [json.loads(path.read_text()) for path in sorted((run / "heartbeats").glob("rank-*.json"))]
-        return [beat["pid"] for beat in beats]
+        return [beat["pid"] for beat in RunDirectory(run).heartbeats()]
 
     goes_on()
     os.kill(ranks()[3], signal.SIGKILL)
-    wait_for("the restart of a killed rank", lambda: len(restart.read(run)) == 1)
+    wait_for("the restart of a killed rank", lambda: len(RunDirectory(run).restarts()) == 1)
     goes_on()
     os.kill(ranks()[2], signal.SIGSTOP)
-    wait_for("the restart after a hang", lambda: len(restart.read(run)) == 2)
-    assert "a hang: no step finished" in restart.read(run)[1]["reason"]
+    wait_for("the restart after a hang", lambda: len(RunDirectory(run).restarts()) == 2)
+    assert "a hang: no step finished" in RunDirectory(run).restarts()[1]["reason"]
     goes_on()
     job = _train_job(slurm)
     slurm.run("scancel", "--signal=USR2", job)  # what Slurm sends before the time limit
@@ -165,7 +161,7 @@ def test_everything_befalls_one_run(slurm, calm, tmp_path, request):
     assert sorted(found) == sorted(expected)
     assert all(abs(found[step] - expected[step]) < 1e-3 for step in expected)
     assert samples(run) == samples(quiet)
-    for checkpoint in manifest.complete(run / "checkpoints"):
+    for checkpoint in RunDirectory(run).complete_checkpoints():
         manifest.verify(checkpoint)
 
 
@@ -187,7 +183,7 @@ def test_a_failed_stage_ends_the_chain(slurm, calm, tmp_path):
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert lines[0].startswith("error: there is no text at /nowhere/*.txt: give files")
-    assert [each["decision"][:6] for each in restart.read(run)] == ["stops:"]
+    assert [each["decision"][:6] for each in RunDirectory(run).restarts()] == ["stops:"]
     deadline = time.monotonic() + 60
     while slurm.run("squeue", "-h").strip() and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -102,7 +102,7 @@ def _export_again(rank, count, rendezvous, config, source, out):
     from armd_scale.training import export
 
     with pytest.raises(UserError) as error:
-        export.export(export.load_run(config.directory), source, out)
+        export.export(config.run_directory.load_config(vocabulary=True), source, out)
     return str(error.value)
 
 

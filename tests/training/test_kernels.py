@@ -33,13 +33,13 @@ def test_shapes_are_those_of_the_layers(tmp_path):
 def test_the_table_is_measured_once(tmp_path, monkeypatch):
     run = config(tmp_path)
     assert kernels._measured(run, CPU) == "flash"
-    table = json.loads((tmp_path / kernels.FILE).read_text())
+    table = json.loads(run.run_directory.attention_path.read_text())
     assert table["seconds"]["flash"] > 0
     with monkeypatch.context() as patch:
         patch.setattr(attention, "measure", lambda *_: pytest.fail("measured again"))
         assert kernels._measured(run, CPU) == "flash"
     for damaged in ('{"chosen": ', "[]", json.dumps({name: table[name] for name in table if name != "chosen"})):
-        (tmp_path / kernels.FILE).write_text(damaged)
+        run.run_directory.attention_path.write_text(damaged)
         assert kernels._measured(run, CPU) == "flash", "a damaged table is measured anew"
     tables = {"flash": 2.0, "cudnn": 1.0}
     monkeypatch.setattr(attention, "measure", lambda shape, *_: tables if shape[0] == 2 else {"flash": 5.0})

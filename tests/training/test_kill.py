@@ -8,8 +8,8 @@ import time
 import torch.multiprocessing
 
 from armd_scale import config as configs
+from armd_scale.run_directory import RunDirectory
 from armd_scale.training import manifest
-from armd_scale.training.telemetry import read_metrics
 from tests.training.test_runs import data, figures, run  # noqa: F401  (data is a fixture)
 
 KILLS = int(os.environ.get("ARMD_KILLS", "20"))
@@ -50,29 +50,28 @@ def test_kill_at_random_moments(data, tmp_path):  # noqa: F811
     """Both ranks killed, again and again: every restart finds a good checkpoint, the end is that of the calm run."""
     calm = _prepare(data, tmp_path / "calm")
     _finish(_start(calm.directory / "config.yaml", tmp_path / "store-calm"))
-    expected = figures(read_metrics(calm.directory))
+    expected = figures(calm.run_directory.metrics())
     config = _prepare(data, tmp_path / "killed")
-    checkpoints = config.directory / "checkpoints"
     draw = random.Random(0)
     reached, while_saving = [], 0
     for attempt in range(KILLS):
         group = _start(config.directory / "config.yaml", tmp_path / f"store-{attempt}")
-        seen = len(read_metrics(config.directory))
+        seen = len(config.run_directory.metrics())
         deadline = time.monotonic() + 60
-        while len(read_metrics(config.directory)) <= seen and time.monotonic() < deadline:
+        while len(config.run_directory.metrics()) <= seen and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(draw.uniform(0.0, 0.3))
         for pid in group.pids():
             os.kill(pid, signal.SIGKILL)
         for process in group.processes:
             process.join(30)
-        while_saving += any(checkpoints.glob(".step-*.partial"))
-        newest = manifest.newest_good(checkpoints)
-        reached.append(manifest.step_of(newest) if newest else 0)
-        for found in manifest.complete(checkpoints):
+        while_saving += any(config.run_directory.checkpoints.glob(".step-*.partial"))
+        newest = manifest.newest_good(config.run_directory)
+        reached.append(RunDirectory.step_of(newest) if newest else 0)
+        for found in config.run_directory.complete_checkpoints():
             manifest.verify(found)
     assert reached == sorted(reached)
     assert while_saving or KILLS < 10, "no kill fell into the writing of a checkpoint: the test proves too little"
     print(f"{KILLS} kills, {while_saving} while a checkpoint was written; reached {reached}")
     _finish(_start(config.directory / "config.yaml", tmp_path / "store-last"))
-    assert figures(read_metrics(config.directory)) == expected
+    assert figures(config.run_directory.metrics()) == expected

@@ -13,8 +13,8 @@ from armd_scale.config import RunConfig
 from armd_scale.data.shards import PackedDataset
 from armd_scale.data.stream import SampleStream
 from armd_scale.errors import UserError
+from armd_scale.run_directory import RunDirectory
 from armd_scale.training import manifest, samples, schedules
-from armd_scale.training.telemetry import read_metrics
 from data_pipeline import prepare
 from tests.conftest import run_processes
 
@@ -63,7 +63,7 @@ def run(folder, text, run_dir, processes=1, tensor=1, **train):
 def start(config):
     config.directory.mkdir(parents=True, exist_ok=True)
     run_processes(config.cluster.processes, _train, config)
-    return read_metrics(config.directory)
+    return config.run_directory.metrics()
 
 
 def _train(rank, processes, rendezvous, config):
@@ -131,7 +131,7 @@ def test_a_checkpoint_is_free_of_its_layout(data, tmp_path):
         runs[name] = RunConfig.model_validate(fields)
         start(runs[name])
     last = "checkpoints/step-00000008"
-    expected, final = read_metrics(tmp_path / "one"), _tensors(tmp_path / "one" / last, raw=False)
+    expected, final = RunDirectory(tmp_path / "one").metrics(), _tensors(tmp_path / "one" / last, raw=False)
     names = list(LAYOUTS)
     for source, target in zip(names, names[1:] + names[:1], strict=True):
         moved = runs[target].model_copy(update={"run_dir": str(tmp_path / f"{source} to {target}")})
@@ -186,7 +186,7 @@ def _pass_on(rank, processes, rendezvous, config, source):
     groups.start(config.parallel, rank=rank, processes=processes, rendezvous=rendezvous, device=device)
     engine = Engine(config, device)
     facts = checkpoint.load(engine, source)
-    writer = checkpoint.Checkpointer(engine, config.directory / "checkpoints", keep=1, keep_every=None)
+    writer = checkpoint.Checkpointer(engine, config.run_directory, keep=1, keep_every=None)
     writer.save(facts["step"], facts["updates"], facts["state"])
     writer.close()
     groups.stop()
@@ -201,7 +201,7 @@ def test_a_range_of_the_data_is_skipped(data, tmp_path, capfd):
     skipping = RunConfig.model_validate(fields)
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000006")
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000008")
-    before = [r["loss"] for r in read_metrics(tmp_path / "run") if "loss" in r]
+    before = [r["loss"] for r in RunDirectory(tmp_path / "run").metrics() if "loss" in r]
     records = [r["loss"] for r in start(skipping) if "loss" in r]
     assert records[:4] == before[:4]
     assert records[4] != before[4]
@@ -271,7 +271,7 @@ def test_every_sample_once_and_the_same_on_any_number_of_ranks(data):
 def test_damaged_checkpoints_are_named(data, tmp_path):
     config = run(data, data / "text.jsonl", tmp_path / "run")
     start(config)
-    newest = manifest.latest(config.directory / "checkpoints")
+    newest = config.run_directory.newest_checkpoint()
     assert newest.name == "step-00000008"
     good = next(newest.glob("*.distcp")).read_bytes()
     file = next(newest.glob("*.distcp"))
@@ -288,45 +288,47 @@ def test_damaged_checkpoints_are_named(data, tmp_path):
     with pytest.raises(UserError, match="no readable manifest"):
         manifest.verify(newest)
     (newest / "manifest.json").unlink()
-    assert manifest.latest(config.directory / "checkpoints").name == "step-00000006"
+    assert config.run_directory.newest_checkpoint().name == "step-00000006"
 
 
 def test_old_checkpoints_are_removed(data, tmp_path):
     config = run(data, data / "text.jsonl", tmp_path / "run", keep_checkpoints=2)
     start(config)
-    names = [path.name for path in manifest.complete(config.directory / "checkpoints")]
+    names = [path.name for path in config.run_directory.complete_checkpoints()]
     assert names == ["step-00000006", "step-00000008"]
 
 
 def test_damaged_checkpoints_do_not_push_out_good_ones(tmp_path):
     """Steps 300 and 400 are damaged; the run goes on from 200 and writes 250: that one must stay."""
+    run = RunDirectory(tmp_path)
     for step in (100, 200, 300, 400):
-        _checkpoint(tmp_path, step)
+        _checkpoint(run, step)
     for step in (300, 400):
-        (tmp_path / f"step-{step:08d}/data").write_text("damaged")
-    assert manifest.newest_good(tmp_path).name == "step-00000200"
-    _checkpoint(tmp_path, 250)
-    manifest.retain(tmp_path, 2, None)
-    assert [path.name for path in manifest.complete(tmp_path)] == ["step-00000200", "step-00000250"]
-    assert manifest.newest_good(tmp_path).name == (tmp_path / "latest").read_text().strip() == "step-00000250"
-    assert (tmp_path / "step-00000400.damaged/data").read_text() == "damaged"
+        (tmp_path / f"checkpoints/step-{step:08d}/data").write_text("damaged")
+    assert manifest.newest_good(run).name == "step-00000200"
+    _checkpoint(run, 250)
+    manifest.retain(run, 2, None)
+    assert [path.name for path in run.complete_checkpoints()] == ["step-00000200", "step-00000250"]
+    assert manifest.newest_good(run).name == (tmp_path / "checkpoints/latest").read_text().strip() == "step-00000250"
+    assert (tmp_path / "checkpoints/step-00000400.damaged/data").read_text() == "damaged"
 
 
-def _checkpoint(folder, step):
-    partial = folder / ".partial"
-    partial.mkdir()
+def _checkpoint(run, step):
+    partial = run.partial_checkpoint(step)
+    partial.mkdir(parents=True)
     (partial / "data").write_text(str(step))
     manifest.write(partial, {"step": step})
-    manifest.publish(partial, folder / f"step-{step:08d}")
+    manifest.publish(run, step)
 
 
 def test_an_unreadable_manifest_is_passed_over(tmp_path):
+    run = RunDirectory(tmp_path)
     for step in (1, 2, 3):
-        _checkpoint(tmp_path, step)
-    (tmp_path / "step-00000003/manifest.json").write_text("")
-    (tmp_path / "step-00000002/manifest.json").write_text('{"files": {"data": 1}}')
-    assert manifest.readable(tmp_path).name == "step-00000001"
-    assert manifest.newest_good(tmp_path).name == "step-00000001"
+        _checkpoint(run, step)
+    (tmp_path / "checkpoints/step-00000003/manifest.json").write_text("")
+    (tmp_path / "checkpoints/step-00000002/manifest.json").write_text('{"files": {"data": 1}}')
+    assert manifest.readable(run).name == "step-00000001"
+    assert manifest.newest_good(run).name == "step-00000001"
 
 
 def test_fields_that_are_younger_than_a_checkpoint(tmp_path):
@@ -363,7 +365,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(data, tmp_path, capfd):
     config = run(data, data / "text.jsonl", tmp_path / "run", 2, 2)
     config.directory.mkdir()
     run_processes(2, _train_on_a_full_disk, config)
-    names = [path.name for path in manifest.complete(config.directory / "checkpoints")]
+    names = [path.name for path in config.run_directory.complete_checkpoints()]
     assert names == ["step-00000004", "step-00000006", "step-00000008"]
     assert "the checkpoint of step 2 could not be written, training goes on: [Errno 28]" in capfd.readouterr().out
 
