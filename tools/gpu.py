@@ -6,8 +6,7 @@ python tools/gpu.py --device cpu --quick                         # at toy sizes,
 python tools/gpu.py --list --seconds 540                         # what would run, in which order
 python tools/gpu.py --report docs/results                        # write the results page from DIR/gpu/*.json
 
-This script only makes armd_scale importable, for machines where it is not installed. The tool itself is
-``armd_scale.benchmarks.gpu``.
+This script runs the command ``armd bench gpu`` on machines where armd_scale is not installed, by setting PYTHONPATH.
 """
 
 import os
@@ -31,7 +30,7 @@ def main() -> None:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*places, os.environ.get("PYTHONPATH")]))
     environment["PYTHONUNBUFFERED"] = "1"
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", "armd_scale.benchmarks.gpu", *words], environment)
+    os.execve(sys.executable, [sys.executable, "-m", "launchers.cli", "bench", "gpu", *words], environment)
 
 
 def install(wheels: Path) -> str:
