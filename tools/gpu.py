@@ -1,12 +1,12 @@
-"""Everything that is asked of one GPU, within a time budget: correctness first, then speed beside its targets.
+"""Check correctness and measure speed on one GPU, within a time budget: the command ``armd bench gpu``.
 
 python tools/gpu.py --seconds 540 --json gpu.json                # on a machine with one H100
-python tools/gpu.py --seconds 540 --json gpu.json --wheels .whl  # without a network: first installs a folder of wheels
-python tools/gpu.py --device cpu --quick                         # at toy sizes, to try the tool itself
-python tools/gpu.py --list --seconds 540                         # what would run, in which order
+python tools/gpu.py --seconds 540 --json gpu.json --wheels .whl  # without a network: installs wheels first
+python tools/gpu.py --device cpu --quick                         # toy sizes, a trial without a GPU
+python tools/gpu.py --list --seconds 540                         # measurements in their order
 python tools/gpu.py --report docs/results                        # write the results page from DIR/gpu/*.json
 
-This script runs the command ``armd bench gpu`` on machines where armd_scale is not installed, by setting PYTHONPATH.
+It sets PYTHONPATH, so that the command runs on machines where armd_scale is not installed.
 """
 
 import os

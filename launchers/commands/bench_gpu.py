@@ -2,7 +2,7 @@
 
     armd bench gpu --seconds 540 --json gpu.json   # one GPU of any kind; the targets are for an H100
     armd bench gpu --list --seconds 540            # measurements and their order
-    armd bench gpu --device cpu --quick            # at toy sizes, to try the command itself
+    armd bench gpu --device cpu --quick            # toy sizes, a trial without a GPU
     armd bench gpu --report docs/results           # write the results page from DIR/gpu/*.json
 
 tools/gpu.py runs this command on a machine where armd_scale or its dependencies are not installed.
@@ -59,10 +59,10 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         raise UserError(
             f"not installed: {', '.join(missing)}. Run pip install -c constraints.txt -e '.[bench]', "
-            "or name a folder of wheels with --wheels"
+            "or name a folder of wheels with tools/gpu.py --wheels"
         )
     _check_device(args.device)
-    from armd_scale.training.telemetry import git  # needs packages that were only now found
+    from armd_scale.training.telemetry import git  # imports packages that may be missing
 
     if args.json:
         check_writable(args.json)
@@ -118,7 +118,7 @@ def _check_device(device: str) -> None:
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no GPU here: --device cpu --quick tries the tool without one")
+        raise UserError("there is no GPU here: --device cpu --quick runs the measurements without one")
 
 
 def environment(device: str) -> dict[str, str]:
