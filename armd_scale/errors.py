@@ -7,6 +7,7 @@
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -19,7 +20,7 @@ def is_bad_input(error: BaseException) -> bool:
     return isinstance(error, UserError | OSError) or getattr(error, "bad_input", False)
 
 
-def cli(main: Callable[[], int | None]) -> None:
+def cli(main: Callable[[], int | None]) -> NoReturn:
     """Run ``main`` as a program and exit: 0 (or its result), 2 on bad input, 130 when interrupted."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

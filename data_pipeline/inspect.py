@@ -1,29 +1,53 @@
-"""What is in a folder of prepared data, and whether it is whole.
+"""Summarise prepared data, and verify every shard.
 
-python -m data_pipeline.inspect DIR [--samples 3] [--picture lengths.png]
+    armd inspect DATA_DIR [--samples 3] [--picture lengths.png]
+
+Prints counts, sources, the lengths of the documents and some samples of each split.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from armd_scale.data import shards
-from armd_scale.data import tokenizer as tokenizers
-from armd_scale.data.shards import PackedDataset
 from armd_scale.errors import UserError, cli
-from data_pipeline import documents
 
-_READ = 4096  # samples that are looked at at a time
+if TYPE_CHECKING:
+    from armd_scale.data.shards import PackedDataset
+
+_READ = 4096  # samples that are read at a time
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command line."""
+    parser.add_argument(
+        "folder", type=Path, metavar="DATA_DIR", help="data directory of a run, with train/, heldout/ and tokenizer/"
+    )
+    parser.add_argument("--samples", type=int, default=2, help="samples of each split to print (default 2)")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="also plot the lengths of the documents to this file"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline.inspect", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="data folder of a run, with train/, heldout/ and tokenizer/")
-    parser.add_argument("--samples", type=int, default=2, help="decoded samples of each split (default 2)")
-    parser.add_argument("--picture", type=Path, help="draw the lengths of the documents into this png as well")
-    args = parser.parse_args()
+    """``python -m data_pipeline.inspect``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline.inspect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    run(parser.parse_args())
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print what the folder holds; ``UserError`` when it is damaged or no prepared data."""
+    from armd_scale.data import shards
+    from armd_scale.data import tokenizer as tokenizers
+    from data_pipeline import documents
+
     if not (args.folder / "complete.json").is_file():
         raise UserError(f"{args.folder} is not complete prepared data: it has no complete.json")
     tokenizer = tokenizers.load(args.folder / "tokenizer")
@@ -32,7 +56,7 @@ def main() -> None:
     print(f"tokenizer: {tokenizer.path.name}, {tokenizer.vocab_size} entries, SHA-256 {tokenizers.digest(tokenizer)}")
     lengths = {}
     for split in ("train", "heldout"):
-        data = PackedDataset(args.folder / split)
+        data = shards.PackedDataset(args.folder / split)
         if data.index["tokenizer_sha256"] != tokenizers.digest(tokenizer):
             raise UserError(f"{args.folder / split} was made with another tokenizer than {tokenizer.path}")
         index = data.index
@@ -60,7 +84,7 @@ def main() -> None:
         print(f"\n{args.picture}")
 
 
-def document_lengths(data: PackedDataset, eos_id: int) -> np.ndarray:
+def document_lengths(data: "PackedDataset", eos_id: int) -> np.ndarray:
     """Tokens of every document of a split, EOS included, in order."""
     ends, at = [], 0
     for start in range(0, len(data), _READ):

@@ -1,1 +1,1 @@
-"""The front door: starts a run on Slurm or on this machine."""
+"""The command ``armd``, and the jobs of a run on Slurm or on this machine."""

@@ -73,7 +73,8 @@ def _tokenise_share(config: RunConfig, part: str, share: int, shares: int) -> di
     return {}
 
 
-def _tokenise(config: RunConfig) -> dict[str, Any]:
+def tokenise(config: RunConfig) -> dict[str, Any]:
+    """Prepare the data of a run in this job; returns the number of training samples."""
     from armd_scale.training import samples
     from data_pipeline.prepare import prepare
 
@@ -138,7 +139,7 @@ def _set_threads(config: RunConfig) -> None:
 
 
 _JOBS: dict[str, Callable[[RunConfig], dict[str, Any] | None]] = {
-    "tokenise": _tokenise,
+    "tokenise": tokenise,
     "train": _train,
     "export": _export,
     "evaluate": _evaluate,

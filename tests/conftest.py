@@ -29,6 +29,7 @@ from armd_scale.data import tokenizer as tokenizers
 from armd_scale.data.tokenizer import Tokenizer
 from armd_scale.inference import ARMDConfig, folder
 from armd_scale.orders import Layout
+from launchers import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -179,31 +180,44 @@ def run_processes(count: int, work: Callable[..., Any], *args: Any) -> list[Any]
 
 
 def run_tool(*words: Any, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command of ``tools/`` in a forked process: as from a shell, without the seconds of its imports."""
+    """Run a script, as from a shell, in a forked process: that saves the seconds of its imports."""
+    argv = list(map(str, words))
+    return _run_forked(argv, lambda: runpy.run_path(argv[0], run_name="__main__"), environment)
+
+
+def run_armd(*words: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command ``armd`` in a forked process."""
+    argv = ["armd", *map(str, words)]
+    return _run_forked(argv, lambda: cli.main(argv[1:]), environment)
+
+
+def _run_forked(
+    argv: list[str], program: Callable[[], Any], environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         sys.stdout.flush()
         sys.stderr.flush()
         pid = os.fork()
         if pid == 0:
-            _be_a_tool(list(map(str, words)), environment, out.fileno(), err.fileno())
+            _be_a_program(argv, program, environment, out.fileno(), err.fileno())
         _, status = os.waitpid(pid, 0)
         texts = []
         for file in (out, err):
             file.seek(0)
             texts.append(file.read())
-    return subprocess.CompletedProcess(list(words), os.waitstatus_to_exitcode(status), *texts)
+    return subprocess.CompletedProcess(argv, os.waitstatus_to_exitcode(status), *texts)
 
 
-def _be_a_tool(words: list[str], environment: dict[str, str], out: int, err: int) -> None:
+def _be_a_program(argv: list[str], program: Callable[[], Any], environment: dict[str, str], out: int, err: int) -> None:
     os.dup2(out, 1)
     os.dup2(err, 2)
     sys.stdout, sys.stderr = (open(fd, "w", buffering=1, encoding="utf-8", closefd=False) for fd in (1, 2))  # noqa: SIM115
     os.environ.update(environment)
     os.chdir(ROOT)
-    sys.argv = words
+    sys.argv = argv
     code: Any = 1
     try:
-        runpy.run_path(words[0], run_name="__main__")
+        program()
         code = 0
     except SystemExit as ended:
         code = ended.code

@@ -6,13 +6,10 @@ Runs behind one name are repetitions with other seeds: the line is their mean, t
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from armd_scale.errors import UserError, cli
 from armd_scale.files import check_picture

@@ -19,8 +19,6 @@ from typing import Any
 
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from armd_scale.errors import UserError, cli
 from armd_scale.files import exclusive
 

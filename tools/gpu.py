@@ -1,13 +1,12 @@
-"""Everything that is asked of one GPU, within a time budget: correctness first, then speed beside its targets.
+"""Check correctness and measure speed on one GPU, within a time budget: the command ``armd bench gpu``.
 
 python tools/gpu.py --seconds 540 --json gpu.json                # on a machine with one H100
-python tools/gpu.py --seconds 540 --json gpu.json --wheels .whl  # without a network: first installs a folder of wheels
-python tools/gpu.py --device cpu --quick                         # at toy sizes, to try the tool itself
-python tools/gpu.py --list --seconds 540                         # what would run, in which order
+python tools/gpu.py --seconds 540 --json gpu.json --wheels .whl  # without a network: installs wheels first
+python tools/gpu.py --device cpu --quick                         # toy sizes, a trial without a GPU
+python tools/gpu.py --list --seconds 540                         # measurements in their order
 python tools/gpu.py --report docs/results                        # write the results page from DIR/gpu/*.json
 
-This script only makes armd_scale importable, for machines where it is not installed. The tool itself is
-``armd_scale.benchmarks.gpu``.
+It sets PYTHONPATH, so that the command runs on machines where armd_scale is not installed.
 """
 
 import os
@@ -31,7 +30,7 @@ def main() -> None:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*places, os.environ.get("PYTHONPATH")]))
     environment["PYTHONUNBUFFERED"] = "1"
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", "armd_scale.benchmarks.gpu", *words], environment)
+    os.execve(sys.executable, [sys.executable, "-m", "launchers.cli", "bench", "gpu", *words], environment)
 
 
 def install(wheels: Path) -> str:

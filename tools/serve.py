@@ -1,76 +1,8 @@
-"""Serve a standalone model over HTTP, with the completions interface of OpenAI's clients and a page to watch it.
+"""Serve a standalone model over HTTP: the command ``armd serve``."""
 
-python tools/serve.py MODEL_DIR [--host 127.0.0.1] [--port 8000]
-"""
-
-import argparse
-import asyncio
-import ipaddress
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from armd_scale.errors import UserError, cli
-
-_GRACE = 8.0  # seconds that texts may take to end when the server is told to stop
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Serve a standalone model over HTTP")
-    parser.add_argument("model", type=Path, help="model folder, as made by tools/convert_ckpt.py")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default 8000; 0: a free one)")
-    parser.add_argument("--lanes", type=int, default=8, help="texts decoded side by side (default 8)")
-    parser.add_argument("--queue", type=int, default=64, help="texts that may wait (default 64)")
-    parser.add_argument("--width", type=int, default=16, help="most tokens a step of one text (default 16)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), help="default: as stored")
-    args = parser.parse_args()
-    for name, low, high in (("port", 0, 65535), ("lanes", 1, 1024), ("queue", 1, 100_000), ("width", 1, 64)):
-        if not low <= getattr(args, name) <= high:
-            raise UserError(f"--{name} must be from {low} to {high}, not {getattr(args, name)}")
-    try:
-        import uvicorn
-
-        from armd_scale.serving.app import Server
-    except ImportError as error:
-        raise UserError(f"{error.name} is not installed: pip install -c constraints.txt -e '.[serve]'") from error
-    import socket
-
-    import torch
-
-    from armd_scale import inference
-    from armd_scale.data import tokenizer as tokenizers
-
-    model = inference.load(args.model, args.device, getattr(torch, args.dtype) if args.dtype else None)
-    tokenizer = tokenizers.load(args.model, model.config.vocab_size)
-    name = args.model.resolve().name
-    try:
-        family, *_, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
-        listening = socket.create_server(address[:2], family=family, backlog=1024)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{args.host}:{args.port} cannot be listened on: {reason}") from error
-    server = Server(model, tokenizer, name, args.lanes, args.queue, args.width)
-    port = listening.getsockname()[1]
-    # Asked by its address; on an address for others, by any name.
-    hosts = ["localhost", "127.0.0.1", "::1", "[::1]"] if ipaddress.ip_address(address[0]).is_loopback else None
-    shown = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"{name} on http://{shown}:{port}  (page, /v1/completions, /v1/models, /health, /metrics)", flush=True)
-    config = uvicorn.Config(
-        server.app(hosts), log_level="warning", access_log=False, timeout_graceful_shutdown=10, limit_concurrency=2000
-    )
-
-    class Draining(uvicorn.Server):
-        """Lets the texts in lanes end before connections are closed."""
-
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            await asyncio.to_thread(server.engine.close, _GRACE)
-            await super().shutdown(sockets)
-
-    Draining(config).run(sockets=[listening])
-
+from launchers.cli import main
 
 if __name__ == "__main__":
-    cli(main)
+    main(["serve", *sys.argv[1:]])

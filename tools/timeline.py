@@ -8,12 +8,10 @@ as they ran). The tokens are random: only the times are of interest.
 
 import argparse
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # processes on gloo, wherever it runs
 
 from armd_scale import config as configs

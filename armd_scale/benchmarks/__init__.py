@@ -1,1 +1,1 @@
-"""What ``tools/bench.py`` and ``tools/gpu.py`` measure."""
+"""What ``armd bench`` measures."""

@@ -1,6 +1,6 @@
 """How fast is this GPU? Training steps, decoding, attention kernels and profiles, beside their targets.
 
-The work is that of ``tools/bench.py``, run in the measurement's own process.
+Runs the work of ``armd bench`` in the measurement's own process.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""``tools/bench.py train`` at toy sizes, and the command lines of ``bench``, ``plan`` and ``curves``."""
+"""``armd bench train`` at toy sizes, and the command lines of ``bench``, ``plan`` and ``curves``."""
 
 import json
 from pathlib import Path

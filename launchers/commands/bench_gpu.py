@@ -1,6 +1,11 @@
-"""The command line of ``tools/gpu.py``: which measurements run on this machine, and the results page.
+"""Check correctness and measure speed on one GPU, within a time budget. Correctness comes first.
 
-A measurement is one function registered with ``registry.measurement`` in one of ``registry.MODULES``.
+    armd bench gpu --seconds 540 --json gpu.json   # one GPU of any kind; the targets are for an H100
+    armd bench gpu --list --seconds 540            # measurements and their order
+    armd bench gpu --device cpu --quick            # toy sizes, a trial without a GPU
+    armd bench gpu --report docs/results           # write the results page from DIR/gpu/*.json
+
+tools/gpu.py runs this command on a machine where armd_scale or its dependencies are not installed.
 """
 
 import argparse
@@ -17,14 +22,13 @@ from pathlib import Path
 from types import FrameType
 
 from armd_scale.benchmarks import gpu_report, registry
-from armd_scale.errors import UserError, cli
+from armd_scale.errors import UserError
 from armd_scale.files import check_writable
 
 REQUIRED = ("torch", "transformers", "numpy", "deepspeed", "megatron.core", "omegaconf", "pydantic", "zstandard")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="tools/gpu.py", description=__doc__.split("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true", help="toy sizes")
     parser.add_argument("--seconds", type=float, help="time budget; measurements that do not fit are skipped")
@@ -37,7 +41,11 @@ def main() -> int:
     parser.add_argument(
         "--report", type=Path, metavar="DIR", help="instead: write DIR/performance.md from the results in DIR/gpu/"
     )
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.wheels:
+        raise UserError("--wheels is an option of tools/gpu.py, which installs them before this command starts")
     if args.report:
         gpu_report.write(args.report)
         return 0
@@ -51,10 +59,10 @@ def main() -> int:
     if missing:
         raise UserError(
             f"not installed: {', '.join(missing)}. Run pip install -c constraints.txt -e '.[bench]', "
-            "or name a folder of wheels with --wheels"
+            "or name a folder of wheels with tools/gpu.py --wheels"
         )
     _check_device(args.device)
-    from armd_scale.training.telemetry import git  # needs packages that were only now found
+    from armd_scale.training.telemetry import git  # imports packages that may be missing
 
     if args.json:
         check_writable(args.json)
@@ -70,7 +78,7 @@ def main() -> int:
             "environment": environment(args.device),
             "date": datetime.date.today().isoformat(),
             "commit": git("rev-parse", "HEAD"),
-            "command": " ".join(["tools/gpu.py", *sys.argv[1:]]),
+            "command": " ".join(["armd", *sys.argv[1:]]),
             "quick": args.quick,
         }
         print(", ".join(f"{name} {value}" for name, value in facts["environment"].items()))
@@ -110,7 +118,7 @@ def _check_device(device: str) -> None:
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no GPU here: --device cpu --quick tries the tool without one")
+        raise UserError("there is no GPU here: --device cpu --quick runs the measurements without one")
 
 
 def environment(device: str) -> dict[str, str]:
@@ -128,7 +136,3 @@ def environment(device: str) -> dict[str, str]:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    cli(main)

@@ -1,0 +1,1 @@
+"""The sub-commands of ``armd``, a module each; ``launchers.cli`` lists them."""

@@ -1,0 +1,38 @@
+"""Write a checkpoint of a run as a standalone model directory, and check that it computes the same function.
+
+armd export RUN_DIR MODEL_DIR [--checkpoint DIR] [--weights averaged|last] [--file-gb 2]
+"""
+
+import argparse
+from pathlib import Path
+
+from armd_scale.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory")
+    parser.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="model directory to write")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="checkpoint (default: the newest of the run)")
+    parser.add_argument(
+        "--weights",
+        choices=("averaged", "last"),
+        default="averaged",
+        help="moving average of the weights (default), or the weights of the last step",
+    )
+    parser.add_argument("--file-gb", type=float, default=2.0, help="maximum size of a weight file in GB (default 2)")
+
+
+def run(args: argparse.Namespace) -> None:
+    if not 0 < args.file_gb < 1e6:
+        raise UserError(f"--file-gb must be more than 0 and below a million, not {args.file_gb}")
+    from armd_scale.run_directory import RunDirectory
+    from armd_scale.training import export, manifest
+
+    config = RunDirectory(args.run_dir).load_config(vocabulary=True)
+    if args.checkpoint:
+        manifest.verify(args.checkpoint)
+    checkpoint = args.checkpoint or export.newest_checkpoint(config)
+    averaged = args.weights == "averaged"
+    facts = export.export(config, checkpoint, args.model_dir, averaged, int(args.file_gb * 1e9))
+    print(f"{args.model_dir}: {facts['parameters']:,} parameters from {checkpoint}")
+    print(f"largest difference to the training model's logits: {facts['difference']:.1e}")
