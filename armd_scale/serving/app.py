@@ -2,8 +2,8 @@
 
 ``POST /v1/completions`` takes ``prompt`` (text or tokens, one or several), ``max_tokens``, ``n``, ``temperature``,
 ``top_p``, ``stop``, ``seed``, ``echo``, ``stream`` and ``suffix`` (the gap between prompt and suffix is filled), and
-beyond the interface ``top_k``, ``min_p``, ``streams``, ``draft``, ``steps`` and ``order`` (with ``stream``: every chunk
-tells which positions a step wrote). What is wrong with a request is one line, with status 400, 408, 413, 415 or 429.
+beyond the interface ``top_k``, ``min_p``, ``streams``, ``draft``, ``steps``, ``block``, ``confidence`` and ``order``
+(with ``stream``: every chunk tells which positions a step wrote). What is wrong with a request is one line, with status 400, 408, 413, 415 or 429.
 """
 
 import asyncio
@@ -68,6 +68,8 @@ class Completion(BaseModel):
     streams: int = 1
     draft: int = 0
     steps: int = 0
+    block: int = 0
+    confidence: float = 0.9
     stop: str | list[str] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     echo: bool = False
@@ -76,7 +78,7 @@ class Completion(BaseModel):
     model: str | None = None
     user: str | None = None
     stream_options: StreamOptions | None = None
-    # Of the interface, but not offered: only the values that ask for nothing.
+    # OpenAI fields without an effect here; any value but the default is refused.
     best_of: Literal[1] | None = None
     logprobs: None = None
     logit_bias: None = None
@@ -275,10 +277,12 @@ class Server:
             wanted.top_p,
             wanted.min_p,
             wanted.steps,
-            stop=wanted.suffix is None,
+            wanted.suffix is None,
+            wanted.block,
+            wanted.confidence,
         )
         if STRATEGIES[decoding.strategy].targets(decoding) > self.engine.width:
-            raise Refused(400, f"this server decodes up to {self.engine.width} tokens a step (streams, draft)")
+            raise Refused(400, f"this server decodes up to {self.engine.width} tokens a step (streams, draft, block)")
         if len(prompts) * wanted.n > self.engine.queue:
             raise Refused(400, f"a request may ask for up to {self.engine.queue} texts")
         after = self.tokenizer.encode(wanted.suffix) if wanted.suffix is not None else []

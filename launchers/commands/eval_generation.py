@@ -14,20 +14,13 @@ from armd_scale.errors import UserError
 from armd_scale.files import check_picture, check_writable
 from launchers.commands import arguments
 
-WAYS = [
-    "streams=1",
-    "streams=2",
-    "streams=4",
-    "streams=8",
-    "streams=16",
-    "draft=2",
-    "draft=4",
-    "streams=2,draft=4",
-    "streams=4,draft=4",
-    "streams=8,draft=8",
-]
-STEPS = ["steps=1024", "steps=256", "steps=64", "steps=16"]
-"""Ways of decoding that are measured unless others are named: of ARMD, and of masked diffusion."""
+WAYS = {
+    "streams": ["streams=1", "streams=2", "streams=4", "streams=8", "streams=16"],
+    "draft": ["draft=2", "draft=4", "streams=2,draft=4", "streams=4,draft=4", "streams=8,draft=8"],
+    "steps": ["steps=1024", "steps=256", "steps=64", "steps=16"],
+    "block": ["block=0", "block=2", "block=4", "block=8", "block=8,confidence=0.7", "block=8,confidence=0.5"],
+}
+"""Ways of decoding that are measured by default, by the setting of the model's objective that they use."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,14 +57,15 @@ def run(args: argparse.Namespace) -> None:
     )
     print(f"{'':<28}{'tokens/s':>10}{'tokens/pass':>12}{'judge ppl':>16}{'entropy (nats)':>18}{'distinct-2':>12}")
     rows: list[dict[str, Any]] = []
-    for way in args.ways or {"armd": WAYS, "ar": WAYS[:1], "mdm": STEPS}[model.config.objective]:
+    default = [way for setting in model.config.traits.settings for way in WAYS[setting]] or ["streams=1"]
+    for way in args.ways or default:
         decoding = inference.Decoding(**_fields(way))
         model.generate(length=length, decoding=decoding, batch=args.batch)  # warm-up
         made = generation.sample(model, decoding, args.samples, length, args.batch, args.seed)
         figures = generation.quality([tokenizer.decode(one) for one in made.tokens], made.tokens, judge)
         row = {
             "way": way,
-            "strategy": decoding.strategy,  # of masked diffusion every way names its steps
+            "strategy": decoding.strategy,
             "tokens_per_second": made.tokens_per_second,
             "tokens_per_pass": made.tokens_per_pass,
             **figures.as_dict(),
@@ -116,7 +110,7 @@ def plot(rows: list[dict[str, Any]], judge: str, path: Path) -> None:
 
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), dpi=120)
     kinds = [("strided", "C0", "strided, S streams"), ("exact", "C1", "exact parallel, by S streams")]
-    kinds.append(("ancestral", "C2", "masked diffusion"))
+    kinds += [("ancestral", "C2", "masked diffusion"), ("confident", "C3", "causal diffusion, by confidence")]
     for axes, field, title in zip(
         panels, ("perplexity", "entropy"), (f"perplexity under {judge}", "entropy of a text, nats"), strict=True
     ):

@@ -38,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--streams", type=int, default=1, help="strided decoding: tokens per step (default 1)")
     parser.add_argument("--draft", type=int, default=0, help="exact parallel decoding: tokens per draft")
     parser.add_argument("--steps", type=int, default=0, help="masked diffusion: steps (default: one per token)")
+    parser.add_argument("--block", type=int, default=0, help="causal diffusion: tokens proposed per pass")
+    parser.add_argument(
+        "--confidence", type=float, default=0.9, help="causal diffusion: probability that accepts (default 0.9)"
+    )
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the most probable token (default 1)")
     parser.add_argument("--top-k", type=int, default=0, help="sample from the k most probable tokens (default: all)")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the most probable tokens of total mass p")
@@ -65,8 +69,9 @@ def run(args: argparse.Namespace) -> None:
     if not encodable(args.infill or args.prompt):
         raise UserError("the prompt is not UTF-8 text: check the encoding of the terminal")
     decoding = inference.Decoding(
-        args.streams, args.draft, args.temperature, args.top_k, args.top_p, args.min_p, args.steps, args.stop
-    )
+        args.streams, args.draft, args.temperature, args.top_k, args.top_p, args.min_p, args.steps, args.stop,
+        args.block, args.confidence,
+    )  # fmt: skip
     longest = model.config.length
     if args.infill is None:
         text, length = tokenizer.encode(args.prompt), args.length if args.length is not None else longest

@@ -34,11 +34,13 @@ def run(args: argparse.Namespace) -> None:
 
 def _check_type(model_dir: Path) -> None:
     """``UserError`` for a model of another project."""
+    from armd_scale.decoding.network import MODEL_TYPE
+
     try:
-        model_type = json.loads((model_dir / "config.json").read_text(encoding="utf-8")).get("model_type", "armd")
+        model_type = json.loads((model_dir / "config.json").read_text(encoding="utf-8")).get("model_type", MODEL_TYPE)
     except (OSError, ValueError, AttributeError):
         return  # whoever loads the model says what is wrong with the directory
-    if model_type != "armd":
+    if model_type != MODEL_TYPE:
         raise UserError(
             f"{model_dir} holds a model of type '{model_type}': only directories exported by armd_scale "
             "(armd export) can be imported yet"

@@ -15,11 +15,16 @@ from typing import TYPE_CHECKING
 
 from armd_scale.errors import UserError
 from armd_scale.files import check_picture, check_writable
+from armd_scale.traits import TRAITS
 from launchers.commands import arguments
 
 if TYPE_CHECKING:
     from armd_scale.config import RunConfig
     from armd_scale.planning.plan import Plan, Planner
+
+
+OBJECTIVES = ("ar", "armd", "mdm", "card")
+"""Objectives that are compared along a field; times are given as multiples of the first."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,18 +122,18 @@ def _along(args: argparse.Namespace, overrides: list[str]) -> None:
     for number, place in zip(places, zip(*values, strict=True), strict=True):
         chosen = [f"{name}={value}" for (name, _), value in zip(fields, place, strict=True)]
         left_to_right = 0.0
-        for objective in ("ar", "armd", "mdm"):
+        for objective in OBJECTIVES:
             config = configs.load(args.config, [*overrides, *chosen, f"objective={objective}"])
             plan = _planned(planner, assume_vocabulary(config, args.vocab))
             left_to_right = left_to_right or plan.step
             row = {
-                "kind": objective.upper(), "place": number, "seconds": plan.step, "memory": plan.peak.total,
+                "kind": TRAITS[objective].label, "place": number, "seconds": plan.step, "memory": plan.peak.total,
                 "batch": config.train.global_batch, "length": config.model.length, "ratio": plan.step / left_to_right,
                 "mfu": plan.mfu,
             }  # fmt: skip
             rows.append(row)
             print(
-                f"{' '.join(chosen) if objective == 'ar' else '':<20}{row['kind']:>10}{1e3 * plan.step:>12.1f}"
+                f"{' '.join(chosen) if objective == OBJECTIVES[0] else '':<20}{row['kind']:>10}{1e3 * plan.step:>12.1f}"
                 f"{row['ratio']:>8.2f}{plan.mfu:>8.1%}{plan.peak.total / 1e9:>8.1f}",
                 flush=True,
             )
