@@ -5,7 +5,7 @@
   one line that names the field, and the nearest valid name.
 - ``save``: the resolved configuration; loading it again reruns the run.
 
-Fields marked [D] are decisions of this project where the paper is silent; ``docs/decisions.md`` gives the reasons.
+Fields marked [D] are decisions of this project where the paper is silent; ``docs/explanation/decisions.md`` gives the reasons.
 """
 
 import difflib
@@ -71,7 +71,7 @@ class PrefixConfig(Section):
 
 
 class ModelConfig(Section):
-    """The network (docs/model.md)."""
+    """The network (docs/explanation/model.md)."""
 
     objective: Annotated[Objective, Field(exclude=True)] = DEFAULT
     """The run's ``objective``, which fills this in: it decides how many streams there are and what they see."""
@@ -491,7 +491,7 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of initial weights, data order and generation orders."""
     objective: Objective = DEFAULT
-    """What is trained on the same data, layers, optimiser and layout (docs/objectives.md). ``armd``: auto-regressive
+    """What is trained on the same data, layers, optimiser and layout (docs/explanation/objectives.md). ``armd``: auto-regressive
     masked diffusion; ``ar``: left to right with one causal stream (a GPT-2); ``mdm``: absorbing masked diffusion, one
     stream that sees everything; ``card``: causal diffusion, one causal stream with a noised tail."""
     model: ModelConfig = ModelConfig()

@@ -7,7 +7,7 @@ A layout of a sequence of N tokens is a pair of integer arrays, both along the g
 
 Position 0 is BOS, in block 0, and belongs to no layout. Everything here is a function of
 (seed, step, sample) alone, so every rank can compute any layout without communication.
-Source: paper section 3 (orders, progressive permutation) and section 4 (strided); docs/model.md.
+Source: paper section 3 (orders, progressive permutation) and section 4 (strided); docs/explanation/model.md.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """The run directory: the name of every file of a run, and how each file is read.
 
-docs/operations.md describes the files. Names of files are spelt here and nowhere else; a file keeps its name between
+docs/howto/cluster.md describes the files. Names of files are spelt here and nowhere else; a file keeps its name between
 versions, so that existing runs still work. Needs neither torch nor other processes.
 """
 

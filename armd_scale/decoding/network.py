@@ -462,7 +462,7 @@ def _linear(rows: Tensor, weight: Tensor) -> Tensor:
     """``rows`` [..., d] times the transpose of ``weight``.
 
     One or two rows on a CPU wait for the weights, which the libraries' usual product of that size reads slowly: one row
-    is computed as two, and on two threads the product is turned around (docs/decisions.md has the figures).
+    is computed as two, and on two threads the product is turned around (docs/explanation/decisions.md has the figures).
     """
     count = rows.numel() // rows.shape[-1]
     if count > 2 or rows.device.type != "cpu" or torch.is_grad_enabled():

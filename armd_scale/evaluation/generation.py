@@ -1,6 +1,6 @@
 """Quality of generated texts: perplexity under a judge, entropy, repetition and sameness, with their standard errors.
 
-Protocol (docs/evaluation.md): texts are generated from nothing at temperature 1 without truncation; the judge is named;
+Protocol (docs/howto/evaluation.md): texts are generated from nothing at temperature 1 without truncation; the judge is named;
 a low perplexity counts only beside an entropy like that of real text.
 """
 

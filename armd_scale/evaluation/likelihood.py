@@ -1,6 +1,6 @@
 """Likelihood of texts under a model: perplexity per token and bits per byte, with what they depend on.
 
-Protocol (docs/evaluation.md): tokens + EOS of every document are concatenated and cut into chunks of the model's
+Protocol (docs/howto/evaluation.md): tokens + EOS of every document are concatenated and cut into chunks of the model's
 length; every token of a chunk is scored given BOS; no sliding window; the last partial chunk is scored too.
 
 Chunks are scored in units of neighbours (``units``), which may be spread over processes: a unit's figures depend on

@@ -3,7 +3,8 @@
 ``POST /v1/completions`` takes ``prompt`` (text or tokens, one or several), ``max_tokens``, ``n``, ``temperature``,
 ``top_p``, ``stop``, ``seed``, ``echo``, ``stream`` and ``suffix`` (the gap between prompt and suffix is filled), and
 beyond the interface ``top_k``, ``min_p``, ``streams``, ``draft``, ``steps``, ``block``, ``confidence`` and ``order``
-(with ``stream``: every chunk tells which positions a step wrote). What is wrong with a request is one line, with status 400, 408, 413, 415 or 429.
+(with ``stream``: every chunk tells which positions a step wrote). A wrong request gets one line, with status 400, 408,
+413, 415 or 429.
 """
 
 import asyncio

@@ -4,7 +4,7 @@
     armd eval zeroshot MODEL --text FILE... [--order left-to-right strided:4]
 
 MODEL is a model directory, a run directory (its newest checkpoint, of any layout), or a checkpoint of a run. The texts
-of the suite are files in DIR (docs/evaluation.md lists them), or come from a hub with --data hub.
+of the suite are files in DIR (docs/howto/evaluation.md lists them), or come from a hub with --data hub.
 """
 
 import argparse
@@ -180,7 +180,7 @@ def _suite(args: argparse.Namespace, protocol: "Protocol", say: Callable[[str], 
             say(f"{text.name}: {path} is not the file of the table (SHA-256 {text.sha256}): figures will differ")
         texts.append(_Text(text.name, str(path), digest, *suites.read(text, path, protocol)))
     if not texts:
-        raise UserError(f"{folder} holds none of the suite's texts; docs/evaluation.md lists their files")
+        raise UserError(f"{folder} holds none of the suite's texts; docs/howto/evaluation.md lists their files")
     return texts
 
 

@@ -127,7 +127,7 @@ def test_the_page(results, tmp_path):
     "folder", sorted((ROOT / "docs" / "fidelity").glob("*/results.json")), ids=lambda p: p.parent.name
 )
 def test_published_pages_are_those_of_their_figures(folder, tmp_path):
-    """What is committed under docs/fidelity is what its figures say."""
+    """What is committed under docs/results/fidelity is what its figures say."""
     study_page.write(tmp_path, json.loads(folder.read_text()))
     assert (tmp_path / "README.md").read_text() == folder.with_name("README.md").read_text()
 
