@@ -5,7 +5,8 @@
   one line that names the field, and the nearest valid name.
 - ``save``: the resolved configuration; loading it again reruns the run.
 
-Fields marked [D] are decisions of this project where the paper is silent; ``docs/explanation/decisions.md`` gives the reasons.
+Fields marked [D] are decisions of this project where the paper is silent; ``docs/explanation/decisions.md`` gives the
+reasons.
 """
 
 import difflib
@@ -491,8 +492,8 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of initial weights, data order and generation orders."""
     objective: Objective = DEFAULT
-    """What is trained on the same data, layers, optimiser and layout (docs/explanation/objectives.md). ``armd``: auto-regressive
-    masked diffusion; ``ar``: left to right with one causal stream (a GPT-2); ``mdm``: absorbing masked diffusion, one
+    """What is trained on the same data, layers, optimiser and layout (docs/explanation/objectives.md). ``armd``:
+    auto-regressive masked diffusion; ``ar``: left to right with one causal stream (a GPT-2); ``mdm``: absorbing masked diffusion, one
     stream that sees everything; ``card``: causal diffusion, one causal stream with a noised tail."""
     model: ModelConfig = ModelConfig()
     """The network."""

@@ -1,7 +1,7 @@
 """Quality of generated texts: perplexity under a judge, entropy, repetition and sameness, with their standard errors.
 
-Protocol (docs/howto/evaluation.md): texts are generated from nothing at temperature 1 without truncation; the judge is named;
-a low perplexity counts only beside an entropy like that of real text.
+Protocol (docs/howto/evaluation.md): texts are generated from nothing at temperature 1 without truncation; the judge is
+named; a low perplexity counts only beside an entropy like that of real text.
 """
 
 import math

@@ -2,8 +2,8 @@
 
 Every mask of the model has one form: rows are in generation order and blocks never decrease, so a query sees
 a *prefix* of the keys. ``visible`` holds its length per query row; None means causal (row n sees n + 1 keys),
-which is what both streams need with one token a block, whatever the permutation (docs/explanation/model.md). Masked diffusion
-sees every key: ``causal`` is False, and there is no mask.
+which is what both streams need with one token a block, whatever the permutation (docs/explanation/model.md). Masked
+diffusion sees every key: ``causal`` is False, and there is no mask.
 
 - ``attend``: the seam; picks a backend.
 - ``sdpa``: causal: streams folded into the query heads of one grouped-query call, no mask at all, by a kernel that

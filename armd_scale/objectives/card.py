@@ -9,8 +9,8 @@ Training masks tokens of the tail of a text and predicts every token from the no
 - *reweighting*: w_n = 1 / (beta + S_n), where S_n = sum_{i<n} C_i (1 - p)^(n-1-i), and C_i is 0 for a clean token, 1
   for a mask behind a clean token and 2 for a mask behind a mask.
 
-Decoding proposes a block of tokens behind the finished text and accepts them by confidence. docs/explanation/objectives.md says
-what the paper leaves open and what was chosen.
+Decoding proposes a block of tokens behind the finished text and accepts them by confidence.
+docs/explanation/objectives.md says what the paper leaves open and what was chosen.
 """
 
 from collections.abc import Callable, Sequence

@@ -124,7 +124,7 @@ def test_the_page(results, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "folder", sorted((ROOT / "docs" / "fidelity").glob("*/results.json")), ids=lambda p: p.parent.name
+    "folder", sorted((ROOT / "docs" / "results" / "fidelity").glob("*/results.json")), ids=lambda p: p.parent.name
 )
 def test_published_pages_are_those_of_their_figures(folder, tmp_path):
     """What is committed under docs/results/fidelity is what its figures say."""
