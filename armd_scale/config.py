@@ -493,8 +493,8 @@ class RunConfig(Section):
     """Seed of initial weights, data order and generation orders."""
     objective: Objective = DEFAULT
     """What is trained on the same data, layers, optimiser and layout (docs/explanation/objectives.md). ``armd``:
-    auto-regressive masked diffusion; ``ar``: left to right with one causal stream (a GPT-2); ``mdm``: absorbing masked diffusion, one
-    stream that sees everything; ``card``: causal diffusion, one causal stream with a noised tail."""
+    auto-regressive masked diffusion; ``ar``: left to right with one causal stream (a GPT-2); ``mdm``: absorbing masked
+    diffusion, one stream that sees everything; ``card``: causal diffusion, one causal stream with a noised tail."""
     model: ModelConfig = ModelConfig()
     """The network."""
     diffusion: DiffusionConfig = DiffusionConfig()

@@ -1,7 +1,7 @@
 """The zero-shot suite: its texts, how each is read and detokenised, and what the literature reports on it.
 
-Protocol (docs/howto/evaluation.md; SEDD arXiv 2310.16834, MDLM 2406.07524, RADD 2406.03736): each text is brought near to
-plain writing (``DETOKENISERS``), its documents are tokens + EOS, concatenated, and cut into chunks of the model's
+Protocol (docs/howto/evaluation.md; SEDD arXiv 2310.16834, MDLM 2406.07524, RADD 2406.03736): each text is detokenised
+(``DETOKENISERS``), its documents are tokens + EOS, concatenated, and cut into chunks of the model's
 length. Every switch is a field of ``Protocol``.
 """
 
