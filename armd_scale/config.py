@@ -672,6 +672,13 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
         raise UserError(f"{path}: {_explain(error)}") from error
 
 
+def load_run(run: RunDirectory) -> RunConfig:
+    """The resolved configuration of a run directory; ``UserError`` when it is no run directory."""
+    if not run.exists():
+        raise UserError(f"{run.path} is not a run directory: it has no {run.config_path.name}")
+    return load(run.config_path).model_copy(update={"run_dir": str(run.path)})
+
+
 def save(config: RunConfig, path: str | Path) -> None:
     """Write the resolved configuration as YAML, atomically."""
     write_atomically(Path(path), yaml.safe_dump(config.model_dump(), sort_keys=False))

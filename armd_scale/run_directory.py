@@ -9,12 +9,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from armd_scale.errors import UserError
-
-if TYPE_CHECKING:  # the configuration imports this module
-    from armd_scale.config import RunConfig
+from typing import Any
 
 _STEP = "step-"
 _CHECKPOINT = re.compile(_STEP + r"(\d{8,})")
@@ -64,22 +59,6 @@ class RunDirectory:
     def data(self) -> Path:
         """Prepared data, unless ``data.directory`` names another directory."""
         return self.path / "data"
-
-    def load_config(self, vocabulary: bool = False) -> "RunConfig":
-        """The resolved configuration of the run. ``vocabulary``: filled in from the data set.
-
-        Raises ``UserError`` when this is not a run directory, or the data set is missing.
-        """
-        from armd_scale import config as configs
-        from armd_scale.data.shards import PackedDataset
-
-        if not self.exists():
-            raise UserError(f"{self.path} is not a run folder: it has no {self.config_path.name}")
-        config = configs.load(self.config_path).model_copy(update={"run_dir": str(self.path)})
-        if not vocabulary:
-            return config
-        index = PackedDataset(config.data_directory / "train").index
-        return configs.with_vocabulary(config, index["vocab_size"], index["bos_id"])
 
     # --- checkpoints; ``training.manifest`` says what is in a checkpoint
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from armd_scale import config as configs
 from armd_scale import logs
 from armd_scale.config import RunConfig
 from armd_scale.run_directory import RunDirectory
@@ -152,7 +153,7 @@ def _reached(run: RunDirectory, error: dict[str, Any] | None, since: float) -> i
 def main() -> int:
     run_dir, step, job, code = sys.argv[1:]
     logs.configure()
-    config = RunDirectory(Path(run_dir)).load_config()
+    config = configs.load_run(RunDirectory(Path(run_dir)))
     wait, reason, elsewhere = decide(config, step, job, int(code))
     if wait is None:
         logs.JOB.error("the job is not started again: %s", reason)

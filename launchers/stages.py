@@ -14,7 +14,8 @@ from typing import Any
 import submitit
 
 from armd_scale import logs
-from armd_scale.config import RunConfig
+from armd_scale.config import RunConfig, load_run
+from armd_scale.data.shards import fill_vocabulary
 from armd_scale.errors import UserError, is_bad_input
 from armd_scale.run_directory import RunDirectory
 from launchers import restart
@@ -118,7 +119,7 @@ def _export(config: RunConfig) -> dict[str, Any]:
     from armd_scale.training import export
 
     _set_threads(config)
-    config = config.run_directory.load_config(vocabulary=True)
+    config = fill_vocabulary(load_run(config.run_directory))
     facts = export.export(config, export.newest_checkpoint(config), config.run_directory.export)
     logs.EXPORT.info("largest difference to the training model's logits %.1e", facts["difference"])
     return facts
@@ -128,7 +129,7 @@ def _evaluate(config: RunConfig) -> dict[str, Any]:
     from armd_scale.evaluation import report
 
     _set_threads(config)
-    config = config.run_directory.load_config(vocabulary=True)
+    config = fill_vocabulary(load_run(config.run_directory))
     return report.write(config, config.run_directory.export)
 
 

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from armd_scale import config as configs
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError
 from armd_scale.run_directory import RunDirectory
@@ -14,7 +15,7 @@ from launchers import jobs
 
 def lines(run: RunDirectory) -> list[str]:
     """Jobs by step, progress, checkpoints and restarts of a run."""
-    config = run.load_config()
+    config = configs.load_run(run)
     known = jobs.known(run)
     now = jobs.states(known)
     out = [f"{config.name}: {run.path}"]
@@ -58,7 +59,7 @@ def progress(records: list[dict[str, Any]], config: RunConfig) -> str:
 
 def log_of(run: RunDirectory, stage: str, rank: int, stream: str = "out") -> Path:
     """What a process of the newest job of a stage prints."""
-    run.load_config()
+    configs.load_run(run)
     found = [submitted for submitted in jobs.known(run) if stage in (submitted.stage, submitted.step)]
     if not found:
         raise UserError(f"no job of stage '{stage}' was submitted for {run.path}")

@@ -9,6 +9,7 @@ import pytest
 
 from armd_scale import config as configs
 from armd_scale.config import RunConfig
+from armd_scale.data.shards import fill_vocabulary
 from armd_scale.errors import UserError
 from armd_scale.run_directory import RunDirectory
 
@@ -96,17 +97,17 @@ f = f"{job}_0_log.out"
 
 def test_a_run_directory_is_found_from_inside(tmp_path):
     run = RunDirectory(tmp_path / "run")
-    with pytest.raises(UserError, match=r"is not a run folder: it has no config.yaml"):
-        run.load_config()
+    with pytest.raises(UserError, match=r"is not a run directory: it has no config.yaml"):
+        configs.load_run(run)
     run.checkpoint(4).mkdir(parents=True)
     config = RunConfig(name="some", run_dir="elsewhere")
     configs.save(config, run.config_path)
-    assert run.load_config() == config.model_copy(update={"run_dir": str(run.path)})
+    assert configs.load_run(run) == config.model_copy(update={"run_dir": str(run.path)})
     for path in (run.path, run.export, run.checkpoint(4)):
         assert RunDirectory.around(path) == run
     assert RunDirectory.around(tmp_path) is None
     with pytest.raises(UserError, match="is not a complete data set"):
-        run.load_config(vocabulary=True)
+        fill_vocabulary(configs.load_run(run))
 
 
 def test_checkpoints_are_listed_by_their_steps(tmp_path):

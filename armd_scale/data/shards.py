@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import webdataset
 
+from armd_scale.config import RunConfig, with_vocabulary
 from armd_scale.data.tokenizer import token_type
 from armd_scale.errors import UserError
 from armd_scale.files import sha256, write_atomically
@@ -161,6 +162,12 @@ class PackedDataset:
         start, stop = _BLOCK + len(head), _BLOCK + len(head) + length * self._dtype.itemsize
         data = np.memmap(path, dtype=np.uint8, mode="r")[: shard["samples"] * size]
         return data.reshape(-1, size)[:, start:stop].view(self._dtype)
+
+
+def fill_vocabulary(config: RunConfig) -> RunConfig:
+    """The configuration with the vocabulary of its data set; ``UserError`` when the data set is missing."""
+    index = PackedDataset(config.data_directory / "train").index
+    return with_vocabulary(config, index["vocab_size"], index["bos_id"])
 
 
 def damaged(folder: Path, hashes: bool = True) -> dict[str, str]:

@@ -14,7 +14,9 @@ from typing import Any, TypeAlias
 import torch
 
 from armd_scale import inference
+from armd_scale.config import load_run
 from armd_scale.data import tokenizer as tokenizers
+from armd_scale.data.shards import fill_vocabulary
 from armd_scale.data.tokenizer import Tokenizer
 from armd_scale.errors import UserError
 from armd_scale.inference import ARMD
@@ -28,7 +30,7 @@ def resolve(path: Path) -> Path:
         return path
     from armd_scale.training import export
 
-    return export.newest_checkpoint(RunDirectory(path).load_config(vocabulary=True))
+    return export.newest_checkpoint(fill_vocabulary(load_run(RunDirectory(path))))
 
 
 def open_model(path: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[ARMD, Tokenizer]:
@@ -47,7 +49,7 @@ def open_model(path: Path, device: str = "cpu", dtype: torch.dtype | None = None
     if run is None:
         raise UserError(f"{path} holds no model: name a model folder, a run folder or one of its checkpoints")
     manifest.verify(source)
-    model, tokenizer = export.in_memory(run.load_config(vocabulary=True), source)
+    model, tokenizer = export.in_memory(fill_vocabulary(load_run(run)), source)
     return model.to(place, dtype), tokenizer
 
 

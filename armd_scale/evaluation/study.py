@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from armd_scale import config as configs
 from armd_scale.config import Count, Objective, Positive, RunConfig, Section
-from armd_scale.data.shards import PackedDataset
+from armd_scale.data.shards import PackedDataset, fill_vocabulary
 from armd_scale.data.tokenizer import Tokenizer
 from armd_scale.errors import UserError
 from armd_scale.evaluation import generation, likelihood, suites
@@ -132,7 +132,7 @@ def measure(study: Study, run: Run, folder: Path, equal: int, judge: Path, suite
     ``equal``: the steps at which variants are compared; ``judge``: the folder of another run; ``suite``: that of the
     zero-shot texts. Raises ``UserError``.
     """
-    config = RunDirectory(folder).load_config(vocabulary=True)
+    config = fill_vocabulary(configs.load_run(RunDirectory(folder)))
     torch.set_num_threads(1 if study.slots > 1 else torch.get_num_threads())
     device = "cuda" if config.cluster.gpus_per_node else "cpu"
     records = config.run_directory.metrics()

@@ -14,10 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from armd_scale.config import load_run
     from armd_scale.run_directory import RunDirectory
     from launchers import jobs
 
     run = RunDirectory(args.run_dir)
-    run.load_config()
+    load_run(run)
     ended = jobs.cancel(run)
     print(f"ended: {', '.join(job.step for job in ended)}" if ended else "no job of this run waits or runs")

@@ -25,10 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if not 0 < args.file_gb < 1e6:
         raise UserError(f"--file-gb must be more than 0 and below a million, not {args.file_gb}")
+    from armd_scale.config import load_run
+    from armd_scale.data.shards import fill_vocabulary
     from armd_scale.run_directory import RunDirectory
     from armd_scale.training import export, manifest
 
-    config = RunDirectory(args.run_dir).load_config(vocabulary=True)
+    config = fill_vocabulary(load_run(RunDirectory(args.run_dir)))
     if args.checkpoint:
         manifest.verify(args.checkpoint)
     checkpoint = args.checkpoint or export.newest_checkpoint(config)

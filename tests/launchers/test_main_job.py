@@ -303,7 +303,7 @@ def test_bad_runs_are_one_line(finished, tmp_path, text):
 
 def test_bad_checkpoints_and_exports_are_one_line(finished, tmp_path):
     _, run, _ = finished
-    refused(command("tools/convert_ckpt.py", tmp_path, tmp_path / "out"), "is not a run folder")
+    refused(command("tools/convert_ckpt.py", tmp_path, tmp_path / "out"), "is not a run directory")
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     shutil.copytree(run / "export", tmp_path / "model")

@@ -12,6 +12,7 @@ import pytest
 from armd_scale import config as configs
 from armd_scale import inference
 from armd_scale.config import RunConfig
+from armd_scale.data.shards import fill_vocabulary
 from armd_scale.errors import UserError
 from armd_scale.inference import InputError
 from tests.conftest import run_processes
@@ -102,7 +103,7 @@ def _export_again(rank, count, rendezvous, config, source, out):
     from armd_scale.training import export
 
     with pytest.raises(UserError) as error:
-        export.export(config.run_directory.load_config(vocabulary=True), source, out)
+        export.export(fill_vocabulary(configs.load_run(config.run_directory)), source, out)
     return str(error.value)
 
 
