@@ -20,13 +20,20 @@ from tests.training.test_runs import data, run, start  # noqa: F401  (data is a 
 
 
 @pytest.mark.parametrize(
-    ("objective", "parallel"), [("ar", {"tensor": 2}), ("mdm", {"pipeline": 2}), ("armd", {"tensor": 2, "zero": 0})]
+    ("objective", "parallel"),
+    [
+        ("ar", {"tensor": 2}),
+        ("mdm", {"pipeline": 2}),
+        ("armd", {"tensor": 2, "zero": 0}),
+        ("card", {"tensor": 2, "sequence": True}),
+    ],
 )
 def test_a_checkpoint_is_scored_as_it_is(data, tmp_path, objective, parallel):  # noqa: F811
     """The model of the newest checkpoint, of any layout, is the exported one, and the one that was trained."""
     fields = run(data, data / "text.jsonl", tmp_path / "run", 2, 1).model_dump()
     fields |= {"objective": objective}
     fields["parallel"] |= parallel
+    fields["model"] |= {"qk_norm": objective == "card", "qkv_bias": objective == "card"}
     config = RunConfig.model_validate(fields)
     records = start(config)
     configs.save(config, config.directory / "config.yaml")
