@@ -1,13 +1,13 @@
-"""Decoding: how the free positions of texts are filled, several at a time, with caches.
+"""Decoding: fill the free positions of texts, several at a time, with caches.
 
 - ``task``, ``strided_blocks``: which positions are written together;
-- ``Lockstep``: sequences with one plan; rows are appended to the caches and no mask is needed;
-- ``Lanes``: sequences that differ in length, plan and settings, and come and go; ``Strided`` and ``Exact`` are the
-  strategies of every objective with exact likelihoods, others stand with their objective (``objectives/``);
-- ``Frontier``: tokens in the order of their positions, as these become complete.
+- ``Lockstep``: sequences with the same plan; rows are appended to the caches and need no mask;
+- ``Lanes``: sequences that differ in length, plan and settings, and can be replaced at any step. ``Strided`` and
+  ``Exact`` are strategies of objectives with exact likelihoods; other strategies are defined in ``objectives/``;
+- ``Frontier``: returns tokens in the order of their positions, as the text becomes complete.
 
-A step is one pass: it feeds the tokens just written (rows of X) and predicts the next ones (rows of G) with one set of
-keys. Nothing in it waits for the device. Shapes: B sequences ("lanes"), T targets of a step, M slots, which are
+A step is one pass: it feeds the tokens just written (rows of X) and predicts the next tokens (rows of G) with one set
+of keys, without synchronising with the device. Shapes: B sequences ("lanes"), T targets of a step, M slots, which are
 positions 0..M - 1.
 """
 
@@ -23,14 +23,14 @@ from armd_scale.decoding.sampling import Decoding, Sampler, draw, uniform
 from armd_scale.formulas import stream_bounds
 
 FREE = -1
-"""Stands for a token that is to be generated."""
+"""Placeholder of a token that is to be generated."""
 
 LOGIT_ROWS = 2048
 """Rows whose logits are held at a time."""
 
 
 class Step(NamedTuple):
-    """What one step wrote: text positions (from 1; 0 is none) and their tokens, both [B, T]."""
+    """Output of a step: text positions (from 1; 0 is padding) and their tokens, both [B, T]."""
 
     positions: Tensor
     tokens: Tensor
@@ -41,13 +41,13 @@ class Task:
     """A text to complete."""
 
     tokens: list[int]
-    """Token of every position, ``FREE`` where one is to be generated."""
+    """Token of every position, ``FREE`` for positions to generate."""
     order: list[int]
-    """The free positions in the order of generation; ``strided`` plans it by ``decoding.streams``."""
+    """Free positions in the order of generation."""
     blocks: list[list[int]]
-    """The same, in blocks that are generated together."""
+    """``order`` in blocks that are generated together."""
     key: tuple[int, int]
-    """Names the sequence's own stream of random numbers."""
+    """Key of the sequence's own stream of random numbers."""
     decoding: Decoding
 
     @property
@@ -57,9 +57,9 @@ class Task:
 
 
 def task(tokens: list[int], key: tuple[int, int], decoding: Decoding, order: Sequence[int] | None = None) -> Task:
-    """Plan a text: as the strategy of its decoding does, or one position after the other in an ``order`` of them.
+    """Plan a text: by the strategy of its decoding, or one position after another in ``order``.
 
-    Raises ``InputError`` when ``order`` is not one of the free positions.
+    Raises ``InputError`` if ``order`` is not a permutation of the free positions.
     """
     free = [position for position, token in enumerate(tokens, start=1) if token == FREE]
     if order is None:
@@ -86,11 +86,11 @@ def strided_blocks(free: Sequence[int], streams: int) -> list[list[int]]:
 
 
 STRATEGIES: "dict[str, type[Lanes]]" = {}
-"""Ways to decode by the names that ``Decoding.strategy`` has for them."""
+"""Decoding strategies by the names that ``Decoding.strategy`` returns."""
 
 
 class Lockstep:
-    """Sequences with the same free positions, blocks and start: every step has the same rows in all of them."""
+    """Sequences with the same free positions and blocks: every step has the same rows in all sequences."""
 
     def __init__(self, network: Network, tasks: Sequence[Task]) -> None:
         self._network, device = network, network.device
@@ -127,7 +127,7 @@ class Lockstep:
 
 
 class Lanes:
-    """Places for sequences that are decoded side by side, each with its own text, plan and settings.
+    """A batch of sequences ("lanes"), each with its own text, plan and settings.
 
     ``admit`` puts texts into free lanes at any time; ``step`` continues all of them; ``release`` frees a lane. A
     lane's text depends on nothing in the other lanes. ``width``: most targets of a step. A subclass is a strategy:
@@ -170,7 +170,7 @@ class Lanes:
         return torch.zeros(self.count, *shape, dtype=dtype, device=self.network.device)
 
     def admit(self, tasks: Mapping[int, Task]) -> None:
-        """Put texts into lanes; what was there is forgotten."""
+        """Assign texts to lanes, replacing their previous texts."""
         rows = max(len(one.given) for one in tasks.values())
         text = torch.zeros(len(tasks), self.slots + 1, dtype=torch.long)
         known, free = torch.zeros_like(text).bool(), torch.zeros_like(text).bool()
@@ -196,12 +196,12 @@ class Lanes:
             self._start(lane, one, max(one.given, default=0))
 
     def release(self, lane: int) -> None:
-        """Leave a lane idle."""
+        """Free a lane; it idles until the next ``admit``."""
         self._length[lane] = 0
         self.sampler.set(lane, Decoding())
 
     def finished(self) -> Tensor:
-        """Lanes [B] whose text is there: every position, or all up to the first EOS where that is the end."""
+        """Lanes [B] whose text is complete: every position, or with ``stop`` all positions up to the first EOS."""
         known = self.known[:, : self.slots]
         complete = known.long().cumprod(dim=1).sum(dim=1) - 1
         position = torch.arange(self.slots, device=known.device)
@@ -210,7 +210,7 @@ class Lanes:
         return (complete >= self._length) | (self._stop & (complete >= first_end))
 
     def step(self) -> Step:
-        """Go on with every lane."""
+        """Advance every lane by one pass."""
         return self._run()
 
     def _run(self, *inputs: Tensor) -> Step:
@@ -221,15 +221,15 @@ class Lanes:
             return Step(*self._graphs.run(self._advance, inputs, (*self.sampler.kinds, self.sampler.draft)))
 
     def _start(self, lane: int, one: Task, last: int) -> None:
-        """Set up a lane of which all given tokens but the one at position ``last`` (0: BOS) have been fed."""
+        """Set up a lane. All given tokens but the token at position ``last`` (0: BOS) are in the cache."""
         raise NotImplementedError
 
     def _advance(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """The work of a step on the device: positions and tokens [B, T] written."""
+        """A step on the device -> positions and tokens [B, T] written."""
         raise NotImplementedError
 
     def _known_targets(self, targets: Tensor) -> Tensor:
-        """Slots [B, M] whose rows of G are there: of known positions, and of ``targets`` [B, T]; never none."""
+        """Slots [B, M] with rows of G: known positions and ``targets`` [B, T]; slot 0 if there are none."""
         top = self.known.scatter(1, targets, True)[:, : self.slots]
         top[:, 0] = ~top[:, 1:].any(dim=1)
         return top
@@ -241,7 +241,7 @@ class Lanes:
 
 
 class Strided(Lanes, name="strided"):
-    """Blocks that are planned beforehand."""
+    """Blocks that are planned in advance."""
 
     def __init__(self, network: Network, count: int, slots: int, width: int) -> None:
         super().__init__(network, count, slots, width)
@@ -280,7 +280,7 @@ class Strided(Lanes, name="strided"):
         return self._run(plan[:, :fed], plan[:, fed:])
 
     def _graph_sizes(self, fed: int, wanted: int) -> tuple[int, int]:
-        """Rows of a step that feeds and wants so many, so that few graphs serve all steps."""
+        """Padded numbers of context rows and targets of a step, so that few CUDA graphs serve all steps."""
         return self.width, self.width
 
     def _advance(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -388,33 +388,33 @@ class Exact(Lanes, name="exact"):
 
     @staticmethod
     def _rest(score: Tensor, draft: Tensor, refused: Tensor) -> Tensor:
-        """What the token behind the kept ones is drawn from: the score, less the draft where that was refused."""
+        """Distribution of the token behind the accepted ones: the score, minus the draft if it was refused."""
         rest = (score - draft).clamp(min=0)
-        # Scores that equal the draft but for rounding leave nothing to draw from.
+        # If score and draft differ by rounding alone, nothing is left to draw from.
         return torch.where(refused & (rest.sum(-1, keepdim=True) > 0), rest, score)
 
 
 def accept(p: Tensor, q: Tensor, uniform: Tensor) -> Tensor:
-    """Whether tokens of draft probability p and score q are kept: with probability min(1, q / p)."""
+    """Whether tokens of draft probability p and score q are accepted: with probability min(1, q / p)."""
     return uniform * p < q
 
 
 class Frontier:
-    """A text whose tokens arrive in any order: gives them out by position, as far as it is complete."""
+    """A text whose tokens arrive in any order: returns them by position, as far as the text is complete."""
 
     def __init__(self, one: Task, eos_id: int) -> None:
         self.tokens = list(one.tokens)
         self.passed = 0
-        """Positions given out."""
+        """Number of positions returned."""
         self.ended = False
         self.stopped = False
-        """Whether it ended at EOS."""
+        """Whether the text ended at EOS."""
         self._free = set(one.order)
         self._end = eos_id if one.decoding.stop else None
         self.push([], [])
 
     def push(self, positions: Sequence[int], tokens: Sequence[int]) -> list[int]:
-        """Take a step's tokens; the generated tokens that are complete by them, EOS not among them."""
+        """Add a step's tokens; returns the generated tokens that are now complete, without EOS."""
         for position, token in zip(positions, tokens, strict=True):
             if position:
                 self.tokens[position - 1] = token
@@ -430,9 +430,9 @@ class Frontier:
 
 
 class _Graphs:
-    """Work on a GPU (tensors in, tensors out, other state changed in place) as CUDA graphs, one for each kind.
+    """Functions of tensors that change other state in place, as CUDA graphs, one per kind of call.
 
-    The first call of a kind runs as it is and prepares the libraries; the second is recorded, all are replayed after.
+    The first call of a kind runs eagerly and initialises libraries, the second call is captured, later calls replay.
     """
 
     def __init__(self) -> None:
@@ -442,7 +442,7 @@ class _Graphs:
     def run(
         self, work: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Tensor, ...], kind: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor]:
-        """``work(*inputs)``; ``kind``: what it depends on beside tensors."""
+        """``work(*inputs)``; ``kind``: settings that the graph depends on."""
         kind = (tuple(tensor.shape for tensor in inputs), *kind)
         if kind not in self._kept:
             self._kept[kind] = None

@@ -1,8 +1,8 @@
-"""The network on its own: two streams of rows through the layers, with or without a cache. Needs torch.
+"""The standalone network: two streams of rows through the layers, with or without a cache. Needs torch alone.
 
 - ``ARMDConfig``: shape of a model, the fields of ``config.json``;
 - ``Network``: weights and passes;
-- ``Cache``: what decoding carries from step to step.
+- ``Cache``: the state that decoding carries from step to step.
 
 X holds known tokens and sees its own block; G predicts and sees earlier blocks only (arXiv 2601.16971, section 3).
 Objectives of one stream have G alone: its rows begin as the embedding of the token before (causal ones) or of the token
@@ -22,10 +22,10 @@ from armd_scale.formulas import gate, gelu, normalise, position_table, rotary_ta
 from armd_scale.traits import DEFAULT, TRAITS, Traits
 
 Mask: TypeAlias = Tensor | Literal["causal"] | None
-"""Which keys a row sees: a boolean [B, R or 1, keys], as many as its own index + 1, or (None) all of them."""
+"""Keys that a row sees: a boolean mask [B, R or 1, keys], "causal" (row n sees n + 1 keys), or None (all keys)."""
 
 Store: TypeAlias = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Takes a layer's new keys and values [B, G, R, D] and gives those to attend to."""
+"""Stores a layer's new keys and values [B, G, R, D] and returns the keys and values to attend to."""
 
 
 MODEL_TYPE = "armd"
@@ -33,7 +33,7 @@ MODEL_TYPE = "armd"
 
 
 class InputError(ValueError):
-    """Input that the model cannot take; the text says what is wrong and what to do."""
+    """Input that the model cannot process; the message says what is wrong and what to do."""
 
     bad_input = True
 
@@ -79,7 +79,7 @@ class ARMDConfig:
 
     @property
     def traits(self) -> Traits:
-        """What there is to know of the objective."""
+        """The traits of the objective."""
         return TRAITS[self.objective]
 
 
@@ -96,18 +96,18 @@ CAUSAL = Sight("causal", "causal", "causal")
 
 
 class Cache:
-    """What decoding carries: keys and values of every layer, and the state of prefix aggregation.
+    """Keys and values of every layer, and the state of prefix aggregation.
 
-    Layers with two streams keep X, the layers above them G. Buffers have their final size from the start. Rows are
-    either appended, the same number for every sequence (``append``), or have slots of their own (``scatter``); the
-    last slot takes rows that nobody will see.
+    Two-stream layers cache rows of X, the layers above them rows of G. Buffers are allocated at their final size. Rows
+    are either appended, the same number for every sequence (``append``), or written to slots (``scatter``); an
+    additional scratch slot takes padding rows.
     """
 
     def __init__(self, network: "Network", batch: int, slots: int) -> None:
         c, like = network.config, network.embedding.weight
         shape = (c.layers, 2, batch, c.kv_heads, slots + 1, c.hidden // c.heads)
         self.slots = slots
-        # Zeros: a masked key still meets a weight of zero, which only a finite value survives.
+        # Zeros, since a masked key is multiplied by a weight of zero, and NaN times zero is NaN.
         self.key_values = torch.zeros(shape, dtype=like.dtype, device=like.device)
         width = c.prefix_dim if c.traits.streams == 2 else 0
         self.prefix = torch.zeros(batch, width, c.hidden, dtype=network.precise, device=like.device)
@@ -117,7 +117,7 @@ class Cache:
         self._two_stream = c.two_stream_layers
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """``Store``: rows go behind the layer's last ones; attends to all so far."""
+        """``Store``: append the rows to the layer's rows; attend to all of them."""
         start = self._filled[layer]
         stop = self._filled[layer] = start + keys.shape[2]
         buffer = self.key_values[layer]
@@ -126,9 +126,10 @@ class Cache:
         return buffer[0, :, :, :stop], buffer[1, :, :, :stop]
 
     def scatter(self, slots_x: Tensor, slots_g: Tensor, lanes: Tensor | None = None) -> Store:
-        """``Store``: rows of X go to ``slots_x`` [B, C], rows of G to ``slots_g`` [B, T].
+        """``Store``: write rows of X to ``slots_x`` [B, C] and rows of G to ``slots_g`` [B, T].
 
-        Attends to every slot; with ``lanes`` [B] (the rows of the cache that are filled anew) to the new rows only.
+        Attends to every slot. With ``lanes`` [B], the sequences of the cache that a prompt fills, attends to the new
+        rows alone.
         """
         every = torch.arange(self.prefix.shape[0], device=slots_x.device) if lanes is None else lanes
         head = torch.arange(self.key_values.shape[3], device=slots_x.device)[None, :, None]
@@ -144,7 +145,7 @@ class Cache:
         return store
 
     def absorb(self, keys: Tensor, rows: Tensor, lanes: Tensor | None = None) -> None:
-        """Add context rows [B, C, d] with position embeddings [B, C, d_pe], zero for rows left out, to the prefix."""
+        """Add context rows [B, C, d] to the prefix; their position embeddings [B, C, d_pe] are zero for padding."""
         if lanes is None:
             self.prefix.baddbmm_(keys.transpose(1, 2).expand(rows.shape[0], -1, -1), rows)
         else:
@@ -207,7 +208,7 @@ class Network(nn.Module):
     # Passes ----------------------------------------------------------------------------------------------------
 
     def whole(self, tokens: Tensor, at: Tensor, blocks: Tensor) -> Tensor:
-        """One pass over texts in generation order: activations of all targets [B, N, d].
+        """One pass over texts in generation order -> activations of all targets [B, N, d].
 
         ``tokens``, ``at``, ``blocks`` [B, N]: token, position (from 1) and block (from 1) of every row.
         """
@@ -229,9 +230,9 @@ class Network(nn.Module):
         return self._run(x, g, at_x, at, sight, None)
 
     def denoise(self, tokens: Tensor, there: Tensor | None = None) -> Tensor:
-        """One pass over texts that are masked in part (token V): activations of every position [B, N, d].
+        """One pass over partly masked texts (the mask is token V) -> activations of every position [B, N, d].
 
-        ``there`` [B, N]: the positions that a text has, where texts differ in length.
+        ``there`` [B, N]: True for the positions of a text, if texts differ in length.
         """
         at = torch.arange(1, tokens.shape[1] + 1, device=tokens.device).expand_as(tokens)
         g = self._embed(tokens)
@@ -239,12 +240,12 @@ class Network(nn.Module):
         return self._run(g[:, :0], g, at[:, :0], at, sight, None)
 
     def prefill(self, tokens: Tensor, at: Tensor, keep: Tensor, cache: Cache, lanes: Tensor | None) -> None:
-        """Give known tokens to a cache, one a block in the order of their columns.
+        """Write known tokens to a cache, one token a block in the order of the columns.
 
-        ``tokens``, ``at`` [B, R]: token and position of every row, BOS not among them; ``keep`` [B, R]: False behind
-        the last row of a shorter sequence. X gets BOS and all rows but the last of each sequence, which is the
-        context of the first step; G gets all rows. ``lanes`` [B]: the sequences of the cache, which take positions for
-        slots; None when rows are appended (then every row is kept).
+        ``tokens``, ``at`` [B, R]: token and position of every row, without BOS; ``keep`` [B, R]: False for padding
+        behind a shorter sequence. X takes BOS and all rows but the last of each sequence, which the first step feeds;
+        G takes all rows. ``lanes`` [B]: sequences of the cache, whose slots are positions; None: append the rows
+        (``keep`` is then True everywhere).
         """
         first = torch.zeros_like(at[:, :1])
         at_x = torch.cat([first, at[:, :-1]], dim=1)
@@ -279,12 +280,12 @@ class Network(nn.Module):
         sight: Sight = EVERYTHING,
         before: Tensor | None = None,
     ) -> Tensor:
-        """Feed tokens [B, C] of positions ``at`` and predict ``targets`` [B, T]: activations [B, T, d].
+        """Feed tokens [B, C] at positions ``at`` and predict ``targets`` [B, T] -> activations [B, T, d].
 
-        ``keep`` None: rows are appended, and all of them see everything. Otherwise [B, C] says which context rows
-        there are, ``targets`` of 0 are none, and ``sight`` holds masks over slots, which are positions.
-        ``before`` [B, T, C]: which context rows a target sees, where it is not all of them; then the context rows are
-        not yet part of the prefix (``absorb`` them when they stay).
+        ``keep`` None: append the rows, which see everything. Otherwise ``keep`` [B, C] is False for padding context
+        rows, a target of 0 is padding, and ``sight`` masks slots, which are positions.
+        ``before`` [B, T, C]: context rows that a target sees, if not all; the context rows then do not join the prefix
+        (``absorb`` adds those that stay).
         """
         x = self._embed(tokens)
         store: Store = cache.append
@@ -308,7 +309,7 @@ class Network(nn.Module):
         return self._run(x, g, at, targets, sight, store)
 
     def absorb(self, tokens: Tensor, at: Tensor, keep: Tensor, cache: Cache) -> None:
-        """Make context rows part of the prefix that a step with ``before`` left out."""
+        """Add context rows of a step with ``before`` to the prefix."""
         cache.absorb(self._positions()[at] * keep[..., None], self._embed(tokens).to(self.precise))
         cache.rows += keep.sum(1)[:, None, None]
 
@@ -320,7 +321,7 @@ class Network(nn.Module):
     # Layers ----------------------------------------------------------------------------------------------------
 
     def _run(self, x: Tensor, g: Tensor, at_x: Tensor, at_g: Tensor, sight: Sight, store: Store | None) -> Tensor:
-        """All layers: rows of X and G [B, R, d] at positions [B, R] -> rows of G before the final norm."""
+        """Run all layers on rows of X and G [B, R, d] at positions [B, R] -> rows of G before the final norm."""
         context = x.shape[1]
         rotary = self._rotary()
         rope_x, rope_g = rotary[at_x][:, None], rotary[at_g][:, None]
@@ -334,7 +335,7 @@ class Network(nn.Module):
                 attended = self._attend(layer, normed, rope_g, keys, sight.top)
             else:
                 keys = self._keys(index, normed[:, :context], rope_x, store)
-                if index == self.config.two_stream_layers - 1:  # X has no reader above
+                if index == self.config.two_stream_layers - 1:  # no later layer reads X
                     h, normed = h[:, context:], normed[:, context:]
                     attended = self._attend(layer, normed, rope_g, keys, sight.g)
                 elif together != "causal":
@@ -371,7 +372,7 @@ class Network(nn.Module):
         if isinstance(mask, str):
             out = F.scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=c.heads != c.kv_heads)
         else:
-            # Heads of a group become rows of one: the fast kernels take no mask beside grouped heads.
+            # Heads of a group become rows of one head: the fast kernels do not combine masks with grouped heads.
             group, count = c.heads // c.kv_heads, rows.shape[1]
             folded = query.reshape(query.shape[0], c.kv_heads, group * count, -1)
             if mask is not None:
@@ -397,9 +398,7 @@ class Network(nn.Module):
         return F.embedding(tokens, self.embedding.weight)
 
     def _finish_seed(self, seed: Tensor, query: Tensor, size: Tensor) -> Tensor:
-        """Scale the prefix sum of targets that see ``size`` rows, and add the target's own position if so
-        configured.
-        """
+        """Scale the prefix sum of targets that see ``size`` rows; add the projected target position if configured."""
         seed = scale_prefix(seed, size.clamp(min=1), self.config.prefix_scale)
         if self.config.prefix_target_position:
             seed = seed + query @ self.prefix["target_projection"].to(seed.dtype).t()
@@ -435,7 +434,7 @@ class Network(nn.Module):
 
 
 def _together(sight: Sight, context: int, targets: int) -> Mask:
-    """The mask of rows of X and G side by side; "causal" when they need a call each."""
+    """The mask of rows of X and G in one call; "causal" if X and G need separate calls."""
     if not isinstance(sight.x, Tensor) or not isinstance(sight.g, Tensor):
         return sight.x
     if sight.x is sight.g and sight.x.shape[1] == 1:
@@ -461,8 +460,9 @@ def _project(rows: Tensor, linear: nn.Module) -> Tensor:
 def _linear(rows: Tensor, weight: Tensor) -> Tensor:
     """``rows`` [..., d] times the transpose of ``weight``.
 
-    One or two rows on a CPU wait for the weights, which the libraries' usual product of that size reads slowly: one row
-    is computed as two, and on two threads the product is turned around (docs/explanation/decisions.md has the figures).
+    On a CPU, products of one or two rows are limited by reading the weights, which the usual kernels of that size do
+    slowly: one row is computed as two, and on up to two threads the product is transposed
+    (docs/explanation/decisions.md has the figures).
     """
     count = rows.numel() // rows.shape[-1]
     if count > 2 or rows.device.type != "cpu" or torch.is_grad_enabled():

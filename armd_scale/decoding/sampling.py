@@ -1,4 +1,4 @@
-"""From logits to tokens: temperature and truncation, and draws that depend on a sequence's own seed alone.
+"""Sampling: temperature, truncation, and draws that depend on the seed of a sequence alone.
 
 Probabilities are float32 (float64 for a float64 model) whatever the type of the weights. Shapes: B sequences, T rows of
 each, V vocabulary.
@@ -19,7 +19,7 @@ _CHUNK = 256  # entries of the vocabulary whose sum is one step of the outer sea
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How a text is generated.
+    """Settings of decoding.
 
     By default S = ``streams`` contiguous streams of the free positions are written side by side, S tokens a step.
     ``draft`` makes the result exactly that of one token a step in the same order. Other objectives take ``steps`` or
@@ -41,7 +41,7 @@ class Decoding:
     steps: int = 0
     """Masked diffusion: equal steps of time from 1 to 0 in which tokens are revealed; 0: as many as free tokens."""
     stop: bool = False
-    """A text ends at its first EOS by position: what streams wrote behind it is left out."""
+    """End the text at its first EOS by position, and discard later tokens."""
     block: int = 0
     """Causal diffusion: tokens proposed at a time behind the finished text; 0: one."""
     confidence: float = 0.9
@@ -77,15 +77,15 @@ _RANGES = (
 
 
 class Sampler:
-    """Draws for B sequences, each with its own ``Decoding``; idle ones take part without effect."""
+    """Draws tokens for B sequences, each with its own ``Decoding``."""
 
     def __init__(self, count: int, device: torch.device) -> None:
         self._decodings = [Decoding()] * count
-        # In place, so that a captured CUDA graph sees what is set later.
+        # Changed in place, so that captured CUDA graphs see later settings.
         self._columns = torch.ones(4, count, 1, 1, dtype=torch.float64, device=device)
 
     def set(self, lane: int, decoding: Decoding) -> None:
-        """Choose how a sequence is drawn from here on."""
+        """Set the decoding of a sequence."""
         self._decodings[lane] = decoding
         top_k = decoding.top_k or float("inf")
         column = torch.tensor([decoding.temperature, decoding.min_p, top_k, decoding.top_p], dtype=torch.float64)
@@ -93,7 +93,7 @@ class Sampler:
 
     @property
     def kinds(self) -> tuple[bool, ...]:
-        """What has to be computed: greedy, temperature, sorted and cut-off draws."""
+        """Kinds of draw that the sequences need: greedy, temperature, sorted (top k, top p), min p."""
         ones = self._decodings
         return (
             any(one.temperature == 0 for one in ones),
@@ -104,7 +104,7 @@ class Sampler:
 
     @property
     def draft(self) -> int:
-        """Largest draft of a sequence."""
+        """Largest draft of all sequences."""
         return max(one.draft for one in self._decodings)
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class Sampler:
             out = torch.where(temperature == 0, likeliest, out)
         if not (ranks or cut):
             return out
-        # Rows that nothing is cut from keep their bits, whatever their neighbours.
+        # Rows without truncation stay bit for bit the same, whatever other rows do.
         truncated = (top_k < float("inf")) | (top_p < 1) | (min_p > 0)
         return out / out.sum(dim=-1, keepdim=True).where(truncated, 1)
 
@@ -143,8 +143,8 @@ class Sampler:
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """Indices [B, T] drawn with weights [B, T, V], by inversion of the cumulative sum at uniform numbers [B, T].
 
-    In two stages, chunks of the vocabulary and then the entries of one, with float64 sums over either: a large
-    vocabulary neither costs a long sum nor loses rare entries.
+    In two levels, chunks of the vocabulary and then the entries of a chunk, both with float64 sums: a large vocabulary
+    needs no long sum, and rare entries keep their probability.
     """
     size = weights.shape[-1]
     whole = size // _CHUNK * _CHUNK
@@ -164,7 +164,7 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
 
 
 def seeds(seed: int | Sequence[int], count: int) -> list[tuple[int, int]]:
-    """Keys of ``count`` sequences: (seed, row) from one seed, (seed, 0) from a seed for each. Raises ``InputError``."""
+    """Keys of ``count`` sequences: (seed, row) for a single seed, (seed, 0) for a list. Raises ``InputError``."""
     try:
         if isinstance(seed, Iterable):
             keys = [(operator.index(one), 0) for one in seed]
@@ -180,6 +180,6 @@ def seeds(seed: int | Sequence[int], count: int) -> list[tuple[int, int]]:
 def uniform(key: tuple[int, ...], *shape: int) -> Tensor:
     """Uniform numbers in [0, 1) of a sequence's own stream, float64."""
     digest = hashlib.sha256(repr(key).encode()).digest()
-    # A generator keeps 32 bits of its seed: two of them, so that thousands of texts do not share a stream.
+    # A generator uses 32 bits of its seed: two generators, so that thousands of texts do not share a stream.
     parts = [torch.Generator().manual_seed(int.from_bytes(digest[at : at + 4], "little")) for at in (0, 4)]
     return sum((torch.rand(*shape, generator=part, dtype=torch.float64) for part in parts), torch.zeros(())).frac()

@@ -1,4 +1,4 @@
-"""What a model folder holds beside its weights: code generated from this package, and files for Hugging Face.
+"""Files of a model directory beside its weights: generated code, and files for Hugging Face.
 
 - ``write_config``: ``config.json``, for this project and for transformers;
 - ``write_code``: ``modeling_armd.py``, the model in one file that needs torch and safetensors only, and the
@@ -41,11 +41,11 @@ FILES = re.compile(
     r"config\.json|generation_config\.json|tokenizer\.(json|model)|tokenizer_config\.json|README\.md|"
     r"(modeling|huggingface|tokenization)_armd\.py|__pycache__|model.*\.safetensors(\.index\.json)?"
 )
-"""Names of the files of a model folder."""
+"""Names of the files of a model directory."""
 
 
 def write_config(folder: Path, config: ARMDConfig, facts: dict[str, Any]) -> None:
-    """Write ``config.json``: the model's shape, what transformers asks for, and ``facts`` to keep beside them."""
+    """Write ``config.json``: the model's shape, fields that transformers requires, and ``facts``."""
     fields = {
         **vars(config),
         "architectures": ["ARMDForCausalLM"],
@@ -59,7 +59,7 @@ def write_config(folder: Path, config: ARMDConfig, facts: dict[str, Any]) -> Non
 
 
 def write_code(folder: Path) -> None:
-    """Write the code of a model folder."""
+    """Write the code of a model directory."""
     (folder / "modeling_armd.py").write_text(_joined(), encoding="utf-8")
     places = "|".join(part.replace("/", r"\.") for part in _PARTS)
     single = re.sub(
@@ -163,7 +163,7 @@ def write_tokenizer_settings(folder: Path, length: int, bos: str, eos: str) -> N
 
 
 def card(name: str, config: ARMDConfig, facts: dict[str, Any]) -> str:
-    """The model card of a folder.
+    """The model card of a model directory.
 
     ``facts``: ``parameters``, ``checkpoint``, ``difference`` to the training model's logits, ``tokens`` trained on,
     ``text``, and ``heldout``: figures of the newest evaluation by kind of order, in bits per byte.

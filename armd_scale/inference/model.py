@@ -24,9 +24,9 @@ from armd_scale.objectives.interface import Inference
 from armd_scale.traits import TRAITS
 
 Texts: TypeAlias = Tensor | Sequence[int] | Sequence[Sequence[int]]
-"""Token ids: one text, or several, which may differ in length."""
+"""Token ids of one text, or of several texts, which may differ in length."""
 
-_LOOK = 4  # steps between looks at what an accelerator has finished
+_LOOK = 4  # steps between two checks of what an accelerator has finished
 
 
 class ARMD(Network):
@@ -37,7 +37,7 @@ class ARMD(Network):
 
     @property
     def objective(self) -> Inference:
-        """What differs between objectives."""
+        """Scoring and decoding of the model's objective."""
         return Inference.known[self.config.objective]
 
     # Likelihood ------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ class ARMD(Network):
         batch: int = 1,
         new_tokens: int | None = None,
     ) -> Tensor:
-        """Texts that go on from prompts, [B, length], filled up with EOS where they are shorter.
+        """Texts that continue prompts, [B, length]; shorter texts are padded with EOS.
 
         ``prompts``: one, or several, which may differ in length; without any, ``batch`` texts from nothing.
         ``length``: tokens of a text, prompt included (default: the model's length), or ``new_tokens`` behind each
@@ -139,7 +139,7 @@ class ARMD(Network):
         seed: int | Sequence[int] = 0,
         order: Sequence[int] | None = None,
     ) -> Tensor:
-        """Texts with their free positions (token -1) generated given all others: [B, N].
+        """Texts with their free positions (token -1) generated given all other tokens: [B, N].
 
         The free positions are written left to right, by streams over them, or one after the other in ``order``.
         Raises ``InputError``.
@@ -164,7 +164,7 @@ class ARMD(Network):
 
     @torch.no_grad()
     def decode(self, tasks: Sequence[Task]) -> Iterator[Step]:
-        """The steps that complete the tasks, as they are made."""
+        """Yield the steps that complete the tasks."""
         if not tasks:
             return
         kinds = {one.decoding.strategy for one in tasks}
@@ -190,7 +190,7 @@ class ARMD(Network):
             step += 1
 
     def complete(self, tasks: Sequence[Task]) -> list[Tensor]:
-        """The finished texts; one that stops ends with its first generated EOS."""
+        """The finished texts; with ``stop``, a text ends with its first generated EOS."""
         size = max((len(one.tokens) for one in tasks), default=0)
         text = torch.zeros(len(tasks), size + 1, dtype=torch.long)
         for row, one in enumerate(tasks):
@@ -208,7 +208,7 @@ class ARMD(Network):
         return texts
 
     def _filled_up(self, texts: list[Tensor], size: int) -> Tensor:
-        """Texts side by side, the rest of a row EOS."""
+        """Texts as rows, padded with EOS."""
         out = torch.full((len(texts), size), self.config.eos_id, device=self.device)
         for row, text in zip(out, texts, strict=True):
             row[: len(text)] = text
@@ -221,7 +221,7 @@ class ARMD(Network):
             raise InputError(f"{self.config.traits.label} models have no exact likelihood: use bound")
 
     def _decoding(self, row: list[int], decoding: Decoding, order: Sequence[int] | None) -> Decoding:
-        """What the model makes of a request for a text. Raises ``InputError``."""
+        """The decoding of a text with the objective's defaults. Raises ``InputError``."""
         label = self.config.traits.label
         decoding = self.objective.complete(decoding, row.count(FREE))
         if not self.config.traits.any_order:
@@ -362,12 +362,12 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
 
 
 def check_device(device: str | torch.device) -> torch.device:
-    """The device, when it is there; ``InputError`` otherwise."""
+    """The device; ``InputError`` if it is not available."""
     try:
         found = torch.device(device)
         torch.empty(1, device=found).cpu()
     except (RuntimeError, NotImplementedError, AssertionError) as error:
-        raise InputError(f"device {device} is not there or cannot run a model; use device='cpu'") from error
+        raise InputError(f"device {device} is not available or cannot run a model; use device='cpu'") from error
     return found
 
 

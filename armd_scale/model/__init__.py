@@ -1,1 +1,1 @@
-"""The network on Megatron-Core layers: seed, layers, attention, and the stage that strings them together."""
+"""The training network on Megatron-Core: prefix aggregation, attention, layers, and pipeline stages of them."""

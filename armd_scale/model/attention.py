@@ -1,16 +1,16 @@
-"""Attention kernels behind one seam.
+"""Attention kernels behind one function, ``attend``.
 
 Every mask of the model has one form: rows are in generation order and blocks never decrease, so a query sees
-a *prefix* of the keys. ``visible`` holds its length per query row; None means causal (row n sees n + 1 keys),
-which is what both streams need with one token a block, whatever the permutation (docs/explanation/model.md). Masked
+a *prefix* of the keys. ``visible`` is the length of the prefix per query row; None means causal (row n sees n + 1
+keys), the mask of both streams with one token a block, whatever the permutation (docs/explanation/model.md). Masked
 diffusion sees every key: ``causal`` is False, and there is no mask.
 
-- ``attend``: the seam; picks a backend.
-- ``sdpa``: causal: streams folded into the query heads of one grouped-query call, no mask at all, by a kernel that
-  may be named; with ``visible``: a boolean mask.
+- ``attend``: selects a backend.
+- ``sdpa``: without a mask, streams become query heads of one grouped-query call, by a kernel that can be named; with
+  ``visible``, a boolean mask.
 - ``flex``: ``visible`` as a block mask, for CUDA.
 - ``dense``: the reference: explicit scores and softmax in the type of its inputs (float64 in tests).
-- ``measure``: the table by which a kernel is chosen: seconds of every one that runs here.
+- ``measure``: seconds of every kernel that runs on this device; the run chooses the fastest.
 
 Shapes: queries [S, B, G, R, N, D] of S streams, with R query heads for each of G key heads; keys and values
 [B, G, M, D]; ``visible`` [S, B, N].
@@ -33,7 +33,7 @@ KERNELS = {
     "FA3": SDPBackend.FLASH_ATTENTION,
     "FA4": SDPBackend.FLASH_ATTENTION,
 }
-"""Kernels of ``sdpa`` that can be asked for by name. FA3 and FA4 take the place of PyTorch's own flash kernels."""
+"""Kernels of ``sdpa`` by name. FA3 and FA4 replace PyTorch's own flash kernels (``activate``)."""
 
 MASK_BLOCK = 128
 """Rows and keys of a block of a block mask."""
@@ -49,7 +49,7 @@ def attend(
 ) -> Tensor:
     """Softmax attention of each query over its visible prefix of keys, or over all of them -> [S, B, G, R, N, D].
 
-    ``kernel``: the one of ``KERNELS`` that computes what needs no mask; None: PyTorch's choice.
+    ``kernel``: name in ``KERNELS`` for attention without a mask; None: PyTorch's choice.
     """
     if visible_SBN is not None and q_SBGRND.is_cuda:
         return flex(q_SBGRND, k_BGMD, v_BGMD, visible_SBN)
@@ -67,7 +67,7 @@ def sdpa(
     """``torch.nn.functional.scaled_dot_product_attention``, without a mask by one of ``KERNELS`` (None: PyTorch's)."""
     S, B, G, R, N, D = q_SBGRND.shape
     if visible_SBN is None:
-        # Streams become extra query heads of the same key head. A view, when memory is [N, B, G, S, R, D].
+        # Streams become additional query heads of the same key head: a view if memory is [N, B, G, S, R, D].
         q_BHND = q_SBGRND.permute(1, 2, 0, 3, 4, 5).reshape(B, G * S * R, N, D)
         with sdpa_kernel(KERNELS[kernel]) if kernel else contextlib.nullcontext():
             out = F.scaled_dot_product_attention(q_BHND, k_BGMD, v_BGMD, is_causal=causal, enable_gqa=S * R > 1)
@@ -81,7 +81,7 @@ def sdpa(
 def flex(q_SBGRND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, visible_SBN: Tensor) -> Tensor:
     """``flex_attention``: skips key blocks that no query of a block sees. Forward only on CPU.
 
-    The block mask is made once for a ``visible`` tensor, which all layers of a kind share.
+    The block mask is made once per ``visible`` tensor, which all layers of a kind share.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -109,7 +109,7 @@ def dense(
 
 
 def _streams_to_rows(q_SBGRND: Tensor, visible_SBN: Tensor) -> tuple[Tensor, Tensor]:
-    """Streams become extra query rows: [B, H, S * N, D] and [B, S * N]. A view, when memory is [S, N, B, G, R, D]."""
+    """Streams become additional query rows: [B, H, S * N, D] and [B, S * N]; a view if memory is [S, N, B, G, R, D]."""
     q_BHRD = q_SBGRND.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).flatten(1, 2)
     return q_BHRD, visible_SBN.transpose(0, 1).flatten(1)
 
@@ -120,12 +120,12 @@ def _rows_to_streams(out_BHRD: Tensor, shape: torch.Size) -> Tensor:
 
 
 _MASKS = WeakTensorKeyDictionary()
-"""Block masks by the tensor that they were made of, as long as that lives."""
+"""Block masks by the ``visible`` tensor they were made from, for the lifetime of the tensor."""
 
 
 def block_mask(visible_BR: Tensor, keys: int):
-    """``BlockMask`` of prefixes: of a block of rows, all keys before the shortest prefix are seen, none behind the
-    longest; a block of keys between them is looked at key by key. Asks nothing of the device.
+    """``BlockMask`` of prefixes. A block of rows sees all key blocks before its shortest prefix and none behind its
+    longest one; the key blocks between are masked key by key. Does not synchronise with the device.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -155,7 +155,7 @@ def _compiled_flex() -> Callable:
 
 
 def activate(kernel: str | None) -> None:
-    """Let PyTorch's flash attention be FlashAttention-3 or 4 if that is the ``kernel``, else its own again."""
+    """Replace PyTorch's flash attention by FlashAttention-3 or 4 if ``kernel`` names it, else restore PyTorch's own."""
     from torch.nn import attention
 
     if kernel in ("FA3", "FA4"):
@@ -172,19 +172,19 @@ def measure(
     repeats: int = 10,
     kernels: Iterable[str] = KERNELS,
 ) -> dict[str, float]:
-    """Seconds of a forward and a backward pass over queries of a ``shape`` [S, B, G, R, N, D], by every one of the
-    ``kernels`` that can run here: the median of ``repeats``.
+    """Kernel -> seconds of a forward and a backward pass over queries of a ``shape`` [S, B, G, R, N, D], the median of
+    ``repeats``, for the ``kernels`` that can run on the device.
     """
     S, B, G, R, N, D = shape
     sizes = (N, B, G, S, R, D), (N, B, G, D), (N, B, G, D), (N, B, G, S, R, D)
-    made = [torch.randn(size, dtype=dtype, device=device) for size in sizes]
-    # In memory as the layers have them.
-    q, gradient = (x.permute(3, 1, 2, 4, 0, 5) for x in (made[0], made[3]))
-    k, v = (x.permute(1, 2, 0, 3) for x in made[1:3])
+    tensors = [torch.randn(size, dtype=dtype, device=device) for size in sizes]
+    # The memory layout of the layers.
+    q, gradient = (x.permute(3, 1, 2, 4, 0, 5) for x in (tensors[0], tensors[3]))
+    k, v = (x.permute(1, 2, 0, 3) for x in tensors[1:3])
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     table = {}
     for kernel in kernels:
-        # A kernel that is not installed, not built for this device or not made for this shape says so in many ways.
+        # Kernels that are missing or do not support the device or the shape raise various exceptions.
         with contextlib.suppress(RuntimeError, ImportError, ValueError, AttributeError, AssertionError):
             activate(kernel)
             seconds = []

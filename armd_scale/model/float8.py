@@ -1,8 +1,8 @@
-"""FP8 for the linears of layers where there are no FP8 matrix units: TransformerEngine's numbers without its speed.
+"""FP8 linears for devices without FP8 matrix units: TransformerEngine's rounding without its speed.
 
-Inputs and weights are rounded to e4m3 and gradients to e5m2 ("hybrid"), each tensor scaled so that its largest value is
-the largest of the type ("current scaling", which leaves nothing behind that a checkpoint would have to keep). Products
-are those of the type of the run.
+Inputs and weights are rounded to e4m3, gradients to e5m2 ("hybrid"). Each tensor is scaled so that its largest value is
+the largest value of the type ("current scaling", which has no history that a checkpoint would have to keep). Products
+use the type of the run.
 """
 
 from typing import Any
@@ -13,14 +13,14 @@ from torch import Tensor
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest values to ``x`` that a scaled FP8 type has, in the type of ``x``."""
+    """``x`` rounded to a scaled FP8 type, in the type of ``x``."""
     largest = x.abs().amax().float()
     scale = torch.where(largest > 0, torch.finfo(dtype).max / largest, 1.0).clamp(max=torch.finfo(torch.float32).max)
     return ((x.float() * scale).to(dtype).float() / scale).to(x.dtype)
 
 
 class _Forward(torch.autograd.Function):
-    """Rounds what goes in; gradients pass."""
+    """Rounds the input; the gradient is passed on unchanged."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class _Forward(torch.autograd.Function):
 
 
 class _Backward(torch.autograd.Function):
-    """Rounds the gradient that comes in; what goes forward passes."""
+    """Rounds the gradient; the input is passed on unchanged."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -44,14 +44,14 @@ class _Backward(torch.autograd.Function):
 
 
 class Float8ColumnParallelLinear(ColumnParallelLinear):
-    """Megatron-Core's linear, on rounded numbers."""
+    """Megatron-Core's linear on rounded inputs, weights and gradients."""
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
         return _Backward.apply(super()._forward_impl(_Forward.apply(input), _Forward.apply(weight), *args, **options))
 
 
 class Float8RowParallelLinear(RowParallelLinear):
-    """Megatron-Core's linear, on rounded numbers."""
+    """Megatron-Core's linear on rounded inputs, weights and gradients."""
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
         return _Backward.apply(super()._forward_impl(_Forward.apply(input), _Forward.apply(weight), *args, **options))

@@ -1,7 +1,7 @@
 """Floating-point operations of the network, the basis of MFU.
 
-Counted: matrix products and causal attention that are really done, two operations a multiply-add; the backward
-pass is twice the forward pass; recomputation, norms and activations are not counted.
+Counted are matrix products and attention over visible keys, two operations per multiply-add; the backward pass counts
+twice the forward pass. Recomputation, norms and activations are not counted.
 """
 
 import itertools
@@ -9,7 +9,7 @@ import itertools
 from armd_scale.config import ModelConfig, RunConfig
 from armd_scale.model.prefix import rows_of_chunk
 
-# Dense bf16 peak in FLOP/s, from the makers' data sheets (without sparsity).
+# Dense bf16 peak in FLOP/s from data sheets, without sparsity.
 PEAKS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12}
 
 

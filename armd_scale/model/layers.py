@@ -2,15 +2,14 @@
 
 - ``normalise`` ... ``cross_entropy``: the fused regions, of the formulae in ``armd_scale.formulas``.
 - ``Norm``: scale-only LayerNorm or RMSNorm, computed in float32.
-- ``Attention``: queries from any streams, keys and values from the first one.
+- ``Attention``: queries from all streams, keys and values from the first one.
 - ``MLP``: GELU or SwiGLU.
-- ``Linears``: which linears those are: TransformerEngine's on CUDA where it is installed, else Megatron-Core's own.
-- ``Layer``: the pre-norm block. One class serves the three kinds of the model, which differ only in the number of
-  streams that come in and go out: two-stream 2 -> 2, last two-stream 2 -> 1 (X's output is not needed), causal 1 -> 1.
-The left-to-right and the masked-diffusion models are made of 1 -> 1 alone.
+- ``Linears``: the linears of a layer: TransformerEngine's on CUDA if it is installed, else Megatron-Core's own.
+- ``Layer``: the pre-norm block. Layers differ only in the number of streams in and out: two-stream 2 -> 2, last
+  two-stream 2 -> 1 (the output of X is not needed), causal 1 -> 1. Models of one stream have layers 1 -> 1 alone.
 
-Activations are [N, S * B, d], sequence first as Megatron's sequence parallelism wants; the S streams lie behind each
-other in the batch dimension, X first, so that one matrix product serves both (paper section 3.3).
+Activations are [N, S * B, d], sequence first as Megatron's sequence parallelism requires. The S streams are
+concatenated in the batch dimension, X first, so that one matrix product serves both (paper section 3.3).
 """
 
 from typing import NamedTuple
@@ -45,9 +44,9 @@ def add_normalise(h: Tensor, update: Tensor, weight: Tensor, eps: float, centre:
 def add_normalise_streams(
     h: Tensor, update: Tensor | None, weight: Tensor, eps: float, centre: bool, batch: int, dropped: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The residual sum of streams [N, S * B, d] and its normalisation without their first ``dropped`` columns, and the
-    normalisation of the first ``batch``, which are keys and values. All are contiguous: Megatron reduces a tensor that
-    is not into a copy, and returns it unreduced. Where columns are dropped, the sum itself is not kept.
+    """The residual sum of streams [N, S * B, d] and its normalisation, both without the first ``dropped`` columns, and
+    the normalisation of the first ``batch`` columns, for keys and values. All are contiguous, since Megatron reduces a
+    non-contiguous tensor into a copy and returns the tensor unreduced. If columns are dropped, the sum is not kept.
     """
     h = h if update is None else h + update
     normed = formulas.normalise(h, weight, eps, centre)
@@ -65,9 +64,10 @@ def rotate_queries(
     scale: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """Normalise every head of the rows of all streams if there is a ``scale``, and rotate it.
+    """Rotate every head of the rows of all streams, after an RMSNorm if there is a ``scale``.
 
-    In the layout in which streams are more heads of a key head, [N, B, G, S, R, D], or more rows, [S, N, B, G, R, D].
+    The result has streams as additional heads of a key head, [N, B, G, S, R, D], or (``as_heads`` False) as additional
+    rows, [S, N, B, G, R, D].
     """
     if scale is not None:
         x_NRHD = formulas.normalise(x_NRHD, scale, eps, False)
@@ -79,7 +79,7 @@ def rotate_queries(
 def rotate_keys(
     kv_NBG2D: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None = None, eps: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Rotated keys, normalised before if there is a ``scale``, and values, [N, B, G, D] each, of the pairs of them."""
+    """Rotated keys, after an RMSNorm if there is a ``scale``, and values, [N, B, G, D] each."""
     k_NBGD, v_NBGD = kv_NBG2D.unbind(-2)
     if scale is not None:
         k_NBGD = formulas.normalise(k_NBGD, scale, eps, False)
@@ -96,18 +96,18 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocab: int) -> Tensor:
 
 
 class Linears(NamedTuple):
-    """Megatron-Core specs of the tensor-parallel linears that layers are built from."""
+    """Megatron-Core specs of the tensor-parallel linears of a layer."""
 
     column: ModuleSpec
-    """Cut along its outputs."""
+    """Sharded along its outputs."""
     row: ModuleSpec
-    """Cut along its inputs."""
+    """Sharded along its inputs."""
 
 
 def linears(fp8: bool = False) -> Linears:
-    """TransformerEngine's linears where they can run, else Megatron-Core's own. They hold the same weights.
+    """TransformerEngine's linears if they can run, else Megatron-Core's own. Both hold the same weights.
 
-    ``fp8``: TransformerEngine's have it by their context; on a CPU, those that round as they do.
+    ``fp8``: on a CPU, linears that round as TransformerEngine's do; TransformerEngine's follow their FP8 context.
     """
     if torch.cuda.is_available():
         from megatron.core.extensions import transformer_engine
@@ -129,7 +129,7 @@ class Rotary(NamedTuple):
     sin: Tensor
 
     def repeat(self, other: "Rotary") -> "Rotary":
-        """These rows, then the rows of ``other``, along the batch."""
+        """These rows and the rows of ``other``, concatenated along the batch."""
         return Rotary(torch.cat([self.cos, other.cos], dim=1), torch.cat([self.sin, other.sin], dim=1))
 
 
@@ -151,8 +151,8 @@ class Norm(nn.Module):
     def forward(
         self, h: Tensor, update: Tensor | None = None, batch: int | None = None, dropped: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """h + ``update``, its normalisation, and that of keys and values, which is the same for one stream; for several
-        in columns of ``batch``, see ``add_normalise_streams``.
+        """h + ``update``, its normalisation, and the normalisation for keys and values. With one stream both
+        normalisations are the same; with several, of ``batch`` columns each, see ``add_normalise_streams``.
         """
         if batch is not None:
             return add_normalise_streams(h, update, self.weight, self.eps, self.centre, batch, dropped)
@@ -169,7 +169,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, parallel: TransformerConfig, kinds: Linears, recompute: bool) -> None:
         super().__init__()
         self.recompute = recompute
-        self.kernel: str | None = None  # of attention, see attention.KERNELS
+        self.kernel: str | None = None  # a name of attention.KERNELS
         self.causal = config.traits.causal
         self.heads = config.heads // parallel.tensor_model_parallel_size
         self.key_heads = config.key_heads // parallel.tensor_model_parallel_size
@@ -177,7 +177,7 @@ class Attention(nn.Module):
         self.eps = config.norm_eps
         width, std = config.heads * config.head_dim, config.init_std
         self.query = _column(kinds, config.hidden, width, std, parallel, config.qkv_bias)
-        # Rows are [key head, (k, v), D], so that a contiguous cut gives whole heads under any layout.
+        # Rows are [key head, (k, v), D], so that contiguous shards are whole heads under any layout.
         key_values = 2 * config.key_heads * config.head_dim
         self.key_value = _column(kinds, config.hidden, key_values, std, parallel, config.qkv_bias)
         self.output = _row(kinds, width, config.hidden, config.residual_std, parallel)
@@ -218,7 +218,7 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, parallel: TransformerConfig, kinds: Linears) -> None:
         super().__init__()
         self.gated = config.mlp == "swiglu"
-        # Rows of a gated MLP are [unit, (gate, value)], so that a contiguous cut gives whole units.
+        # Rows of a gated MLP are [unit, (gate, value)], so that contiguous shards are whole units.
         inner = config.ffn_width * (2 if self.gated else 1)
         self.up = _column(kinds, config.hidden, inner, config.init_std, parallel)
         self.down = _row(kinds, config.ffn_width, config.hidden, config.residual_std, parallel)
@@ -232,7 +232,7 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Pre-norm block from ``streams_in`` to ``streams_out`` streams; keys and values come from the first one.
 
-    ``recompute``: compute attention again in the backward pass instead of keeping what it needs.
+    ``recompute``: compute attention again in the backward pass instead of keeping its activations.
     """
 
     def __init__(
@@ -256,9 +256,8 @@ class Layer(nn.Module):
     def forward(
         self, h: Tensor, update: Tensor | None, query_rope: Rotary, key_rope: Rotary, visible_SBN: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream is h + ``update``, on entry and on return: what a block adds to it is summed where the
-        next norm reads it.
-        """
+        """The residual stream is h + ``update``, on entry and on return: the next norm adds the update."""
+
         batch = h.shape[1] // self.streams_in
         cut = () if self.streams_in == 1 else (batch, (self.streams_in - self.streams_out) * batch)
         h, queries, context = self.attention_norm(h, update, *cut)

@@ -2,13 +2,13 @@
 
     g_n = sum over context rows i that target n may see of  <PE(pos n), PE(pos i)> x_i
 
-Linear attention with position embeddings as query and key. With a fixed table the product is a function of the distance
-alone, so within a chunk of rows the weights are looked up and multiplied with the embeddings; what lies before a chunk
-comes from the running state d_pe x d that decoding carries, in float32. Work for a target is (rows of a chunk) x d
-within its chunk and 2 d_pe x d for the state, so a text of up to 2 d_pe rows is one chunk and needs no state, and
-longer ones cost the same for every token, whatever their length.
+This is linear attention with position embeddings as queries and keys. With a fixed table, the product of two position
+embeddings depends on the distance alone: within a chunk of rows the weights are looked up and multiplied with the
+embeddings. Rows before the chunk contribute through a running state of d_pe x d in float32, the state that decoding
+carries. A target costs (rows of a chunk) x d within its chunk and 2 d_pe x d for the state. So a text of up to 2 d_pe
+rows is one chunk without a state, and the cost per token of longer texts does not depend on their length.
 
-Columns of x do not mix, so tensor-parallel ranks share the work: each takes a part of them.
+Columns of x do not mix, so each tensor-parallel rank computes a part of them.
 """
 
 import functools
@@ -27,16 +27,16 @@ from armd_scale.model.parameters import Initial, describe
 from armd_scale.model.regions import fused
 
 CHUNK = 128, 1024
-"""Least and most rows of a chunk of a text that has several."""
+"""Minimum and maximum rows of a chunk of a text with several chunks."""
 
 
 def rows_of_chunk(config: ModelConfig) -> int:
-    """Rows of a chunk in training with one token a block: as many as cost what the state does, within bounds."""
+    """Rows of a chunk in training with one token a block: as many as cost as much as the state, within ``CHUNK``."""
     state = 2 * config.prefix_dim
     return config.length if config.length <= state else min(max(state, CHUNK[0]), CHUNK[1])
 
 
-# Not buffers: an engine that casts a module to bfloat16 would cast them too, and they must stay exact.
+# Not buffers: DeepSpeed casts buffers to bfloat16, and the tables must stay exact.
 @functools.cache
 def fixed_table(rows: int, kernel: str, dim: int, width: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     """``position_table`` on a device."""

@@ -50,7 +50,7 @@ def _compare_failing(rank, processes, rendezvous):
     exact, reference = Stage.forward, gpu_correctness.cpu_gradients()
 
     def forward(stage, rows, *args, **kwargs):
-        if stage.model.objective == "ar":
+        if stage.model_config.objective == "ar":
             raise RuntimeError("no such kernel")
         return exact(stage, rows, *args, **kwargs)
 
