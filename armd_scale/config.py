@@ -1,11 +1,12 @@
 """The one typed run configuration.
 
-- ``RunConfig`` and its parts: every field is documented where it is defined; nothing else configures a run.
-- ``load``: YAML file + dotted overrides (``model.layers=4``) -> ``RunConfig``. An unknown key or a wrong type is
-  one line that names the field, and the nearest valid name.
-- ``save``: the resolved configuration; loading it again reruns the run.
+- ``RunConfig`` and its parts: every field is documented where it is defined, and nothing else configures a run.
+  docs/reference/configuration.md is generated from it (``armd_scale.config_reference``).
+- ``load``: YAML file + dotted overrides (``model.layers=4``) -> ``RunConfig``. The error line for an unknown key
+  names the nearest valid key; the error line for a wrong value names the field.
+- ``save``: writes the resolved configuration, which reruns the run.
 
-Fields marked [D] are decisions of this project where the paper is silent; ``docs/explanation/decisions.md`` gives the
+Fields marked [D] are decisions of this project where the paper is silent; docs/explanation/decisions.md gives the
 reasons.
 """
 
@@ -34,15 +35,17 @@ def _known_objective(name: str) -> str:
 
 
 Objective = Annotated[str, AfterValidator(_known_objective)]
+MOST = 10**9
+"""Largest value of a ``Positive``."""
 Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1, le=10**9)]
+Positive = Annotated[int, Field(ge=1, le=MOST)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 TRAINING_ONLY = "training only"
-"""Mark of a field of ``ModelConfig`` that the exported model does not need."""
+"""Marks a field of ``ModelConfig`` that the exported model does not need."""
 
 
 class Section(BaseModel):
-    """A part of a configuration file: typed, documented, an unknown key is an error."""
+    """Part of a configuration file. Fields are typed and documented; an unknown key is an error."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -55,70 +58,72 @@ class Section(BaseModel):
 
 
 class PrefixConfig(Section):
-    """Prefix aggregation, the seed of the strictly causal stream (paper section 3.2)."""
+    """Prefix aggregation, the seed of the G stream (paper section 3.2)."""
 
     kernel: Literal["gaussian", "sinusoid", "learned"] = "gaussian"
-    """Position embedding rows. ``gaussian``: sines at normal quantiles, so that the inner product is about
-    exp(-distance^2 / 2 width^2) [D]; ``sinusoid``: the usual 10000-base table; ``learned``: a trained table."""
+    """Position embeddings. ``gaussian``: sines and cosines at normal quantiles, whose inner product is about
+    exp(-distance^2 / (2 width^2)) [D]; ``sinusoid``: the 10000-base table; ``learned``: a trained table."""
     width: Annotated[float, Field(gt=0.0)] = 2.0
-    """Width of the Gaussian kernel in tokens (sigma) [D]."""
+    """Standard deviation of the Gaussian kernel in tokens, sigma [D]."""
     dim: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
-    """Width of a position embedding row, d_pe; null: the model's width. The Gaussian kernel's far ripple falls with it;
-    the decoding state is d_pe x hidden [D]."""
+    """Size of a position embedding, d_pe; null: ``model.hidden``. A larger size reduces the ripple of the Gaussian
+    kernel far from the target; the decoding state has d_pe x hidden entries [D]."""
     scale: Literal["none", "sqrt", "mean"] = "none"
-    """Divide the sum by 1, by the square root of the prefix size, or by the prefix size [D]."""
+    """Divides the prefix sum by 1, by the square root of the prefix size, or by the prefix size [D]."""
     target_position: bool = False
-    """Add a learned projection of the target's own position embedding [D]."""
+    """Adds a learned projection of the position embedding of the target [D]."""
 
 
 class ModelConfig(Section):
     """The network (docs/explanation/model.md)."""
 
     objective: Annotated[Objective, Field(exclude=True)] = DEFAULT
-    """The run's ``objective``, which fills this in: it decides how many streams there are and what they see."""
+    """Copy of the ``objective`` of the run, filled in by ``RunConfig``: it determines the streams and their masks."""
     layers: Positive = 12
-    """Number of transformer layers, L."""
+    """Transformer layers, L."""
     hidden: Positive = 768
     """Width of the residual stream, d."""
     heads: Positive = 12
     """Query heads."""
     kv_heads: Positive | None = None
-    """Key and value heads of grouped-query attention; null: as many as query heads."""
+    """Key and value heads (grouped-query attention); null: as many as query heads."""
     ffn: Positive | None = None
-    """Inner width of the MLP; null: 4 x hidden for gelu, 8/3 x hidden rounded up to 128 for swiglu."""
+    """Inner width of the MLP; null: 4 x hidden for gelu, 8/3 x hidden rounded up to a multiple of 128 for swiglu."""
     length: Annotated[int, Field(ge=2)] = 1024
-    """Tokens in a sequence without BOS, N; also the length of a packed sample."""
+    """Tokens of a sequence without BOS, N; also the length of a packed sample."""
     two_stream_layers: Positive | None = None
-    """Leading layers with two streams; null: half of the layers, as in the paper. For objectives of two streams."""
+    """Number of two-stream layers, the first layers of the network; null: half of the layers, as in the paper. Only for
+    objectives with two streams."""
     target_mlp: bool = True
-    """Whether the target stream passes through the MLP of two-stream layers as well; the last of them always has it
+    """Whether the G stream passes through the MLP of two-stream layers; in the last two-stream layer it always does
     [D]."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """Normalisation before attention, MLP and head; scale only, no bias [D]."""
+    """Normalisation before attention, MLP and head, with a scale and without a bias [D]."""
     mlp: Literal["gelu", "swiglu"] = "gelu"
     """Activation of the MLP."""
     tied_head: bool = True
-    """Use the token embedding as the output projection."""
+    """Uses the token embedding as the output projection."""
     rope_base: Annotated[float, Field(gt=1.0)] = 10000.0
-    """Base of the rotary frequencies; positions are always the original ones [D]."""
+    """Base of the rotary frequencies; positions are always original positions [D]."""
     norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
     """Added to the variance in every normalisation."""
     qk_norm: bool = False
-    """RMSNorm of every head of queries and keys before the rotary embedding (as in Qwen3)."""
+    """RMSNorm of each query and key head before the rotary embedding (as in Qwen3)."""
     qkv_bias: bool = False
     """Biases of queries, keys and values (as in Qwen2)."""
     init_std: Annotated[float, Field(gt=0.0), TRAINING_ONLY] = 0.02
-    """Standard deviation of initial weights; projections into the residual stream use it / sqrt(2 layers) [D]."""
+    """Standard deviation of initial weights; that of projections into the residual stream is smaller by
+    sqrt(2 layers) [D]."""
     vocab_size: Positive | None = None
-    """Size of the vocabulary; null: read from the data set's index."""
+    """Size of the vocabulary; null: read from the index of the data set."""
     bos_id: Count | None = None
-    """Token id at position 0; null: read from the data set's index."""
+    """Token id at position 0; null: read from the index of the data set."""
     prefix: PrefixConfig = PrefixConfig()
     """Prefix aggregation."""
 
     @property
     def traits(self) -> Traits:
-        """What the objective makes of the network."""
+        """Traits of the objective."""
         return TRAITS[self.objective]
 
     @property
@@ -153,7 +158,7 @@ class ModelConfig(Section):
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of the embedding table: the vocabulary rounded up to 128, whatever the layout."""
+        """Rows of the embedding table: the vocabulary rounded up to a multiple of 128 under every layout."""
         return -(-self.symbols // 128) * 128
 
     @property
@@ -163,12 +168,12 @@ class ModelConfig(Section):
 
     @property
     def symbols(self) -> int:
-        """Entries of the vocabulary, and the mask token behind them where the objective has one."""
+        """Entries of the vocabulary, and the mask token if the objective has one."""
         assert self.vocab_size is not None
         return self.vocab_size + self.traits.mask
 
     def exported(self) -> dict[str, Any]:
-        """Every field that the standalone model needs, with nulls filled in; those of ``prefix`` carry its name."""
+        """Fields of the standalone model, with nulls filled in; fields of ``prefix`` have the prefix ``prefix_``."""
         names = [name for name, field in type(self).model_fields.items() if TRAINING_ONLY not in field.metadata]
         values = {name: getattr(self, name) for name in names if name != "prefix"}
         resolved = {
@@ -191,21 +196,21 @@ class ModelConfig(Section):
 
 
 class OrderConfig(Section):
-    """Training phases of ``armd``: left to right, progressive permutation, strided fine-tuning (paper sections 3.4 and
-    4). Objectives without phases ignore this section."""
+    """Training phases of ``armd``: left to right, progressive permutation, strided fine-tuning (paper sections 3.4
+    and 4). Objectives without phases ignore this section."""
 
     ar_steps: Count = 9_000
-    """Steps trained left to right only, i_AR."""
+    """Steps of the left-to-right phase, i_AR."""
     permutation_steps: Count = 48_000
-    """Step at which the number of shuffled tokens reaches rho, i_perm."""
+    """Step at which the number of shuffled tokens reaches ``rho``, i_perm."""
     rho: Count = 32
-    """Tokens shuffled in each sequence from i_perm on; the model's length for fully random orders."""
+    """Tokens shuffled in each sequence from i_perm on; ``model.length`` for fully random orders."""
     shuffle: Literal["scattered", "window"] = "scattered"
-    """Which tokens are shuffled: drawn from the whole sequence, or a run of neighbours [D]."""
+    """Shuffled tokens: ``scattered``, drawn from the whole sequence, or ``window``, consecutive tokens [D]."""
     strided_steps: Count = 0
-    """Strided fine-tuning steps after the base training, i_SBP."""
+    """Steps of strided fine-tuning after the base training, i_SBP."""
     streams: list[Positive] = [1, 2, 4]
-    """Numbers of streams of which each strided step draws one."""
+    """Each step of strided fine-tuning draws its number of streams from this list."""
 
     @model_validator(mode="after")
     def _grows(self) -> typing.Self:
@@ -219,77 +224,77 @@ class OrderConfig(Section):
 
 
 class DiffusionConfig(Section):
-    """Noise of ``mdm`` (MDLM, arXiv 2406.07524) and ``card`` (CARD, arXiv 2601.22031)."""
+    """Noise of ``mdm`` (MDLM, arXiv 2406.07524) and of ``card`` (CARD, arXiv 2601.22031)."""
 
     loss_form: Literal["time", "any-order"] = "any-order"
-    """Of ``mdm``. ``time``: mask every token with probability t and weigh by 1 / t (MDLM; with t for lambda also
-    RADD's), which has rare steps of a huge loss: use it with ``train.spike_nats=null``; ``any-order``: mask k tokens
-    for a uniform k and weigh by N / k, so that no text's loss exceeds the mean NLL of its masked tokens. Equal in
-    expectation (RADD, arXiv 2406.03736) [D]."""
+    """Loss of ``mdm``. ``time`` masks each token with probability t and weights the loss by 1 / t (MDLM; RADD with t
+    for lambda); some steps have a very large loss, so use it with ``train.spike_nats=null``. ``any-order`` masks k
+    tokens for a uniform k and weights the loss by N / k, so that the loss of a text does not exceed the mean NLL of its
+    masked tokens. Both have the same expectation (RADD, arXiv 2406.03736) [D]."""
     tail: Annotated[float, Field(ge=1.0)] = 1.5
-    """Of ``card``: masks fall into the last ``tail`` t N positions of a text at time t, lambda."""
+    """``card``: at time t, masks are drawn from the last ``tail`` x t x N positions of a text; lambda in the paper."""
     beta: Annotated[float, Field(gt=0.0)] = 1.0
-    """Of ``card``: a token whose context is clean has the weight 1 / beta."""
+    """``card``: a token whose context is clean has the weight 1 / beta."""
     decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
-    """Of ``card``: how fast the effect of a mask on the weights of the tokens behind it falls, p."""
+    """``card``: rate at which the effect of a mask on the weights of later tokens decays; p in the paper."""
 
 
 class MixtureConfig(Section):
-    """Another prepared data set that is read beside the run's own."""
+    """An additional prepared data set of a mixture."""
 
     directory: str
-    """Its folder, prepared with the same tokenizer and length."""
+    """Its directory, prepared with the same tokenizer and length."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
-    """Samples of it for each ``data.weight`` samples of the run's own data."""
+    """Weight in the mixture, relative to ``data.weight``."""
 
 
 class DataConfig(Section):
     """Text, tokenizer and shards."""
 
     directory: str | None = None
-    """Where corpus, tokenizer and shards live; null: ``data`` in the run folder. Can be shared between runs."""
+    """Directory of the tokenizer and the shards; null: ``data`` in the run directory. Runs can share it."""
     text: list[str] = ["builtin:python"]
-    """Files, folders or globs of text (txt, jsonl, zst and gz of these, parquet), or ``builtin:python``: the language
-    reference and the docstrings that every Python installation carries."""
+    """Files, directories or globs of text (txt, jsonl, parquet, tar; gz and zst of txt and jsonl), or
+    ``builtin:python``: the language reference and the docstrings of the Python installation."""
     text_field: str = "text"
-    """Field of a jsonl record or parquet column that holds the text."""
+    """Field of a jsonl record, or parquet column, that holds the text."""
     id_field: str = "id"
-    """Field or column that holds the document's id, where there is one."""
+    """Field or column that holds the id of a document, if there is one."""
     source_field: str = "source"
-    """Field or column that says where the document comes from; where there is none, the name of its file does."""
+    """Field or column that names the source of a document; without it, the source is the name of the file."""
     heldout_text: list[str] = []
-    """Text for validation; empty: ``heldout_fraction`` of the documents of ``text``, chosen by their hash."""
+    """Validation text; empty: ``heldout_fraction`` of the documents of ``text``, selected by their hash."""
     heldout_fraction: Fraction = 0.02
     """Share of the documents held out when ``heldout_text`` is empty."""
     tokenizer: str | None = None
-    """A sentencepiece ``.model`` file or a folder with ``tokenizer.json``; null: train sentencepiece on ``text``."""
+    """A sentencepiece ``.model`` file or a directory with ``tokenizer.json``; null: train sentencepiece on ``text``."""
     vocab_size: Positive = 4096
-    """Size of a tokenizer trained here."""
+    """Vocabulary size of a tokenizer that is trained on ``text``."""
     samples_per_shard: Positive = 8192
     """Packed samples in one WebDataset shard."""
     min_characters: Count = 0
-    """Shorter documents are left out, and counted."""
+    """Shorter documents are excluded and counted."""
     max_characters: Positive | None = None
-    """Longer documents are left out, and counted; null: none are."""
+    """Longer documents are excluded and counted; null: no limit."""
     deduplicate: bool = False
-    """Leave out documents whose text was there before, and training documents that are held out."""
+    """Excludes documents with the same text as an earlier or a held-out document."""
     max_bad_fraction: Fraction = 0.01
-    """Largest share of the records that may be unreadable; they are counted and listed in ``bad.jsonl``."""
+    """Largest accepted share of unreadable records; they are counted and listed in ``bad.jsonl``."""
     skip_steps: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] = []
-    """Ranges [first, last) of steps whose samples are left out, after a loss spike say; growing, numbered as in a run
-    that leaves nothing out. Can be changed while a run stands before the range."""
+    """Ranges [first, last) of steps whose samples are left out, for example after a loss spike. Ranges are increasing;
+    steps are numbered as in a run that leaves nothing out. Ranges ahead of the current step can be changed."""
     workers: Positive | None = None
-    """Processes that prepare the data in a job; null: one for each core that the job may use."""
+    """Processes that prepare the data in a job; null: one for each core of the job."""
     jobs: Positive = 1
-    """Jobs that share the preparation of the data, as an array; more than 1 pays from some 10 GB of text on."""
+    """Size of the job array that prepares the data; more than 1 is useful from about 10 GB of text."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
-    """Weight of this data in a mixture."""
+    """Weight of this data set in a mixture."""
     mixture: list[MixtureConfig] = []
-    """Other prepared data sets to train on as well; held out is this one's text."""
+    """Additional prepared data sets to train on; validation uses the text of this data set alone."""
     verify: bool = True
-    """Check the SHA-256 of every shard whenever a run starts or goes on."""
+    """Verifies the SHA-256 of every shard when a run starts or resumes."""
     damaged_shards: Literal["stop", "leave_out"] = "stop"
-    """What is done about training shards that are damaged or missing: stop, or go on without their samples."""
+    """Reaction to a damaged or missing training shard: stop the run, or continue without its samples."""
 
     @model_validator(mode="after")
     def _grows(self) -> typing.Self:
@@ -300,7 +305,7 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with warm-up and an exponential moving average of the weights (SEDD's settings by default)."""
+    """AdamW with warm-up and an exponential moving average of the weights (defaults: the settings of SEDD)."""
 
     lr: Annotated[float, Field(gt=0.0)] = 3e-4
     """Peak learning rate."""
@@ -309,7 +314,7 @@ class OptimizerConfig(Section):
     warmup_steps: Count = 2_500
     """Steps of linear warm-up from 0."""
     min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
-    """End of the cosine as a share of the peak."""
+    """Learning rate at the end of the cosine, relative to the peak."""
     beta1: Fraction = 0.9
     """Decay of the first moment."""
     beta2: Fraction = 0.999
@@ -317,63 +322,65 @@ class OptimizerConfig(Section):
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    """Decoupled weight decay on matrices."""
+    """Decoupled weight decay of matrices."""
     clip: Annotated[float, Field(gt=0.0)] = 1.0
     """Largest global gradient norm."""
     ema: Fraction = 0.9999
-    """Decay of the average of the weights that is evaluated and exported; 0 keeps none."""
+    """Decay of the moving average of the weights, which is evaluated and exported; 0: no average."""
 
 
 class TrainConfig(Section):
-    """The loop."""
+    """Training loop."""
 
     steps: Positive = 400_000
-    """Steps of the base training; strided fine-tuning comes on top."""
+    """Steps of the base training; ``orders.strided_steps`` are additional."""
     global_batch: Positive = 512
-    """Sequences in one optimiser step, over all ranks and micro-batches."""
+    """Sequences of an optimiser step over all ranks and micro-batches."""
     micro_batch: Positive = 8
-    """Sequences in one forward pass of one rank."""
+    """Sequences of one forward pass of a rank."""
     head_batch: Positive | None = None
-    """Sequences of a micro-batch whose logits exist at a time; they are computed again in the backward pass; null: all
-    of them, once."""
+    """Sequences of a micro-batch whose logits are in memory at a time; the logits are recomputed in the backward pass.
+    null: all sequences, without recomputation."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of weights and activations; master weights and moments are always float32, and so are sums of gradients, but
-    for those of micro-batches with ZeRO-2 and 3."""
+    """Type of weights and activations. Master weights and moments are float32. Gradients are accumulated in float32,
+    except over the micro-batches of ZeRO-2 and 3."""
     fp8: bool = False
-    """Products of the layers in FP8, each tensor with a scale of its own: e4m3 forward, e5m2 for gradients. On CUDA by
-    TransformerEngine; on a CPU numbers are rounded as there, which shows what it does to the loss and is slower."""
+    """Computes the linears of the layers in FP8 with one scale per tensor: e4m3 forward, e5m2 for gradients. CUDA uses
+    TransformerEngine; a CPU emulates the rounding, which shows the effect on the loss and is slower."""
     attention: Literal["measured", "flash", "cudnn", "FA3", "FA4"] = "measured"
-    """Kernel of attention without a mask. ``measured``: on CUDA the fastest on the shapes of the run, measured at its
-    start; on a CPU PyTorch's choice. FA3 and FA4 need FlashAttention-3 or 4."""
+    """Kernel of attention without a block mask. ``measured``: on CUDA the fastest kernel for the shapes of the run,
+    measured at its start; on a CPU the choice of PyTorch. FA3 and FA4 need FlashAttention-3 or 4."""
     log_every: Positive = 10
-    """Steps between two lines of ``metrics.jsonl``."""
+    """Steps between two records of ``metrics.jsonl``."""
     eval_every: Positive = 1_000
     """Steps between two held-out evaluations."""
     eval_samples: Positive = 512
-    """Held-out samples in an evaluation during training."""
+    """Held-out samples of an evaluation during training."""
     eval_streams: Positive = 4
-    """Streams of the strided order in an evaluation."""
+    """Streams of the strided order in an evaluation during training."""
     checkpoint_every: Positive = 1_000
     """Steps between two checkpoints."""
     keep_checkpoints: Positive = 2
-    """Checkpoints kept, the newest ones."""
+    """Number of checkpoints to keep, the newest."""
     keep_every: Positive | None = None
-    """Keep the checkpoints whose step is a multiple of this as well; null: only the newest ones."""
+    """Also keep the checkpoints whose step is a multiple of this number; null: keep only the newest."""
     spike_nats: Annotated[float, Field(gt=0.0)] | None = 3.0
-    """A step whose loss lies so far above the median of the last 64 is not applied; null: only what is not finite."""
+    """A step is skipped if its loss exceeds the median of the last 64 applied steps by more than this; null: a step is
+    skipped only if its loss or gradient is not finite."""
     max_skipped: Positive = 5
-    """Steps in a row that may fail so; then the run goes back to its newest checkpoint and leaves out their samples."""
+    """Consecutive skipped steps that trigger a rollback to the newest checkpoint; the samples of these steps are left
+    out."""
     max_rollbacks: Count = 2
-    """How often a job may go back; then it stops."""
+    """Rollbacks of a job before it stops."""
     hang_factor: Annotated[float, Field(gt=1.0)] = 10.0
-    """A step that takes so many times the median is a hang: every rank writes its stack and ends."""
+    """A step is a hang if it takes this many times the median: every rank writes its stack and exits."""
     hang_seconds: Annotated[float, Field(gt=0.0)] = 300.0
-    """Shortest time that is a hang."""
+    """Shortest time in seconds that counts as a hang."""
     log_samples: bool = False
-    """Write the numbers of all samples that are trained on into ``samples/``, a file a rank."""
+    """Writes the numbers of all training samples into ``samples/``, one file per rank."""
     profile: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
-    """First and last step, as ``metrics.jsonl`` counts them, of which a PyTorch profile of CPU and GPU is written into
-    ``profiles/``: a Chrome trace of the first rank of each pipeline stage; null: none. A job writes one profile."""
+    """First and last step, as in ``metrics.jsonl``, of a PyTorch profile of CPU and GPU, written into ``profiles/`` as
+    a Chrome trace of the first rank of each pipeline stage; null: no profile. A job writes one profile."""
 
     @model_validator(mode="after")
     def _profiles_some_steps(self) -> typing.Self:
@@ -383,23 +390,23 @@ class TrainConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Layout of the processes. What tensor and pipeline parallelism leave is data parallel."""
+    """Layout of the processes. The data-parallel size is processes / (tensor x pipeline)."""
 
     tensor: Positive = 1
-    """Tensor-parallel size: processes that share each layer."""
+    """Tensor-parallel size: processes that split each layer."""
     sequence: bool = False
-    """Split activations between the tensor-parallel regions along the sequence as well."""
+    """Sequence parallelism: splits activations between tensor-parallel layers along the sequence."""
     pipeline: Positive = 1
-    """Pipeline-parallel size: groups of processes that hold consecutive layers."""
+    """Pipeline-parallel size: number of pipeline stages."""
     chunks: Positive = 1
-    """Runs of layers in each pipeline group; more than 1 interleaves them (a smaller bubble, more communication)."""
+    """Virtual stages of each pipeline stage; more than 1 interleaves them: a smaller bubble, more communication."""
     cut: list[Positive] | None = None
-    """First layers of all runs but the first, in order; null: cut so that the costliest run is as cheap as possible."""
+    """First layer of each virtual stage but the first, in order; null: minimise the cost of the costliest one."""
     zero: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO stage over data parallel: 1 shards masters, moments and moving average, 2 gradients too, 3 weights
-    too. With pipeline stages 0 or 1."""
+    """DeepSpeed ZeRO stage: 1 shards master weights, moments and moving average over the data-parallel ranks, 2 also
+    gradients, 3 also weights. Pipeline parallelism needs 0 or 1."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in the backward pass: none, those inside attention, or all inside a layer."""
+    """Activations recomputed in the backward pass: none, those of attention, or all of a layer."""
 
     def describe(self) -> str:
         """The model-parallel part of the layout in words."""
@@ -410,72 +417,74 @@ class ParallelConfig(Section):
 
 
 class ReportConfig(Section):
-    """What is done with the trained model at the end of the main job, and what it is logged to."""
+    """Report on the trained model, and Weights & Biases."""
 
     heldout_samples: Positive = 256
-    """Held-out samples scored by the exported model."""
+    """Held-out samples that the exported model scores."""
     generate_streams: Annotated[list[Positive], Field(min_length=1)] = [1, 2, 4]
-    """Numbers of streams for the samples."""
+    """Numbers of streams of the generated texts."""
     prompt: str = ""
-    """Prompt of the samples."""
+    """Prompt of the generated texts."""
     wandb: Literal["auto", "disabled"] = "auto"
-    """``auto``: Weights & Biases, online when WANDB_API_KEY is set, else offline in the run folder."""
+    """``auto``: log to Weights & Biases, online if ``WANDB_API_KEY`` is set, else offline in the run directory."""
 
 
 class StageConfig(Section):
-    """Resources of a job of one stage; null: those of a training task."""
+    """Resources of a job that does not train."""
 
     cpus: Positive | None = None
     """CPU cores; null: ``cluster.cpus_per_task``."""
     gpus: Count | None = None
-    """GPUs; null: none for tokenising, one for the others where the cluster has them."""
+    """GPUs; null: none for ``tokenise``; otherwise one if ``cluster.gpus_per_node`` is not 0."""
     memory_gb: Positive | None = None
-    """Memory of the machine; null: Slurm's default."""
+    """Memory of the node; null: the default of Slurm."""
     timeout_minutes: Positive | None = None
-    """Time limit; null: ``cluster.timeout_minutes``."""
+    """Time limit in minutes; null: ``cluster.timeout_minutes``."""
     partition: str | None = None
     """Slurm partition; null: ``cluster.partition``."""
 
 
 class ClusterConfig(Section):
-    """Where the processes run."""
+    """Nodes, processes and Slurm options."""
 
     nodes: Positive = 1
-    """Machines."""
+    """Nodes."""
     tasks_per_node: Positive = 1
-    """Processes on a machine: one per GPU."""
+    """Processes of a node; one per GPU."""
     cpus_per_task: Positive = 1
-    """CPU cores of a process; also its number of threads."""
+    """CPU cores, and threads, of a process."""
     gpus_per_node: Count = 0
-    """GPUs of a machine; 0: run on CPU with gloo."""
+    """GPUs of a node; 0: run on the CPU with gloo."""
     timeout_minutes: Positive = 24 * 60
-    """Time limit of a Slurm job."""
+    """Time limit of a Slurm job in minutes."""
     partition: str | None = None
     """Slurm partition."""
     account: str | None = None
     """Slurm account."""
     memory_gb: Positive | None = None
-    """Memory of a machine of the training job; null: Slurm's default."""
+    """Memory of a node of the training job; null: the default of Slurm."""
     tokenise: StageConfig = StageConfig()
-    """Jobs that prepare the data, ``data.jobs`` of them."""
+    """Resources of the jobs that prepare the data."""
     export: StageConfig = StageConfig()
-    """The job that writes the standalone model."""
+    """Resources of the job that exports the model."""
     evaluate: StageConfig = StageConfig()
-    """The job that scores it and writes the report."""
+    """Resources of the job that scores the exported model and writes the report."""
     setup: list[str] = []
-    """Shell lines before the processes start: modules, conda."""
+    """Shell lines of the batch script before the processes start (modules, conda)."""
     python: str | None = None
-    """Command that starts Python in a Slurm job, ``apptainer exec --nv image.sif python`` say; null: this Python."""
+    """Command that starts Python in a Slurm job, for example ``apptainer exec --nv image.sif python``; null: the Python
+    that submits the job."""
     environment: dict[str, str] = {}
-    """Environment variables of the jobs; they override the defaults (``launchers/jobs.py``); PYTHONPATH is added to."""
+    """Environment variables of the jobs. They override the defaults of ``launchers/jobs.py``; ``PYTHONPATH`` is
+    appended to the path of the code."""
     sbatch: dict[str, str | int | bool] = {}
-    """Further options of sbatch, by their long names."""
+    """Further sbatch options by their long names."""
     warn_seconds: Positive = 180
-    """How long before its time limit a job is told, so that it can write a checkpoint and be queued again."""
+    """Seconds before the time limit at which a job is signalled, saves a checkpoint and is requeued."""
     max_restarts: Count = 5
-    """How often in a row a job that died is started again before a new checkpoint is written."""
+    """Restarts of a failed job without a new checkpoint before it stops."""
     backoff_seconds: Annotated[float, Field(ge=0.0)] = 10.0
-    """Wait before the first new start; doubled each time, to 10 minutes at most."""
+    """Seconds before the first restart; doubled for each further restart, up to 10 minutes."""
 
     @property
     def processes(self) -> int:
@@ -483,36 +492,36 @@ class ClusterConfig(Section):
 
 
 class RunConfig(Section):
-    """Everything that defines a run."""
+    """Fields of the whole run, and the sections."""
 
     name: str = DEFAULT
     """Name of the run."""
     run_dir: str | None = None
-    """Run folder; null: ``runs/<name>``."""
+    """Run directory; null: ``runs/<name>``."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Seed of initial weights, data order and generation orders."""
+    """Seed of the initial weights, the data order and the generation orders."""
     objective: Objective = DEFAULT
-    """What is trained on the same data, layers, optimiser and layout (docs/explanation/objectives.md). ``armd``:
-    auto-regressive masked diffusion; ``ar``: left to right with one causal stream (a GPT-2); ``mdm``: absorbing masked
-    diffusion, one stream that sees everything; ``card``: causal diffusion, one causal stream with a noised tail."""
+    """Training objective (docs/explanation/objectives.md). ``armd``: auto-regressive masked diffusion; ``ar``: left to
+    right with one causal stream (GPT-2); ``mdm``: absorbing masked diffusion, one bidirectional stream; ``card``:
+    causal diffusion, one causal stream with a noised tail."""
     model: ModelConfig = ModelConfig()
     """The network."""
     diffusion: DiffusionConfig = DiffusionConfig()
-    """Noise."""
+    """Noise of ``mdm`` and ``card``."""
     orders: OrderConfig = OrderConfig()
-    """Training phases."""
+    """Training phases of ``armd``."""
     data: DataConfig = DataConfig()
-    """Text and shards."""
+    """Text, tokenizer and shards."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """Optimiser."""
+    """AdamW, learning rate and moving average."""
     train: TrainConfig = TrainConfig()
-    """Loop."""
+    """Training loop."""
     parallel: ParallelConfig = ParallelConfig()
     """Layout of the processes."""
     report: ReportConfig = ReportConfig()
-    """End of the job."""
+    """Report on the trained model, and Weights & Biases."""
     cluster: ClusterConfig = ClusterConfig()
-    """Machines."""
+    """Nodes, processes and Slurm options."""
 
     @property
     def directory(self) -> Path:
@@ -529,12 +538,12 @@ class RunConfig(Section):
 
     @property
     def total_steps(self) -> int:
-        """Steps of the base training and of strided fine-tuning, where the objective has it."""
+        """Steps of the base training and, if the objective has it, of strided fine-tuning."""
         return self.train.steps + (self.orders.strided_steps if self.traits.phases else 0)
 
     @property
     def traits(self) -> Traits:
-        """What there is to know of the objective."""
+        """Traits of the objective."""
         return TRAITS[self.objective]
 
     @property
@@ -543,13 +552,13 @@ class RunConfig(Section):
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches that one rank accumulates in a step."""
+        """Micro-batches that a rank accumulates in a step."""
         return self.train.global_batch // (self.data_parallel * self.train.micro_batch)
 
     @model_validator(mode="before")
     @classmethod
     def _pass_on_objective(cls, values: Any) -> Any:
-        """Let the network know the objective."""
+        """Copy ``objective`` into the model."""
         if not isinstance(values, dict) or not isinstance(values.get("model", {}), dict):
             return values
         objective = values.get("objective", DEFAULT)
@@ -712,7 +721,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
-    """What the state of a run was made with and must not change when it goes on."""
+    """Values that must not change when a run resumes."""
     values = config.model_dump()
     values["model"].pop("vocab_size")  # these two follow from the data
     values["model"].pop("bos_id")
@@ -725,7 +734,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
 
 
 def _nearest(location: list[str]) -> str:
-    """The valid name that an unknown key most likely means: the same word elsewhere, or one spelt alike."""
+    """The most likely valid name of an unknown key: the same name in another section, or a similar name."""
     *sections, word = location
     every = _all_names(RunConfig)
     elsewhere = [name for name in every if name.rpartition(".")[2] == word]

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from armd_scale import config as configs
+from armd_scale import config_reference
 from armd_scale.errors import UserError
 
 SHIPPED = Path(__file__).parents[1] / "configs"
@@ -36,6 +37,22 @@ def test_every_field_is_documented():
                 check(inner)
 
     check(configs.RunConfig)
+
+
+def test_the_reference_page_is_generated_from_the_fields():
+    page = Path(__file__).parents[1] / "docs/reference/configuration.md"
+    assert page.read_text(encoding="utf-8") == config_reference.page(), "run python -m armd_scale.config_reference"
+
+
+def test_the_reference_page_has_every_field():
+    page = config_reference.page()
+    for name in configs._all_names(configs.RunConfig):
+        assert f"| `{name.rpartition('.')[2]}` |" in page or name == "model.objective"
+    for line in (
+        "| `seed` | int (>= 0, < 2,147,483,648) | `0` |",
+        "| `dim` | int (>= 2, multiple of 2) or null | `null` |",
+    ):
+        assert line in page
 
 
 def test_overrides_and_round_trip(file, tmp_path):

@@ -11,17 +11,31 @@ from armd_scale.files import write_atomically
 PAGE = "performance.md"
 HEAD = """# Performance on a GPU
 
-`tools/gpu.py --report docs/results` writes this page from the results files in `docs/results/gpu/`, one per GPU and
-date. [../performance.md](../performance.md) explains the figures and what `tools/plan.py` predicts for them.
+`armd bench gpu --report docs/results` writes this page from the results files in `docs/results/gpu/`, one per GPU and
+date. [cpu.md](cpu.md#targets-for-one-h100) has the targets, and what `armd plan` predicts.
 
 ```sh
-python tools/gpu.py --seconds 540 --json docs/results/gpu/h100-DATE.json --trace traces
-python tools/gpu.py --list --seconds 540
-python tools/gpu.py --report docs/results
+armd bench gpu --seconds 540 --json docs/results/gpu/h100-DATE.json --trace traces
+armd bench gpu --list --seconds 540
+armd bench gpu --report docs/results
 ```
 
-On a machine with PyTorch, transformers and numpy but no network, `--wheels DIR` installs the other packages first. The
-wheels must be made for the Python version of that machine, here 3.12:
+Each measurement runs in its own process with a time limit. The results file is rewritten after every figure, so a run
+that is stopped keeps its figures. Measurements that do not fit the time budget are skipped and named. `--device cpu
+--quick` runs the measurements at toy sizes without a GPU.
+
+To add a measurement, write a generator of `Figure` objects in `armd_scale/benchmarks/gpu_speed.py` or
+`gpu_correctness.py`, and register it:
+
+```python
+@measurement("long-prefill", worth=40, seconds=30, quick_seconds=5)
+def long_prefill(context: Context) -> Iterator[Figure]:
+    \"\"\"Seconds and memory of a prefill of 32,768 tokens\"\"\"
+    yield Figure("prefill, 32,768 tokens", seconds, "s", limit=2.0)
+```
+
+On a machine with PyTorch, transformers and numpy but no network, `python tools/gpu.py --wheels DIR` installs the other
+packages first and takes the same options. The wheels must be made for the Python version of that machine, here 3.12:
 
 ```sh
 pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp --platform manylinux_2_28_x86_64 \\
