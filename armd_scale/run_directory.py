@@ -74,7 +74,7 @@ class RunDirectory:
         from armd_scale.data.shards import PackedDataset
 
         if not self.exists():
-            raise UserError(f"{self.path} is not a run folder: it has no {self.config_path.name}")
+            raise UserError(f"{self.path} is not a run directory: it has no {self.config_path.name}")
         config = configs.load(self.config_path).model_copy(update={"run_dir": str(self.path)})
         if not vocabulary:
             return config

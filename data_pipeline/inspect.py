@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print what the folder holds; ``UserError`` when it is damaged or no prepared data."""
+    """Print what the directory holds; ``UserError`` when it is damaged or no prepared data."""
     from armd_scale.data import shards
     from armd_scale.data import tokenizer as tokenizers
     from data_pipeline import documents

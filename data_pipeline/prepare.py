@@ -1,7 +1,7 @@
 """Text -> tokenizer and packed shards, training and held-out: the first stage of a run.
 
-``prepare`` makes a folder with ``tokenizer/``, ``train/`` and ``heldout/``; it appears when all is written. A
-folder that was completed with the same settings is left as it is; one that was completed with others is refused.
+``prepare`` makes a directory with ``tokenizer/``, ``train/`` and ``heldout/``; it appears when all is written. A
+directory that was completed with the same settings is left as it is; one that was completed with others is refused.
 
 Five steps, each of which can be done again after an interruption; the second and the fourth are work that any number of
 processes and jobs share by its numbers, without a lock:
@@ -125,7 +125,7 @@ def pack(config: RunConfig, share: int = 0, shares: int = 1) -> None:
 
 
 def finish(config: RunConfig) -> dict[str, Any]:
-    """Write the indices and give the folder its name; returns the index of the training split."""
+    """Write the indices and give the directory its name; returns the index of the training split."""
     folder, final = _partial(config), config.data_directory.resolve()
     tokenizer = tokenizers.load(folder / "tokenizer")
     train, heldout = (_close(config, folder, split, tokenizer) for split in units.SPLITS)
@@ -201,7 +201,7 @@ def _check(config: RunConfig, folder: Path, done: dict[str, Any]) -> None:
     if differing:
         raise UserError(
             f"the data in {folder} was prepared with other settings ({', '.join(differing)}): "
-            "choose another data.directory or remove the folder"
+            "choose another data.directory or remove the directory"
         )
     _check_prompt(config, tokenizers.load(folder / "tokenizer"))
 
@@ -212,7 +212,7 @@ def _left_out(counts: dict[str, int]) -> str:
 
 
 def _keep_or_clear(folder: Path, settings: dict[str, Any]) -> None:
-    """Keep a folder that was begun with the same settings, else start anew."""
+    """Keep a directory that was begun with the same settings, else start anew."""
     path = folder / "work/settings.json"
     try:
         same = json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(settings))
@@ -341,7 +341,7 @@ def _check_prompt(config: RunConfig, tokenizer: tokenizers.Tokenizer) -> None:
 
 
 def _completed(folder: Path) -> dict[str, Any] | None:
-    """What a completed folder says of itself, None for one that is not complete."""
+    """What a completed directory says of itself, None for one that is not complete."""
     path = folder / "complete.json"
     if not path.is_file():
         return None

@@ -1,6 +1,6 @@
 """Units of work: some pieces of files, read, filtered, split and tokenised by one process.
 
-A unit is a folder that appears under its name when it is done, so any process may do any unit at any time, and a unit
+A unit is a directory that appears under its name when it is done, so any process may do any unit at any time, and a unit
 that was interrupted is done again. What a unit holds depends on its files alone, never on who does it:
 
 - ``train.bin``, ``heldout.bin``: tokens of the documents, each followed by EOS;
@@ -49,7 +49,7 @@ class Job(NamedTuple):
     units: list[tuple[str, list[Part]]]
 
     def place(self, number: int) -> Path:
-        """The folder of a unit."""
+        """The directory of a unit."""
         return Path(self.folder) / "work" / f"unit-{number:06d}"
 
     def save(self) -> None:
@@ -59,7 +59,7 @@ class Job(NamedTuple):
 
     @staticmethod
     def load(folder: str) -> "Job":
-        """The job of a folder."""
+        """The job of a directory."""
         fields = json.loads((Path(folder) / "work/job.json").read_text(encoding="utf-8"))
         units = [(source, [Part(*part) for part in parts]) for source, parts in fields["units"]]
         return Job(**fields | {"fields": readers.Fields(*fields["fields"]), "units": units})
@@ -108,7 +108,7 @@ def _tools(folder: str) -> tuple[Job, tokenizers.Tokenizer]:
 
 @functools.lru_cache(maxsize=1)
 def _load_tools(folder: str, written: int) -> tuple[Job, tokenizers.Tokenizer]:
-    """``written``: when the job was, so that a folder that was made anew is read anew."""
+    """``written``: when the job was, so that a directory that was made anew is read anew."""
     return Job.load(folder), tokenizers.load(Path(folder) / "tokenizer")
 
 

@@ -3,7 +3,7 @@
 - ``steps``: what is left to do for a run, in order;
 - ``Jobs``: submits steps, with dependencies on Slurm, and knows what has become of them; ``sbatch_text``: the script.
 
-Every job runs the copy of the code that the run folder keeps (``snapshot``), also when it is queued again.
+Every job runs the copy of the code that the run directory keeps (``snapshot``), also when it is queued again.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("tokenise", "train", "export", "evaluate")
 _PACKAGES = ("armd_scale", "data_pipeline", "launchers")
 _ENVIRONMENT = {
-    "PYTHONSAFEPATH": "1",  # the snapshot, not the folder in which the job happens to start
+    "PYTHONSAFEPATH": "1",  # the snapshot, not the directory in which the job happens to start
     "PYTHONUNBUFFERED": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "NCCL_DEBUG": "WARN",

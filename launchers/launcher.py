@@ -48,7 +48,7 @@ class Launcher:
         self._say(
             f"{config.name}: {config.cluster.processes} {where}: {config.parallel.describe()} x data "
             f"{config.data_parallel}, ZeRO-{config.parallel.zero}; {config.total_steps} steps of "
-            f"{config.train.global_batch} x {config.model.length} tokens; run folder {config.directory}"
+            f"{config.train.global_batch} x {config.model.length} tokens; run directory {config.directory}"
         )
 
     def _say(self, line: str) -> None:
@@ -202,7 +202,7 @@ def _failure(config: RunConfig, step: str, job: str, reason: str) -> str:
 
 
 def _prepare_folder(config: RunConfig) -> None:
-    """Refuse a run folder that belongs to another run, and write down what is about to run."""
+    """Refuse a run directory that belongs to another run, and write down what is about to run."""
     run = config.run_directory
     newest = manifest.readable(run)
     if newest:

@@ -1,7 +1,7 @@
 """The steps of a run as jobs: prepare the data, train, export, evaluate.
 
 A job is a function of the resolved configuration that runs in processes which submitit starts. What goes wrong in it is
-one line in its folder (``error.json``), for the front door and for the decision whether it starts again.
+one line in its directory (``error.json``), for the front door and for the decision whether it starts again.
 """
 
 import contextlib

@@ -96,7 +96,7 @@ def standalone(config: ModelConfig, seed: int = 0) -> inference.ARMD:
 
 
 def model_folder(place: Path, config: ModelConfig, tokenizer: Tokenizer) -> Path:
-    """A whole model folder in ``place``, with random float32 weights."""
+    """A whole model directory in ``place``, with random float32 weights."""
     model = standalone(config.model_copy(update={"vocab_size": tokenizer.vocab_size})).float()
     shape = dataclasses.replace(model.config, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
     save_file(dict(model.state_dict()), place / "model.safetensors", metadata={"format": "pt"})

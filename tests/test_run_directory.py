@@ -96,7 +96,7 @@ f = f"{job}_0_log.out"
 
 def test_a_run_directory_is_found_from_inside(tmp_path):
     run = RunDirectory(tmp_path / "run")
-    with pytest.raises(UserError, match=r"is not a run folder: it has no config.yaml"):
+    with pytest.raises(UserError, match=r"is not a run directory: it has no config.yaml"):
         run.load_config()
     run.checkpoint(4).mkdir(parents=True)
     config = RunConfig(name="some", run_dir="elsewhere")

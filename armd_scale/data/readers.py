@@ -1,6 +1,6 @@
 """Documents out of files: txt, jsonl, both packed with gz or zst, parquet, and tar files of these.
 
-- ``files``: the files that a list of files, folders, globs and URLs stands for, sorted;
+- ``files``: the files that a list of files, directories, globs and URLs stands for, sorted;
 - ``parts``: pieces of files that are read independently of each other: byte ranges of a plain jsonl file, row groups of
   a parquet file, whole files of other kinds;
 - ``read``: the records of a part, good and bad, each with its place;
@@ -143,7 +143,7 @@ def _files(source: str) -> list[str]:
     else:
         found = [Path(name) for name in glob.glob(source, recursive=True)]
     if not found:
-        raise UserError(f"there is no text at {source}: give files, a folder or a glob of {', '.join(_FORMATS)}")
+        raise UserError(f"there is no text at {source}: give files, a directory or a glob of {', '.join(_FORMATS)}")
     return [str(path) for path in sorted(found)]
 
 
@@ -157,7 +157,7 @@ def _remote_files(source: str) -> list[str]:
     except (ValueError, ImportError, OSError) as error:
         raise UserError(f"{source} cannot be opened: {error}") from error
     if not found:
-        raise UserError(f"there is no text at {source}: give files, a folder or a glob of {', '.join(_FORMATS)}")
+        raise UserError(f"there is no text at {source}: give files, a directory or a glob of {', '.join(_FORMATS)}")
     return sorted(system.unstrip_protocol(name) for name in found)
 
 

@@ -5,7 +5,7 @@ a shard lies at a fixed offset and is read without unpacking; any WebDataset rea
 Tokens after the last whole sample are one shorter sample in a shard of its own (``tail``): kept, and scored in
 evaluation.
 
-``index.json`` is written last and atomically: a folder without one is not complete.
+``index.json`` is written last and atomically: a directory without one is not complete.
 """
 
 import hashlib
@@ -85,7 +85,7 @@ def _archive(samples: np.ndarray) -> memoryview:
 
 
 def write_index(folder: Path, written: list[dict[str, Any]], length: int, facts: dict[str, Any]) -> dict[str, Any]:
-    """Close a folder of shards; ``facts``: ``tokens``, ``vocab_size`` and what else is known. Returns the index."""
+    """Close a directory of shards; ``facts``: ``tokens``, ``vocab_size`` and what else is known. Returns the index."""
     shards = [shard for shard in written if shard["name"] != "tail.tar"]
     tail = next((shard for shard in written if shard["name"] == "tail.tar"), None)
     index = {

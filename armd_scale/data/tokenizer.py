@@ -1,7 +1,7 @@
 """Tokenizers behind one interface: text <-> token ids, with BOS and EOS and a hash that names them.
 
 - sentencepiece: a ``.model`` file (trained here, with byte fallback, so that any text can be encoded);
-- Hugging Face: a folder with ``tokenizer.json``, such as GPT-2's.
+- Hugging Face: a directory with ``tokenizer.json``, such as GPT-2's.
 
 Where it is known between which bytes no token reaches, text is encoded by segments (``segments``), many times as fast.
 """
@@ -177,7 +177,7 @@ class HuggingFaceTokenizer:
 
 
 def load(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """A tokenizer from a sentencepiece ``.model`` file or a folder that holds one or a ``tokenizer.json``.
+    """A tokenizer from a sentencepiece ``.model`` file or a directory that holds one or a ``tokenizer.json``.
 
     ``vocab_size``: what a model expects; ``UserError`` when the tokenizer has another.
     """
@@ -211,7 +211,7 @@ def digest(tokenizer: Tokenizer) -> str:
 
 
 def copy(tokenizer: Tokenizer, folder: Path) -> None:
-    """Put the defining file into a folder, under the name that ``load`` looks for."""
+    """Put the defining file into a directory, under the name that ``load`` looks for."""
     name = "tokenizer.model" if tokenizer.path.suffix == ".model" else "tokenizer.json"
     if tokenizer.path.resolve() != (folder / name).resolve():
         shutil.copyfile(tokenizer.path, folder / name)

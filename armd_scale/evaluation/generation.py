@@ -59,7 +59,7 @@ class OwnJudge:
 
 
 class HuggingFaceJudge:
-    """A causal language model of transformers, such as GPT-2, from a local folder; BOS before each text."""
+    """A causal language model of transformers, such as GPT-2, from a local directory; BOS before each text."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         try:
@@ -93,9 +93,9 @@ class HuggingFaceJudge:
 
 
 def load_judge(path: Path, device: str = "cpu") -> Judge:
-    """The judge in a folder: a model or a run of this project, or a model of transformers. Raises ``UserError``."""
+    """The judge in a directory: a model or a run of this project, or a model of transformers. Raises ``UserError``."""
     if not (path / "config.json").is_file() and not RunDirectory(path).exists():
-        raise UserError(f"there is no judge in {path}: name a model folder or a run folder")
+        raise UserError(f"there is no judge in {path}: name a model directory or a run directory")
     foreign = (path / "config.json").is_file() and not (path / "modeling_armd.py").is_file()
     return HuggingFaceJudge(path, device) if foreign else OwnJudge(path, device)
 
@@ -103,7 +103,7 @@ def load_judge(path: Path, device: str = "cpu") -> Judge:
 def find_judge(model: Path) -> Path:
     """The best left-to-right run beside the run that a model comes from; ``UserError`` when there is none.
 
-    ``model``: a run folder, or a folder inside one.
+    ``model``: a run directory, or a directory inside one.
     """
     own = RunDirectory.around(model)
     beside = map(RunDirectory, own.path.resolve().parent.iterdir()) if own else ()

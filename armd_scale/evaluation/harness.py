@@ -22,7 +22,7 @@ from armd_scale.inference import FREE, Decoding
 
 @register_model("armd")
 class ARMDHarness(TemplateLM):
-    """``pretrained``: model folder; ``streams``, ``draft``: how ``generate_until`` decodes."""
+    """``pretrained``: model directory; ``streams``, ``draft``: how ``generate_until`` decodes."""
 
     def __init__(
         self,

@@ -74,7 +74,7 @@ class Study(Section):
         return next(config.train.steps for run, config in made.items() if run.variant == MAIN)
 
     def config(self, run: "Run", directory: Path, overrides: list[str]) -> RunConfig:
-        """The configuration of a run in the study's folder; ``UserError`` on anything wrong."""
+        """The configuration of a run in the study's directory; ``UserError`` on anything wrong."""
         return configs.load(directory / "run.yaml", [*overrides, *self.overrides(run, directory)])
 
     def overrides(self, run: "Run", directory: Path) -> list[str]:
@@ -117,7 +117,7 @@ def load(path: Path) -> Study:
             raise UserError(f"{path}: '{name}' has the seed {min(left)}, which '{variant.beside}' has not")
     names = [run.name for run in runs(study)]
     if len(set(names)) < len(names):
-        raise UserError(f"{path}: two runs would share the folder {next(n for n in names if names.count(n) > 1)}")
+        raise UserError(f"{path}: two runs would share the directory {next(n for n in names if names.count(n) > 1)}")
     return study
 
 
@@ -129,7 +129,7 @@ def runs(study: Study) -> list[Run]:
 def measure(study: Study, run: Run, folder: Path, equal: int, judge: Path, suite: Path | None) -> dict[str, Any]:
     """Everything that is asked of the trained run in ``folder``.
 
-    ``equal``: the steps at which variants are compared; ``judge``: the folder of another run; ``suite``: that of the
+    ``equal``: the steps at which variants are compared; ``judge``: the directory of another run; ``suite``: that of the
     zero-shot texts. Raises ``UserError``.
     """
     config = RunDirectory(folder).load_config(vocabulary=True)

@@ -49,7 +49,7 @@ class TextSet:
 
     name: str
     files: tuple[str, ...]
-    """Names under which the text is looked for in a folder, best first."""
+    """Names under which the text is looked for in a directory, best first."""
     sha256: str | None
     """Hash of the expected file; None where no copy was at hand to take it from."""
     fields: tuple[str, ...]
@@ -140,7 +140,7 @@ PUBLISHED: dict[str, dict[str, float]] = {
 
 
 def find(text: TextSet, folder: Path, split: str = "test") -> Path | None:
-    """The file of a text in a folder, None when it is not there.
+    """The file of a text in a directory, None when it is not there.
 
     WikiText103 has the test articles of WikiText2: one file serves both.
     """
@@ -166,7 +166,7 @@ def read_hub(text: TextSet, protocol: Protocol) -> tuple[list[str], int]:
     try:
         rows = load_dataset(path, name, split=split)
     except Exception as error:  # whatever stands between this machine and the data
-        raise UserError(f"{text.name} cannot be read from {path}: {error}; name a folder with --data") from error
+        raise UserError(f"{text.name} cannot be read from {path}: {error}; name a directory with --data") from error
     return _prepared(text, (_field(text, row, path) for row in rows), protocol, path)
 
 

@@ -1,9 +1,9 @@
-"""What a model folder holds beside its weights: code generated from this package, and files for Hugging Face.
+"""What a model directory holds beside its weights: code generated from this package, and files for Hugging Face.
 
 - ``write_config``: ``config.json``, for this project and for transformers;
 - ``write_code``: ``modeling_armd.py``, the model in one file that needs torch and safetensors only, and the
   Hugging Face classes on top of it;
-- ``write_tokenizer_settings``: how ``AutoTokenizer`` reads the folder's tokenizer;
+- ``write_tokenizer_settings``: how ``AutoTokenizer`` reads the directory's tokenizer;
 - ``card``: the model card.
 """
 
@@ -41,7 +41,7 @@ FILES = re.compile(
     r"config\.json|generation_config\.json|tokenizer\.(json|model)|tokenizer_config\.json|README\.md|"
     r"(modeling|huggingface|tokenization)_armd\.py|__pycache__|model.*\.safetensors(\.index\.json)?"
 )
-"""Names of the files of a model folder."""
+"""Names of the files of a model directory."""
 
 
 def write_config(folder: Path, config: ARMDConfig, facts: dict[str, Any]) -> None:
@@ -59,7 +59,7 @@ def write_config(folder: Path, config: ARMDConfig, facts: dict[str, Any]) -> Non
 
 
 def write_code(folder: Path) -> None:
-    """Write the code of a model folder."""
+    """Write the code of a model directory."""
     (folder / "modeling_armd.py").write_text(_joined(), encoding="utf-8")
     places = "|".join(part.replace("/", r"\.") for part in _PARTS)
     single = re.sub(
@@ -163,7 +163,7 @@ def write_tokenizer_settings(folder: Path, length: int, bos: str, eos: str) -> N
 
 
 def card(name: str, config: ARMDConfig, facts: dict[str, Any]) -> str:
-    """The model card of a folder.
+    """The model card of a directory.
 
     ``facts``: ``parameters``, ``checkpoint``, ``difference`` to the training model's logits, ``tokens`` trained on,
     ``text``, and ``heldout``: figures of the newest evaluation by kind of order, in bits per byte.
@@ -192,10 +192,10 @@ tags: [{tags}]
 | training text | {facts["text"]} |
 {heldout}| largest difference to the training model's logits | {facts["difference"]:.1e} |
 
-With this folder alone, torch and safetensors:
+With this directory alone, torch and safetensors:
 
 ```python
-import modeling_armd as armd  # the file in this folder
+import modeling_armd as armd  # the file in this directory
 
 model = armd.load(".")
 text = model.generate([[5, 6, 7]], decoding=armd.Decoding({decoding}), seed=1)

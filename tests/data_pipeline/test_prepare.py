@@ -68,7 +68,7 @@ def small_parts(monkeypatch):
 
 
 def content(folder):
-    """All files of a prepared folder but the settings, which name the source."""
+    """All files of a prepared directory but the settings, which name the source."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -106,7 +106,7 @@ def test_the_result_does_not_depend_on_processes_or_pieces(text, tmp_path, monke
 
 
 def test_jobs_share_the_steps(text, tmp_path, small_parts):
-    """Every share by itself, in any order, some of them twice: the same folder."""
+    """Every share by itself, in any order, some of them twice: the same directory."""
     preparing.prepare(config(tmp_path / "one", text, deduplicate=True))
     shared = config(tmp_path / "shared", text, deduplicate=True)
     assert preparing.step(shared, "begin")

@@ -1,4 +1,4 @@
-"""Baselines end to end: trained on several processes, scored from the checkpoint and from the exported folder alike."""
+"""Baselines end to end: trained on several processes, scored from the checkpoint and from the model directory."""
 
 import subprocess
 import sys

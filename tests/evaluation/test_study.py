@@ -47,7 +47,10 @@ def test_shipped_studies_are_valid(path, tmp_path):
             "'mdm' has the seed 7, which 'armd'",
         ),
         ({"variants": {"ar": {}, "armd": {}, "mdm": {}, "judge": {}, "x": {"beside": "y"}}}, "needs the variant 'y'"),
-        ({"variants": {"ar": {}, "armd": {}, "mdm": {}, "judge": {}, "a b": {}, "a-b": {}}}, "share the folder a-b-0"),
+        (
+            {"variants": {"ar": {}, "armd": {}, "mdm": {}, "judge": {}, "a b": {}, "a-b": {}}},
+            "share the directory a-b-0",
+        ),
     ],
 )
 def test_studies_that_are_refused(tmp_path, change, line):

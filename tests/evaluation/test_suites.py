@@ -160,7 +160,7 @@ def test_the_suite_by_the_command(model_dir, tmp_path):
     ("words", "line"),
     [
         (["--suite", "zeroshot"], "needs --data"),
-        (["--suite", "zeroshot", "--data", "/nowhere"], "there is no folder"),
+        (["--suite", "zeroshot", "--data", "/nowhere"], "there is no directory"),
         (["--suite", "zeroshot", "--data", "."], "holds none of the suite's texts"),
         (["--text", "README.md", "--length", "99"], "does not fit this model"),
         (["--text", "README.md", "--repeats", "1"], "must be at least 2"),

@@ -1,4 +1,4 @@
-"""A model folder with its own code: as a Hugging Face model, as a single file, and with both kinds of tokenizer."""
+"""A model directory with its own code: as a Hugging Face model, as a single file, and with both kinds of tokenizer."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ TEXT = "def f(self):\n    return 'the cache of naïve 你好 ▁ <s> words'\t" *
 
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory):
-    """A folder with a sentencepiece tokenizer."""
+    """A directory with a sentencepiece tokenizer."""
     place = tmp_path_factory.mktemp("pieces")
     tokenizer = tokenizers.train([TEXT], tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", 284)
     return model_folder(place, PAPER, tokenizer)
@@ -27,7 +27,7 @@ def pieces(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bytelevel(tmp_path_factory):
-    """A folder with a byte-level BPE in ``tokenizer.json``, and an untied head."""
+    """A directory with a byte-level BPE in ``tokenizer.json``, and an untied head."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     source = tmp_path_factory.mktemp("tokenizer")
@@ -45,7 +45,7 @@ def bytelevel(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def modules(tmp_path_factory):
-    """Where transformers keeps the code of folders, for this file only."""
+    """Where transformers keeps the code of directories, for this file only."""
     os.environ["HF_MODULES_CACHE"] = str(tmp_path_factory.mktemp("modules"))
     os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -168,5 +168,5 @@ def test_folders_that_do_not_load(pieces, tmp_path):
     for device in ("cuda:99", "nonsense", "meta"):
         with pytest.raises(InputError, match=f"device {device} is not there"):
             inference.load(pieces, device=device)
-    with pytest.raises(InputError, match="not a model folder"):
+    with pytest.raises(InputError, match="not a model directory"):
         inference.load(tmp_path)

@@ -192,7 +192,7 @@ def test_convert_generate_evaluate(finished, tmp_path, text):
         "config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json", "README.md",
         "modeling_armd.py", "huggingface_armd.py", "tokenization_armd.py",
     }  # fmt: skip
-    # the folder's own code is enough: no package of this project on the path
+    # the directory's own code is enough: no package of this project on the path
     alone = subprocess.run(
         [sys.executable, "-I", "-c",
          f"import sys; sys.path.insert(0, {str(out)!r}); import modeling_armd as m; "
@@ -247,7 +247,7 @@ def test_infilling_from_the_command_line(finished):
 
 
 def test_back_to_training(finished, tmp_path):
-    """A model folder begins a run: its weights bit for bit, its loss at the first step, and training goes on."""
+    """A model directory begins a run: its weights bit for bit, its loss at the first step, and training goes on."""
     config, run, _ = finished
     model, begun = run / "export", tmp_path / "r"
     same = f"data.tokenizer={model}", f"data.directory={run}/data"
@@ -303,7 +303,7 @@ def test_bad_runs_are_one_line(finished, tmp_path, text):
 
 def test_bad_checkpoints_and_exports_are_one_line(finished, tmp_path):
     _, run, _ = finished
-    refused(command("tools/convert_ckpt.py", tmp_path, tmp_path / "out"), "is not a run folder")
+    refused(command("tools/convert_ckpt.py", tmp_path, tmp_path / "out"), "is not a run directory")
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     shutil.copytree(run / "export", tmp_path / "model")
@@ -326,9 +326,9 @@ def test_bad_checkpoints_and_exports_are_one_line(finished, tmp_path):
     ):
         result = command(*tool)
         if "--text" in tool:
-            refused(result, "is not a model folder|no known format")
+            refused(result, "is not a model directory|no known format")
         else:
-            refused(result, "is not a model folder: model.safetensors is missing")
+            refused(result, "is not a model directory: model.safetensors is missing")
     full = tmp_path / "other"
     shutil.copytree(run / "export", full)
     refused(command("tools/generate.py", full, "--prompt", "word " * 200), r"the prompt has \d+ tokens")
@@ -338,7 +338,7 @@ def test_bad_checkpoints_and_exports_are_one_line(finished, tmp_path):
     refused(command("tools/generate.py", full, "--device", "abacus"), "device abacus is not there")
     refused(
         command("tools/eval_zeroshot.py", full, "--text", again, "--json", "/nowhere/x.json"),
-        "there is no folder /nowhere",
+        "there is no directory /nowhere",
     )
     refused(command("tools/eval_zeroshot.py", full, "--text", tmp_path / "no.txt"), "there is no text file")
     refused(command("tools/eval_zeroshot.py", full, "--text", again, "--order", "zigzag"), "unknown order 'zigzag'")
@@ -349,7 +349,7 @@ def test_bad_checkpoints_and_exports_are_one_line(finished, tmp_path):
     refused(command("tools/generate.py", full), "does not describe an ARMD model")
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious/file").write_text("keep")
-    refused(command("tools/convert_ckpt.py", run, tmp_path / "precious"), "exists and is no model folder")
+    refused(command("tools/convert_ckpt.py", run, tmp_path / "precious"), "exists and is not a model directory")
     assert (tmp_path / "precious/file").read_text() == "keep"
 
 
@@ -362,7 +362,7 @@ def test_a_killed_rank_and_a_killed_launcher(finished, tmp_path):
     run = tmp_path / "run"
     victims = _running("submitit.core._submit", tmp_path)
     assert len(victims) >= 4
-    refused(command(*words[1:]), "another process works on the run folder")
+    refused(command(*words[1:]), "another process works on the run directory")
     before = {r["step"]: r["loss"] for r in RunDirectory(run).metrics()}
     os.kill(max(victims), signal.SIGKILL)
     deadline = time.monotonic() + 120

@@ -293,7 +293,7 @@ def test_texts_end_before_the_server_does(model_dir, own):
 def test_wrong_starts_are_one_line(model_dir, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for words, line in (
-            ([tmp_path], "is not a model folder"),
+            ([tmp_path], "is not a model directory"),
             ([model_dir, "--port", taken.getsockname()[1]], "cannot be listened on"),
             ([model_dir, "--lanes", 0], "--lanes must be from 1 to 1024"),
             ([model_dir, "--device", "cuda:9"], "device cuda:9 is not there"),

@@ -1,4 +1,4 @@
-"""From a checkpoint of any layout to a model folder: in several files, and in little memory."""
+"""From a checkpoint of any layout to a model directory: in several files, and in little memory."""
 
 import json
 import os
@@ -114,7 +114,7 @@ def test_what_is_there_is_not_lost(trained, tmp_path):
     out.mkdir()
     (out / "config.json").write_text("{}")
     (out / "thesis.txt").write_text("years of work")
-    for held, line in (("thesis.txt", "holds thesis.txt, which no export writes"), (None, "is no model folder")):
+    for held, line in (("thesis.txt", "holds thesis.txt, which no export writes"), (None, "is not a model directory")):
         if held is None:
             (out / "thesis.txt").unlink()
         assert line in run_processes(1, _export_again, trained, source, out)[0]

@@ -207,9 +207,7 @@ def test_a_range_of_the_data_is_skipped(data, tmp_path, capfd):
     assert records[4] != before[4]
     assert "left out: [[4, 6]]" in capfd.readouterr().out
     fields["data"]["skip_steps"] = [[1, 2]]
-    with pytest.raises(
-        torch.multiprocessing.ProcessRaisedException, match="changes what the run has seen before step 8"
-    ):
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="before step 8"):
         start(RunConfig.model_validate(fields))
 
 
@@ -222,7 +220,7 @@ def test_another_tokenizer_is_refused(data, tmp_path):
     index = tmp_path / "data/train/index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "tokenizer_sha256": "other"}))
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000008")
-    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="was made with another tokenizer than what"):
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="another tokenizer"):
         start(config)
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
@@ -279,7 +277,7 @@ def test_damaged_checkpoints_are_named(data, tmp_path):
     with pytest.raises(UserError, match=rf"step-00000008 is damaged: {file.name} has \d+ bytes instead of"):
         manifest.verify(newest)
     file.write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
-    with pytest.raises(UserError, match="does not have its SHA-256"):
+    with pytest.raises(UserError, match="another SHA-256"):
         manifest.verify(newest)
     file.unlink()
     with pytest.raises(UserError, match="is missing"):
@@ -367,7 +365,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(data, tmp_path, capfd):
     run_processes(2, _train_on_a_full_disk, config)
     names = [path.name for path in config.run_directory.complete_checkpoints()]
     assert names == ["step-00000004", "step-00000006", "step-00000008"]
-    assert "the checkpoint of step 2 could not be written, training goes on: [Errno 28]" in capfd.readouterr().out
+    assert "checkpoint of step 2 not written, training continues: [Errno 28]" in capfd.readouterr().out
 
 
 def _train_on_a_full_disk(rank, processes, rendezvous, config):
@@ -405,5 +403,5 @@ def test_learning_rate():
 def test_wrong_number_of_processes(data, tmp_path):
     from armd_scale.training.loop import train
 
-    with pytest.raises(UserError, match=r"laid out for 1 processes .* but 2 were started"):
+    with pytest.raises(UserError, match="is 1 processes but 2"):
         train(run(data, data / "text.jsonl", tmp_path), 0, 2, 0, tmp_path / "store")
