@@ -50,11 +50,11 @@ def open_model(path: Path, device: str = "cpu", dtype: torch.dtype | None = None
 
 
 Mapper: TypeAlias = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
-"""Calls ``function(model, *job)`` for every job, and returns the results in the order of the jobs."""
+"""Calls ``function(model, *job)`` for each job, and returns the results in the order of the jobs."""
 
 
 def alone(model: ARMD) -> Mapper:
-    """A model in this process."""
+    """A mapper that runs the jobs in this process."""
     return lambda function, jobs: [function(model, *job) for job in jobs]
 
 

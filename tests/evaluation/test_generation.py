@@ -70,7 +70,7 @@ def test_judges(model_dir, gpt2_dir):
                 expected -= float(logits.double().log_softmax(-1)[token])
     [(nats, count)] = judge.nll([text])
     assert (nats, count) == (pytest.approx(expected, rel=1e-5), len(text))
-    with pytest.raises(UserError, match="there is no judge in"):
+    with pytest.raises(UserError, match="holds no judge"):
         generation.load_judge(model_dir / "nothing")
 
 
