@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         """Lets the texts in lanes end before connections are closed."""
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            await asyncio.to_thread(server.engine.close, _GRACE)
+            await asyncio.to_thread(server.scheduler.close, _GRACE)
             await super().shutdown(sockets)
 
     Draining(config).run(sockets=[listening])

@@ -173,7 +173,7 @@ def test_everything_in_one_process(finished, tmp_path):
     config, run, _ = finished
     places = f"run_dir={tmp_path}/r", f"data.directory={run}/data"
     words = "launchers/slurm.py", "--config", config, "--cluster", "debug"
-    refused(command(*words), "--cluster debug runs everything in one process")
+    refused(command(*words), "--cluster debug .* set cluster.tasks_per_node=1")
     one = "cluster.tasks_per_node=1", "parallel.tensor=1"
     result = command(*words, *one, *places)
     assert result.returncode == 0, result.stderr
@@ -252,10 +252,10 @@ def test_back_to_training(finished, tmp_path):
     model, begun = run / "export", tmp_path / "r"
     same = f"data.tokenizer={model}", f"data.directory={run}/data"
     words = "tools/convert_ckpt.py", model, begun, "--to-training", "--config", config
-    refused(command(*words), "the run would train a tokenizer of its own: set data.tokenizer=")
+    refused(command(*words), "set data.tokenizer=")
     result = command(*words, *same)
     assert result.returncode == 0, result.stderr
-    for change, line in (((), "has checkpoints already"), (["model.layers=6"], "the configuration's model has layers")):
+    for change, line in (((), "already has checkpoints"), (["model.layers=6"], "has layers = 6")):
         with pytest.raises(UserError, match=line):
             export.to_training(model, configs.load(config, [f"run_dir={begun}", *same, *change]))
     steps = "orders.ar_steps=0", "train.steps=4", "orders.permutation_steps=0", "orders.strided_steps=0", "orders.rho=0"
@@ -285,11 +285,11 @@ def test_bad_runs_are_one_line(finished, tmp_path, text):
 
     refused(command("launchers/slurm.py", "--config", tmp_path / "no.yaml"), "there is no configuration file")
     refused(launch("model.layer=3"), "did you mean 'model.layers'")
-    refused(launch("parallel.tensor=3"), r"4 processes .* cannot be split into groups of parallel.tensor = 3")
-    refused(launch("report.prompt=" + "word " * 60), r"report.prompt has \d+ tokens, the model takes 32")
-    refused(launch("optimizer.lr=1e30"), "the loss is not finite after step")
+    refused(launch("parallel.tensor=3"), "4 processes .* parallel.tensor = 3")
+    refused(launch("report.prompt=" + "word " * 60), r"report.prompt has \d+ tokens")
+    refused(launch("optimizer.lr=1e30"), "lower optimizer.lr")
     shutil.rmtree(tmp_path / "bad")
-    refused(launch("cluster.nodes=2"), "there is no Slurm on this machine")
+    refused(launch("cluster.nodes=2"), "set cluster.nodes=1")
     refused(launch("data.text=[/nowhere/*.txt]"), "there is no text at /nowhere")
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
@@ -376,7 +376,7 @@ def test_a_killed_rank_and_a_killed_launcher(finished, tmp_path):
     assert f"train at step {deaths[0]['reached']}" in command("launchers/slurm.py", "status", run).stdout
     process.kill()
     process.wait()
-    refused(command(*words[1:]), r"jobs of an earlier launcher still run in .*: wait for them, or end them")
+    refused(command(*words[1:]), "wait for them, or cancel them with `armd cancel")
     assert command("launchers/slurm.py", "cancel", run).stdout == "ended: train\n"
     while _running("submitit", tmp_path) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -442,15 +442,15 @@ def test_the_script_for_slurm(tmp_path):
         "environment": {"NCCL_DEBUG": "INFO", "PYTHONPATH": "/extra"},
     }  # fmt: skip
     config = RunConfig.model_validate({"name": "big", "run_dir": str(tmp_path), "cluster": cluster})
-    text = jobs.sbatch_text(config, jobs.Step("train", "train"), Path("CODE"))
+    text = jobs.sbatch_text(config, jobs.JobSpec("train", "train"), Path("CODE"))
     assert text.replace(str(tmp_path), "RUN").strip() == SCRIPT.replace("\\\n", "").strip()
-    array = jobs.sbatch_text(config, jobs.Step("tokenise-tokenise", "tokenise", 5), Path("CODE"))
+    array = jobs.sbatch_text(config, jobs.JobSpec("tokenise-tokenise", "tokenise", 5), Path("CODE"))
     assert "#SBATCH --array=0-4%5" in array
     assert "gpus" not in array
 
 
 def test_what_dies_again_and_again_is_given_up(tmp_path):
-    """A job that dies three times at one step, or too often without a new checkpoint, is not started again."""
+    """A job that fails three times at the same step, or too often without a new checkpoint, does not restart."""
     config = RunConfig.model_validate(
         {"run_dir": str(tmp_path), "cluster": {"max_restarts": 4, "backoff_seconds": 2.0}}
     )
@@ -464,10 +464,10 @@ def test_what_dies_again_and_again_is_given_up(tmp_path):
 
     assert dies(7) == (2.0, "out of luck")
     assert dies(7) == (4.0, "out of luck")
-    assert dies(7) == (None, "died 3 times at step 7: out of luck")
+    assert dies(7) == (None, "failed 3 times at step 7: out of luck")
     assert dies(7) == (2.0, "out of luck"), "started by hand, it counts anew"
     assert [dies(step)[0] for step in (8, 9, 10)] == [4.0, 8.0, 16.0]
-    assert dies(11) == (None, "died 5 times without a new checkpoint: out of luck")
+    assert dies(11) == (None, "failed 5 times without a new checkpoint: out of luck")
     assert dies(12)[0] == 2.0
     checkpoint = tmp_path / "checkpoints/step-00000012"
     checkpoint.mkdir(parents=True)
@@ -477,7 +477,11 @@ def test_what_dies_again_and_again_is_given_up(tmp_path):
     assert dies(14, bad_input=True) == (None, "out of luck")
     restart.clear(config, "train", "1")
     assert not RunDirectory.error_path(job).exists()
-    assert restart.decide(config, "train", "1", 137) == (2.0, "a process died without a word (exit code 137)", True)
+    assert restart.decide(config, "train", "1", 137) == (
+        2.0,
+        "a process died without an error message (exit code 137)",
+        True,
+    )
 
 
 def test_a_launcher_that_is_told_to_end_ends_its_jobs(finished, tmp_path):
