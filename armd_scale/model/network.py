@@ -1,11 +1,11 @@
-"""The network, or one pipeline stage of it: a contiguous run of layers.
+"""The network, or the contiguous layers of a (virtual) pipeline stage.
 
-The first stage embeds the context rows (stream X) and seeds the targets (stream G); layers below
-``two_stream`` carry both streams, the rest G alone; the last stage scores the targets. What passes between stages is
-one tensor, [N, 2 B, d], whose second half is empty where G lives alone.
+The first stage embeds the context rows (X stream) and seeds the target rows (G stream). Layers below ``two_stream``
+carry both streams, the other layers carry G alone. The last stage scores the targets. Stages exchange tensors
+[N, 2 B, d], whose second half is zero where only G exists.
 
-Objectives of one stream have the embeddings of the context rows alone: a causal one predicts from each row the token of
-the next (the shift query), one that sees everything the token that a row masks.
+Single-stream objectives embed the context rows only. A causal objective predicts from each row the token of the next
+row (the shift query); a bidirectional objective predicts the token that the row masks.
 """
 
 from typing import Any
@@ -43,15 +43,15 @@ from armd_scale.rows import Rows
 class Stage(nn.Module):
     """Layers ``first`` to ``last`` (exclusive) of the network.
 
-    ``recompute``: what is computed again in the backward pass: ``none``, ``selective`` (attention), ``full`` (layers).
-    ``kinds``: the linears of the layers, by default the best ones that can run here. ``head_batch``: texts whose logits
-    exist at a time; None: all.
+    ``recompute``: what the backward pass recomputes: ``none``, ``selective`` (attention) or ``full`` (layers).
+    ``kinds``: linear modules of the layers, by default the fastest that this device supports. ``head_batch``: number of
+    texts whose logits exist at the same time; None: all.
     """
 
     def __init__(
         self,
-        config: ModelConfig,
-        parallel: TransformerConfig,
+        model_config: ModelConfig,
+        config: TransformerConfig,
         first: int = 0,
         last: int | None = None,
         recompute: str = "none",
@@ -59,62 +59,65 @@ class Stage(nn.Module):
         head_batch: int | None = None,
     ) -> None:
         super().__init__()
-        kinds = kinds or linears(bool(parallel.fp8))
+        kinds = kinds or linears(bool(config.fp8))
         self.head_batch = head_batch
-        last = config.layers if last is None else last
-        self.config = parallel  # Megatron's schedules read it, and the next, under these names
+        last = model_config.layers if last is None else last
+        self.config = config  # Megatron's schedules read config and model_type
         self.model_type = ModelType.encoder_or_decoder
-        self.model = config
-        self.is_first, self.is_last = first == 0, last == config.layers
+        self.model_config = model_config
+        self.is_first, self.is_last = first == 0, last == model_config.layers
         self.recompute = recompute
         self._received: Tensor | None = None
-        vocab = config.padded_vocab
-        if self.is_first or (self.is_last and config.tied_head):
+        vocab = model_config.padded_vocab
+        if self.is_first or (self.is_last and model_config.tied_head):
             self.embedding = VocabParallelEmbedding(
-                vocab, config.hidden, init_method=lambda weight: weight, config=parallel
+                vocab, model_config.hidden, init_method=lambda weight: weight, config=config
             )
-            describe(self.embedding.weight, Initial(config.init_std), 0)
-        if self.is_first and config.traits.streams == 2:
-            self.prefix = PrefixAggregation(config, parallel)
-        # Names carry the global layer number, so that a checkpoint does not depend on the cut.
+            describe(self.embedding.weight, Initial(model_config.init_std), 0)
+        if self.is_first and model_config.traits.streams == 2:
+            self.prefix = PrefixAggregation(model_config, config)
+        # Names hold the global layer number, so that checkpoints do not depend on the pipeline layout.
+        recompute_attention = recompute == "selective"
         self.layers = nn.ModuleDict(
             {
-                str(index): Layer(config, parallel, kinds, *streams_of(config, index), recompute == "selective")
+                str(index): Layer(model_config, config, kinds, *streams_of(model_config, index), recompute_attention)
                 for index in range(first, last)
             }
         )
         if self.is_last:
-            self.norm = Norm(config, parallel)
+            self.norm = Norm(model_config, config)
             self.head = ColumnParallelLinear(
-                config.hidden,
+                model_config.hidden,
                 vocab,
-                config=parallel,
+                config=config,
                 init_method=lambda weight: weight,
                 bias=False,
                 gather_output=False,
-                skip_weight_param_allocation=config.tied_head,
+                skip_weight_param_allocation=model_config.tied_head,
             )
-            if not config.tied_head:
-                describe(self.head.weight, Initial(config.init_std), 0)
-            # The table is rounded up; this rank's rows beyond the vocabulary get no probability.
+            if not model_config.tied_head:
+                describe(self.head.weight, Initial(model_config.init_std), 0)
+            # The table is padded: rows of this rank beyond the vocabulary get no probability.
             local = self.head.output_size_per_partition
-            assert config.vocab_size is not None
-            self.vocab_rows = min(local, max(0, config.vocab_size - local * self.head.tp_group.rank()))
+            assert model_config.vocab_size is not None
+            self.vocab_rows = min(local, max(0, model_config.vocab_size - local * self.head.tp_group.rank()))
 
     def set_input_tensor(self, received: Tensor | list[Tensor | None] | None) -> None:
-        """What the stage before sent; called by Megatron's schedules."""
+        """Set the activations received from the previous stage; called by Megatron's schedules."""
         self._received = received[0] if isinstance(received, list) else received
 
     def forward(self, rows: Rows) -> Tensor:
-        """NLL of every target in nats [B, N], generation order, float32, times its weight where rows have one; before
-        the last stage: its activations."""
+        """NLL of the targets in nats, [B, N] float32 in generation order, times ``rows.weights``.
+
+        Stages before the last return their activations.
+        """
         h = self.hidden(rows)
         if self.is_last:
             nll = self.nll(h, rows.target_tokens)
             return nll if rows.weights is None else nll * rows.weights
-        missing = self.model.streams * len(rows.target_tokens) - h.shape[1]
+        missing = self.model_config.streams * len(rows.target_tokens) - h.shape[1]
         if self.config.pipeline_model_parallel_size > 1 and missing:
-            # Stages exchange tensors of one size: to tell each other another one they would wait for the device.
+            # Stages exchange fixed-size tensors: negotiating a shape would synchronise with the device.
             h = torch.cat([h, torch.zeros_like(h)], dim=1)
         return h
 
@@ -127,15 +130,15 @@ class Stage(nn.Module):
         of_context = self._rotary(rows.context_positions)
         of_target = self._rotary(rows.target_positions)
         of_both = of_context.repeat(of_target)
-        # Once for all layers: a backend keeps what it makes of a mask with the tensor (see attention.flex).
+        # Made once for all layers, as backends cache data derived from a mask with its tensor (see attention.flex).
         seen = rows.visible and (
             rows.visible.target_of_target[None],
             rows.visible.context_of_target[None],
             torch.stack(rows.visible[:2]),
         )
-        update: Tensor | None = None  # what the last layer adds to h
+        update: Tensor | None = None  # residual update of the previous layer, not yet added to h
         for layer in self.layers.values():
-            if self.model.traits.streams == 1:
+            if self.model_config.traits.streams == 1:
                 inputs = (of_context, of_context, None)
             elif layer.streams_in == 1:
                 inputs = (of_target, of_target, seen and seen[0])
@@ -144,7 +147,7 @@ class Stage(nn.Module):
             else:
                 inputs = (of_both, of_context, seen and seen[2])
             if self.recompute == "full" and torch.is_grad_enabled():
-                # One tensor is kept a layer, so the sum is made.
+                # The sum is computed here, so that the checkpoint keeps a single tensor per layer.
                 h = torch.add(
                     *checkpoint(self._through, layer, h, None, *inputs, use_reentrant=False, preserve_rng_state=False)
                 )
@@ -153,12 +156,12 @@ class Stage(nn.Module):
         return h if update is None else h + update
 
     def _through(self, layer: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor]:
-        # Here, and not around all layers: what is computed again needs the context as well.
+        # The context is entered per layer, as recomputation in the backward pass needs the context too.
         with get_fp8_context(self.config):
             return layer(*inputs)
 
     def logits(self, h: Tensor) -> Tensor:
-        """This rank's part of the vocabulary for each row, [N, B, V / tensor], float32."""
+        """Logits of each row for the vocabulary part of this rank, [N, B, V / tensor], float32."""
         logits = self._scores(h)
         unused = logits.shape[-1] - self.vocab_rows
         if unused:
@@ -166,8 +169,8 @@ class Stage(nn.Module):
         return logits.float()
 
     def _scores(self, h: Tensor) -> Tensor:
-        """Logits of this rank's rows of the table, with its padding, in the type of the weights."""
-        return self.head(self.norm(h)[1], weight=self.embedding.weight if self.model.tied_head else None)[0]
+        """Logits for the table rows of this rank, padding included, in the dtype of the weights."""
+        return self.head(self.norm(h)[1], weight=self.embedding.weight if self.model_config.tied_head else None)[0]
 
     def nll(self, h: Tensor, target_tokens_BN: Tensor) -> Tensor:
         """-log p of the targets in nats, [B, N], from activations [N, B, d]."""
@@ -185,18 +188,18 @@ class Stage(nn.Module):
     def _nll(self, h: Tensor, target_tokens_BN: Tensor) -> Tensor:
         if self.config.tensor_model_parallel_size == 1 and on_cuda(h):
             return cross_entropy(self._scores(h), target_tokens_BN.t(), self.vocab_rows).t()
-        # Megatron's cross-entropy works in place on the logits; they are used nowhere else.
+        # Megatron's cross-entropy overwrites the logits, which have no other use.
         return vocab_parallel_cross_entropy(self.logits(h), target_tokens_BN.t().contiguous()).t()
 
     def _enter(self, rows: Rows) -> Tensor:
         h = self.embedding(rows.context_tokens).transpose(0, 1).contiguous()
-        if self.model.traits.streams == 2:
+        if self.model_config.traits.streams == 2:
             seen = rows.visible and rows.visible.context_of_target
             h = torch.cat([h, self.prefix(h, rows.context_positions, rows.target_positions, seen)], dim=1)
         return scatter_to_sequence_parallel_region(h) if self.config.sequence_parallel else h
 
     def _rotary(self, positions_BN: Tensor) -> Rotary:
-        return rotary(positions_BN, self.model.head_dim, self.model.rope_base)
+        return rotary(positions_BN, self.model_config.head_dim, self.model_config.rope_base)
 
 
 def streams_of(config: ModelConfig, index: int) -> tuple[int, int]:
