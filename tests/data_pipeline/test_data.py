@@ -68,10 +68,10 @@ def test_a_shard_is_what_the_writer_of_webdataset_makes(tmp_path_factory, count,
     ("name", "content", "line"),
     [
         ("x.jsonl", b'{"text": "ok"}\n{"text": \n', "line 2 is not a JSON object"),
-        ("x.jsonl", b'{"body": "ok"}\n', "line 1 is not a JSON object with a field 'text'"),
+        ("x.jsonl", b'{"body": "ok"}\n', "line 1 .* field 'text'"),
         ("x.jsonl", b"[1]\n", "line 1 is not a JSON object"),
         ("x.jsonl", b'{"text": 3}\n', "field 'text' is not text"),
-        ("x.jsonl", b'{"text": "\\ud800"}\n', "half a surrogate pair"),
+        ("x.jsonl", b'{"text": "\\ud800"}\n', "surrogate"),
         ("x.jsonl", b"[" * 100_000 + b"\n", "line 1 is not a JSON object"),
         ("x.txt.gz", gzip.compress(bytes(range(256)) * 40, mtime=0)[:60] + b"\x00" * 40, "cannot be read"),
         ("x.txt", b"\xff\xfe\x00", "is not UTF-8"),
@@ -97,16 +97,16 @@ def test_a_truncated_zst_is_not_taken_for_a_short_one(tmp_path):
 
 
 def test_missing_and_empty(tmp_path):
-    with pytest.raises(UserError, match="there is no text at"):
+    with pytest.raises(UserError, match="no text at"):
         list(readers.documents([str(tmp_path / "absent.txt")]))
-    with pytest.raises(UserError, match="there is no text at"):
+    with pytest.raises(UserError, match="no text at"):
         list(readers.documents([str(tmp_path)]))
     (tmp_path / "blank.txt").write_text("  \n")
     assert list(readers.documents([str(tmp_path / "blank.txt")])) == []
 
 
 def test_a_parquet_column_that_is_no_text(folder):
-    with pytest.raises(UserError, match="column 'n' is int64, not text"):
+    with pytest.raises(UserError, match="column 'n' is int64"):
         list(readers.documents([str(folder / "d.parquet")], "n"))
 
 
@@ -161,13 +161,13 @@ def test_damaged_shards_are_named(tmp_path):
     with pytest.raises(UserError, match="shard-000001.tar is damaged"):
         PackedDataset(tmp_path).read([5])
     shard.write_bytes(good[:700] + b"x" + good[701:])
-    with pytest.raises(UserError, match="shard-000001.tar is damaged: its SHA-256"):
+    with pytest.raises(UserError, match="shard-000001.tar .* SHA-256"):
         shards.verify(tmp_path)
     shard.unlink()
     with pytest.raises(UserError, match="shard-000001.tar is missing"):
         PackedDataset(tmp_path).read([5])
     (tmp_path / "index.json").unlink()
-    with pytest.raises(UserError, match="is not a complete data set"):
+    with pytest.raises(UserError, match="not a complete data set"):
         PackedDataset(tmp_path)
 
 
@@ -296,7 +296,7 @@ def test_prepare_is_reproducible_and_done_once(tmp_path, prose):
     assert prepare(first) == index
     assert shard.stat().st_mtime_ns == before
     other = _config(tmp_path, text=[prose], directory=str(tmp_path / "one"), heldout_fraction=0.3)
-    with pytest.raises(UserError, match=r"prepared with other settings \(heldout_fraction\)"):
+    with pytest.raises(UserError, match="heldout_fraction"):
         prepare(other)
 
 
@@ -324,7 +324,7 @@ def test_interrupted_preparation_starts_again(tmp_path, prose):
 
 def test_a_failed_preparation_leaves_nothing_behind(tmp_path, prose):
     """Its tokenizer, above all, must not be taken for that of the next try."""
-    with pytest.raises(UserError, match="held-out text has only 0 tokens"):
+    with pytest.raises(UserError, match="held-out text .* 0 tokens"):
         prepare(_config(tmp_path, text=[prose], heldout_fraction=0.0))
     index = prepare(_config(tmp_path, text=[prose], heldout_fraction=0.2))
     tokenizer = tokenizers.load(tmp_path / "run/data/tokenizer")
@@ -338,13 +338,13 @@ def test_damage_is_found_when_a_run_goes_on(tmp_path, prose):
     good = shard.read_bytes()
     shard.write_bytes(good[:1000] + bytes([good[1000] ^ 1]) + good[1001:])
     fields = {"text": [prose], "heldout_fraction": 0.2}
-    with pytest.raises(UserError, match="shard-000000.tar is damaged: .*, or set data.damaged_shards=leave_out"):
+    with pytest.raises(UserError, match="shard-000000.tar .* data.damaged_shards=leave_out"):
         samples.check(config)
     samples.check(_config(tmp_path, **fields, verify=False))
     shard.write_bytes(good[:1000])
-    with pytest.raises(UserError, match="shard-000000.tar is damaged: 1000 bytes, the index says"):
+    with pytest.raises(UserError, match="shard-000000.tar .* 1000 bytes"):
         samples.check(_config(tmp_path, **fields, verify=False))
-    with pytest.raises(UserError, match="every shard in .* is damaged or missing"):
+    with pytest.raises(UserError, match="every shard"):
         samples.check(_config(tmp_path, **fields, damaged_shards="leave_out"))
     shard.write_bytes(good)
     samples.check(config)
@@ -358,7 +358,7 @@ def test_text_that_has_changed_is_noticed(tmp_path, prose):
     index = prepare(config)
     with open(prose, "a") as file:
         file.write('{"text": "one more"}\n')
-    with pytest.raises(UserError, match=r"other settings \(text\)"):
+    with pytest.raises(UserError, match=r"\(text\)"):
         prepare(config)
     Path(prose).unlink()  # the shards are enough once they are there
     assert prepare(config) == index
@@ -377,7 +377,7 @@ def test_mixtures_must_fit_together(tmp_path, prose):
     datasets = open_mixture(mixed)
     sources, _ = Mixture(datasets, [1.0, 0.5], 0).assign(np.arange(300))
     assert (sources == 1).sum() == pytest.approx(100, abs=2)
-    for other, line in (("odd", "was made with another tokenizer"), ("absent", "is not a complete data set")):
+    for other, line in (("odd", "another tokenizer"), ("absent", "not a complete data set")):
         fields["data"]["mixture"] = [{"directory": str(tmp_path / other)}]
         with pytest.raises(UserError, match=line):
             samples.check(RunConfig.model_validate(fields))
@@ -386,7 +386,7 @@ def test_mixtures_must_fit_together(tmp_path, prose):
 def test_a_folder_of_other_things_is_not_overwritten(tmp_path, prose):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="holds something that is no prepared data"):
+    with pytest.raises(UserError, match="choose another data.directory"):
         prepare(_config(tmp_path, text=[prose], directory=str(tmp_path / "mine"), heldout_fraction=0.2))
     assert (tmp_path / "mine/thesis.tex").read_text() == "years of work"
 
@@ -405,10 +405,10 @@ def test_a_file_counts_once_and_its_name_is_no_pattern(tmp_path):
 @pytest.mark.parametrize(
     ("data", "line"),
     [
-        ({"text": ["/nowhere/*.txt"]}, "there is no text at /nowhere"),
-        ({"text": ["EMPTY"]}, "cannot be trained on this text|has only 0 tokens"),
-        ({"text": ["PROSE"], "heldout_fraction": 0.0}, "held-out text has only 0 tokens"),
-        ({"text": ["PROSE"], "tokenizer": "/nowhere"}, "there is no tokenizer at /nowhere"),
+        ({"text": ["/nowhere/*.txt"]}, "/nowhere"),
+        ({"text": ["EMPTY"]}, "trained|0 tokens"),
+        ({"text": ["PROSE"], "heldout_fraction": 0.0}, "held-out text .* 0 tokens"),
+        ({"text": ["PROSE"], "tokenizer": "/nowhere"}, "/nowhere"),
     ],
 )
 def test_text_that_cannot_be_used(tmp_path, prose, data, line):

@@ -239,7 +239,7 @@ def test_bad_records_are_listed_and_stop_the_run_only_when_many(tmp_path):
     bad = [json.loads(line) for line in (folder / "bad.jsonl").read_text().splitlines()]
     assert [one["place"] for one in bad] == [f"{path} line 151", f"{path} line 302"]
     assert "is not a JSON object" in bad[0]["problem"]
-    with pytest.raises(UserError, match=r"2 of 303 records cannot be used, more than .* the first: .*x.jsonl line 151"):
+    with pytest.raises(UserError, match="2 of 303 records .* data.max_bad_fraction .* line 151"):
         preparing.prepare(config(tmp_path / "strict", path, max_bad_fraction=0.001))
     assert not (tmp_path / "strict").exists()
 
@@ -301,14 +301,14 @@ def test_tar_files_urls_and_row_groups(tmp_path):
     assert list(readers.documents([f"file://{tmp_path}/*.tar"])) == ["a text", "b", "c", "d"]
     with tarfile.open(tmp_path / "b.tar", "w") as archive:
         archive.addfile(tarfile.TarInfo("x.parquet"))
-    with pytest.raises(UserError, match="b.tar/x.parquet is not read inside a tar"):
+    with pytest.raises(UserError, match="b.tar/x.parquet"):
         list(readers.documents([str(tmp_path / "b.tar")]))
     (tmp_path / "b.tar").unlink()
     (tmp_path / "cut.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:1500])
     with pytest.raises(UserError, match="cut.tar cannot be read"):
         list(readers.documents([str(tmp_path / "cut.tar")]))
     for url in ("file:///nowhere/*.txt", "nosuch://x/y.txt"):
-        with pytest.raises(UserError, match="there is no text at|cannot be opened"):
+        with pytest.raises(UserError, match="no text at|opened"):
             list(readers.documents([url]))
     table = pyarrow.table({"text": [f"row {n}" if n % 7 else None for n in range(1000)]})
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet", row_group_size=100)
@@ -363,4 +363,4 @@ def test_a_tokenizer_of_its_own_and_what_is_in_the_data(text, tmp_path, kind):
     assert done.returncode == 2
     assert "shard-000003.tar is damaged" in done.stderr
     assert "Traceback" not in done.stderr
-    assert "is not complete prepared data" in module("data_pipeline.inspect", tmp_path).stderr
+    assert "complete.json" in module("data_pipeline.inspect", tmp_path).stderr

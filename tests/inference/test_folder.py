@@ -116,13 +116,13 @@ def test_generate_of_hugging_face(place):
     torch.manual_seed(0)
     assert torch.equal(sampled[0], hub.generate(**batch, do_sample=True))
     cases = [
-        (lambda: hub.generate(**batch, num_beams=4), "unknown setting num_beams"),
-        (lambda: hub.generate(**batch, max_new_tokens=40), "40 new tokens do not fit"),
+        (lambda: hub.generate(**batch, num_beams=4), "num_beams"),
+        (lambda: hub.generate(**batch, max_new_tokens=40), "40 new tokens"),
         (lambda: hub.generate(torch.tensor([[5, 6]])), "must begin with BOS"),
         (lambda: hub(torch.tensor([[5, 6]])), "input_ids must be BOS"),
         (
             lambda: hub(batch.input_ids, attention_mask=torch.zeros_like(batch.input_ids)),
-            "padding must be on the right",
+            "padding",
         ),
     ]
     for call, line in cases:
@@ -163,10 +163,10 @@ def test_the_single_file_is_the_package(place):
 
 
 def test_folders_that_do_not_load(pieces, tmp_path):
-    with pytest.raises(InputError, match=r"cannot run in torch\.float16: choose"):
+    with pytest.raises(InputError, match=r"torch\.float16"):
         inference.load(pieces, dtype=torch.float16)
     for device in ("cuda:99", "nonsense", "meta"):
-        with pytest.raises(InputError, match=f"device {device} is not there"):
+        with pytest.raises(InputError, match=f"device {device}"):
             inference.load(pieces, device=device)
     with pytest.raises(InputError, match="not a model directory"):
         inference.load(tmp_path)

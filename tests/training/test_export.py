@@ -114,7 +114,7 @@ def test_what_is_there_is_not_lost(trained, tmp_path):
     out.mkdir()
     (out / "config.json").write_text("{}")
     (out / "thesis.txt").write_text("years of work")
-    for held, line in (("thesis.txt", "holds thesis.txt, which no export writes"), (None, "is not a model directory")):
+    for held, line in (("thesis.txt", "thesis.txt"), (None, "is not a model directory")):
         if held is None:
             (out / "thesis.txt").unlink()
         assert line in run_processes(1, _export_again, trained, source, out)[0]
@@ -125,7 +125,7 @@ def test_what_is_there_is_not_lost(trained, tmp_path):
     fields["run_dir"] = str(other)
     configs.save(RunConfig.model_validate(fields), other / "config.yaml")
     line = run_processes(1, _export_again, RunConfig.model_validate(fields), source, tmp_path / "new")[0]
-    assert "holds a run with another 'model'" in line
+    assert "another 'model'" in line
     assert not (tmp_path / "new").exists()
     # died after the first rename: the old model is under another name, and comes back before anything else happens
     (tmp_path / ".model.old").mkdir()

@@ -274,7 +274,7 @@ def test_damaged_checkpoints_are_named(data, tmp_path):
     good = next(newest.glob("*.distcp")).read_bytes()
     file = next(newest.glob("*.distcp"))
     file.write_bytes(good[:-7])
-    with pytest.raises(UserError, match=rf"step-00000008 is damaged: {file.name} has \d+ bytes instead of"):
+    with pytest.raises(UserError, match=rf"step-00000008 .* {file.name} has \d+ bytes"):
         manifest.verify(newest)
     file.write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
     with pytest.raises(UserError, match="another SHA-256"):
@@ -342,7 +342,7 @@ def test_fields_that_are_younger_than_a_checkpoint(tmp_path):
         if allowed:
             manifest.check_identity(folder, now)
         else:
-            with pytest.raises(UserError, match="a run with another 'data'"):
+            with pytest.raises(UserError, match="another .data."):
                 manifest.check_identity(folder, now)
 
 
@@ -354,7 +354,7 @@ def test_fp8_is_neither_begun_nor_left_on_the_way(before, now, tmp_path):
         del was["train.fp8"]
     (tmp_path / "manifest.json").write_text(json.dumps({"files": {}, "state": {"identity": was}}))
     manifest.check_identity(tmp_path, RunConfig.model_validate({"train": {"fp8": not now}}))
-    with pytest.raises(UserError, match=r"a run with another 'train.fp8'"):
+    with pytest.raises(UserError, match="another .train.fp8."):
         manifest.check_identity(tmp_path, RunConfig.model_validate({"train": {"fp8": now}}))
 
 
@@ -403,5 +403,5 @@ def test_learning_rate():
 def test_wrong_number_of_processes(data, tmp_path):
     from armd_scale.training.loop import train
 
-    with pytest.raises(UserError, match="is 1 processes but 2"):
+    with pytest.raises(UserError, match="1 processes but 2"):
         train(run(data, data / "text.jsonl", tmp_path), 0, 2, 0, tmp_path / "store")
