@@ -244,3 +244,22 @@ def shared_data(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"the data for experiments is not here ({name})")
     return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A small prepared data set of made-up prose, which tests do not change."""
+    import json
+
+    from data_pipeline import prepare
+    from tests.runs import PANGRAMS, run
+
+    folder = tmp_path_factory.mktemp("data")
+    words = PANGRAMS.split()
+    draw = np.random.default_rng(0)
+    text = folder / "text.jsonl"
+    lines = [json.dumps({"text": " ".join(draw.choice(words, 60)) + ".\n"}) for _ in range(200)]
+    text.write_text("\n".join(lines))
+    config = run(folder, text, folder / "unused")
+    prepare.prepare(config)
+    return folder

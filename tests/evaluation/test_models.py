@@ -15,14 +15,14 @@ from armd_scale.errors import UserError
 from armd_scale.evaluation.models import open_model
 from armd_scale.objectives.interface import training
 from tests.conftest import run_processes
+from tests.runs import run, start
 from tests.training.test_export import _export
-from tests.training.test_runs import data, run, start  # noqa: F401  (data is a fixture)
 
 
 @pytest.mark.parametrize(
     ("objective", "parallel"), [("ar", {"tensor": 2}), ("mdm", {"pipeline": 2}), ("armd", {"tensor": 2, "zero": 0})]
 )
-def test_a_checkpoint_is_scored_as_it_is(data, tmp_path, objective, parallel):  # noqa: F811
+def test_a_checkpoint_is_scored_as_it_is(data, tmp_path, objective, parallel):
     """The model of the newest checkpoint, of any layout, is the exported one, and the one that was trained."""
     fields = run(data, data / "text.jsonl", tmp_path / "run", 2, 1).model_dump()
     fields |= {"objective": objective}

@@ -13,8 +13,8 @@ from armd_scale.config import RunConfig
 from armd_scale.errors import UserError
 from armd_scale.evaluation import study as studies
 from armd_scale.evaluation import study_page
+from tests.runs import run, start
 from tests.test_config import STUDIES
-from tests.training.test_runs import data, run, start  # noqa: F401  (data is a fixture)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,7 +64,7 @@ def test_studies_that_are_refused(tmp_path, change, line):
 
 
 @pytest.fixture(scope="module")
-def results(data, tmp_path_factory):  # noqa: F811
+def results(data, tmp_path_factory):
     """A study of eight steps, measured."""
     out = tmp_path_factory.mktemp("study")
     base = run(data, data / "text.jsonl", out / "unused").model_dump()

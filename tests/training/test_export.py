@@ -15,13 +15,13 @@ from armd_scale.config import RunConfig
 from armd_scale.errors import UserError
 from armd_scale.inference import InputError
 from tests.conftest import run_processes
-from tests.training.test_runs import data, run, start  # noqa: F401  (data is a fixture)
+from tests.runs import run, start
 
 MB = 1_000_000
 
 
 @pytest.fixture(scope="module")
-def trained(data, tmp_path_factory):  # noqa: F811
+def trained(data, tmp_path_factory):
     """One step of a model of 100 MB in float32, saved by tensor 2 x pipeline 2 (interleaved)."""
     folder = tmp_path_factory.mktemp("wide") / "run"
     fields = run(data, data / "text.jsonl", folder, 4, 2).model_dump()
