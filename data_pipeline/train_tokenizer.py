@@ -23,7 +23,7 @@ def main() -> None:
     args = parser.parse_args()
     target = args.out / "tokenizer.model"
     if target.exists():
-        raise UserError(f"{target} exists: choose another directory, data may have been made with it")
+        raise UserError(f"{target} exists, and data may depend on it: choose another directory")
     args.out.mkdir(parents=True, exist_ok=True)
     texts = paragraphs(readers.documents(args.text, args.field))
     tokenizer = tokenizers.train(texts, target, args.vocab, args.seed, args.kind)
