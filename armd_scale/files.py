@@ -1,4 +1,4 @@
-"""Files that are never half-written, and folders that one process works in at a time."""
+"""Files that are never half-written, and directories that one process works in at a time."""
 
 import contextlib
 import fcntl
@@ -35,9 +35,11 @@ def sha256(path: Path) -> str:
 def check_writable(path: Path) -> None:
     """``UserError`` unless a file can be written there, found out before the work whose result it will hold."""
     if not path.parent.is_dir():
-        raise UserError(f"{path} cannot be written: there is no folder {path.parent}")
+        raise UserError(f"{path} cannot be written: there is no directory {path.parent}")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path} cannot be written: {'it is a folder' if path.is_dir() else 'its folder is read-only'}")
+        raise UserError(
+            f"{path} cannot be written: {'it is a directory' if path.is_dir() else 'its parent is read-only'}"
+        )
 
 
 def check_picture(path: Path) -> None:

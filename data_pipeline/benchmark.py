@@ -1,4 +1,4 @@
-"""Preparing and streaming data, on one core each, beside Hugging Face datasets, Megatron and WebDataset."""
+"""Speed of preparing and streaming data on a core, compared with Hugging Face datasets, Megatron and WebDataset."""
 
 import importlib.metadata
 import json
@@ -12,11 +12,11 @@ from typing import Any
 from armd_scale.benchmarks.process import one, resident
 
 LENGTH = 1024
-"""Tokens in a sample."""
+"""Number of tokens of a sample."""
 
 
 SHARDS = 10_000
-"""Shards of the start-up measurement."""
+"""Number of shards in the start-up measurement."""
 
 
 def measure(text: list[str], vocab: int, tokenizer: str | None) -> dict[str, Any]:
@@ -88,17 +88,17 @@ def prepare_armd_scale(text: str, tokenizer: str, out: str) -> tuple[float, int]
 
 
 def prepare_datasets_map(text: str, tokenizer: str, out: str) -> tuple[float, int]:
-    """Hugging Face's way: tokenise in batches, then concatenate and cut, as its language modelling examples do."""
+    """Hugging Face datasets: tokenise in batches, concatenate and split, as in its language modelling examples."""
     import datasets
 
     from armd_scale.data import tokenizer as tokenizers
 
     datasets.disable_progress_bars()
-    one = tokenizers.load(tokenizer)
-    encode = _usual_encoder(one)
+    loaded = tokenizers.load(tokenizer)
+    encode = _usual_encoder(loaded)
 
     def tokenise(batch: dict[str, list[str]]) -> dict[str, Any]:
-        return {"input_ids": [[*ids, one.eos_id] for ids in encode(batch["text"])]}
+        return {"input_ids": [[*ids, loaded.eos_id] for ids in encode(batch["text"])]}
 
     def group(batch: dict[str, list[list[int]]]) -> dict[str, Any]:
         joined = [token for ids in batch["input_ids"] for token in ids]
@@ -114,19 +114,19 @@ def prepare_datasets_map(text: str, tokenizer: str, out: str) -> tuple[float, in
 
 
 def prepare_megatron(text: str, tokenizer: str, out: str) -> tuple[float, int]:
-    """Megatron's way: a line, a document, its tokens into an indexed dataset; packed when it is read."""
+    """Megatron: tokenise line by line into an indexed dataset, which is packed when it is read."""
     import numpy as np
     import torch
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     from armd_scale.data import tokenizer as tokenizers
 
-    one = tokenizers.load(tokenizer)
-    encode, count = _usual_encoder(one), 0
+    loaded = tokenizers.load(tokenizer)
+    encode, count = _usual_encoder(loaded), 0
     started = time.perf_counter()
-    builder = IndexedDatasetBuilder(f"{out}.bin", dtype=DType.optimal_dtype(one.vocab_size))
+    builder = IndexedDatasetBuilder(f"{out}.bin", dtype=DType.optimal_dtype(loaded.vocab_size))
     for line in _lines(text):
-        ids = [*encode([json.loads(line)["text"]])[0], one.eos_id]
+        ids = [*encode([json.loads(line)["text"]])[0], loaded.eos_id]
         builder.add_document(torch.from_numpy(np.array(ids, dtype=np.int64)), [len(ids)])
         count += len(ids)
     builder.finalize(f"{out}.idx")
@@ -139,7 +139,7 @@ def _lines(path: str) -> Iterator[str]:
 
 
 def _usual_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
-    """The call that users of a tokenizer's own library make."""
+    """The usual call of the library of a tokenizer."""
     if tokenizer.path.name == "tokenizer.json":
         import transformers
 

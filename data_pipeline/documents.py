@@ -1,7 +1,8 @@
-"""The table of documents beside the shards of a split: where each comes from, and where its tokens are.
+"""The table of documents of a split: the source of each document and the position of its tokens.
 
-``documents.parquet`` has a row a document, in the order of the stream: ``id``, ``source``, ``start`` (its first token
-in the stream), ``tokens`` (with EOS), ``bytes``. Sample n of length N holds the tokens n x N to (n + 1) x N of it.
+``documents.parquet`` has a row per document, in the order of the stream: ``id``, ``source``, ``start`` (its first token
+in the stream), ``tokens`` (with EOS), ``bytes``. Sample n of length N holds the tokens n x N to (n + 1) x N of the
+stream.
 """
 
 import os
@@ -19,11 +20,11 @@ NAME = "documents.parquet"
 _SCHEMA = pyarrow.schema(
     {"id": pyarrow.string(), "source": pyarrow.string()} | dict.fromkeys(("start", "tokens", "bytes"), pyarrow.int64())
 )
-_ROWS = 1 << 16  # of a row group, so that the bytes of the file do not depend on how it was made
+_ROWS = 1 << 16  # fixed size of a row group, so that the bytes of the file do not depend on the units
 
 
 def write(folder: Path, tables: Iterable[pyarrow.Table], edges: list[int]) -> list[Counter[str]]:
-    """Write the table of a split; tokens of each source between the ``edges`` of its shards."""
+    """Write the table of a split; returns the tokens by source of each shard, given the ``edges`` of the shards."""
     counts: list[Counter[str]] = [Counter() for _ in edges[1:]]
     partial = folder / f".{NAME}.{os.getpid()}"
     with pyarrow.parquet.ParquetWriter(partial, _SCHEMA) as writer:
@@ -41,7 +42,7 @@ def write(folder: Path, tables: Iterable[pyarrow.Table], edges: list[int]) -> li
 
 
 def inside(folder: Path, sample: int, length: int) -> list[dict[str, Any]]:
-    """The documents of which a sample holds tokens; empty for data that was prepared without a table."""
+    """The documents with tokens in a sample; empty for data that was prepared without a table."""
     path = folder / NAME
     if not path.is_file():
         return []
@@ -51,7 +52,7 @@ def inside(folder: Path, sample: int, length: int) -> list[dict[str, Any]]:
 
 
 def _count(table: pyarrow.Table, edges: np.ndarray, counts: list[Counter[str]]) -> None:
-    """Add the tokens of documents to the shards in which they lie."""
+    """Add the tokens of documents to the counts of their shards."""
     if not len(table):
         return
     sources = table["source"].combine_chunks().dictionary_encode()

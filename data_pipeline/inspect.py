@@ -17,7 +17,7 @@ from armd_scale.errors import UserError, cli
 if TYPE_CHECKING:
     from armd_scale.data.shards import PackedDataset
 
-_READ = 4096  # samples that are read at a time
+_READ = 4096  # samples read at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,13 +43,13 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print what the folder holds; ``UserError`` when it is damaged or no prepared data."""
+    """Print a summary of prepared data; ``UserError`` if the data is damaged or not complete."""
     from armd_scale.data import shards
     from armd_scale.data import tokenizer as tokenizers
     from data_pipeline import documents
 
     if not (args.folder / "complete.json").is_file():
-        raise UserError(f"{args.folder} is not complete prepared data: it has no complete.json")
+        raise UserError(f"{args.folder} is not complete prepared data, as complete.json is missing: prepare it")
     tokenizer = tokenizers.load(args.folder / "tokenizer")
     records = json.loads((args.folder / "complete.json").read_text(encoding="utf-8")).get("records", {})
     print(f"{args.folder}: " + ", ".join(f"{name} {count:,}" for name, count in records.items()))
@@ -58,7 +58,9 @@ def run(args: argparse.Namespace) -> None:
     for split in ("train", "heldout"):
         data = shards.PackedDataset(args.folder / split)
         if data.index["tokenizer_sha256"] != tokenizers.digest(tokenizer):
-            raise UserError(f"{args.folder / split} was made with another tokenizer than {tokenizer.path}")
+            raise UserError(
+                f"{args.folder / split} was made with another tokenizer than {tokenizer.path}: restore the tokenizer"
+            )
         index = data.index
         tail = index["tail"]["tokens"] if index["tail"] else 0
         print(
@@ -76,8 +78,8 @@ def run(args: argparse.Namespace) -> None:
             print("  tokens by source: " + ", ".join(f"{name or 'others'} {tokens:,}" for name, tokens in most))
         for number, sample in zip(chosen.tolist(), data.read(chosen), strict=True):
             text = " | ".join(tokenizer.decode(part.tolist()) for part in _documents(sample, tokenizer.eos_id))
-            found = documents.inside(data.folder, number, data.length)
-            names = ", ".join(" ".join(filter(None, (one["source"], one["id"]))) for one in found[:5])
+            rows = documents.inside(data.folder, number, data.length)
+            names = ", ".join(" ".join(filter(None, (row["source"], row["id"]))) for row in rows[:5])
             print(f"  sample {number} ({names}): {text[:300]!r}")
     if args.picture:
         _draw(lengths, args.picture)
@@ -85,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def document_lengths(data: "PackedDataset", eos_id: int) -> np.ndarray:
-    """Tokens of every document of a split, EOS included, in order."""
+    """Number of tokens of every document of a split, EOS included, in order."""
     ends, at = [], 0
     for start in range(0, len(data), _READ):
         tokens = data.read(np.arange(start, min(start + _READ, len(data)))).reshape(-1)
@@ -122,8 +124,8 @@ def _draw(lengths: dict[str, np.ndarray], path: Path) -> None:
 
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
-    for split, each in lengths.items():
-        axes.hist(each, bins=_histogram(each)[1].tolist(), alpha=0.6, label=f"{split}: {len(each):,}")
+    for split, counts in lengths.items():
+        axes.hist(counts, bins=_histogram(counts)[1].tolist(), alpha=0.6, label=f"{split}: {len(counts):,}")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("tokens in a document")

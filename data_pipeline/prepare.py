@@ -1,14 +1,17 @@
-"""Text -> tokenizer and packed shards, training and held-out: the first stage of a run.
+"""Prepares the data of a run: text -> tokenizer and packed shards, training and held-out.
 
-``prepare`` makes a folder with ``tokenizer/``, ``train/`` and ``heldout/``; it appears when all is written. A
-folder that was completed with the same settings is left as it is; one that was completed with others is refused.
+``prepare`` writes ``tokenizer/``, ``train/`` and ``heldout/`` to a temporary directory, which is renamed when complete.
+A complete directory with the same settings is reused; a complete directory with other settings is refused.
 
-Five steps, each of which can be done again after an interruption; the second and the fourth are work that any number of
-processes and jobs share by its numbers, without a lock:
+Preparation has five steps, which can be repeated after an interruption:
 
-``begin``: tokenizer and units; ``tokenise``: the units (``units``); ``merge``: counts and duplicates; ``pack``: the
-shards, each from the tokens that it holds; ``finish``: indices and tables. What comes out depends on the text and the
-settings alone.
+1. ``begin``: tokenizer and list of units;
+2. ``tokenise``: units (``units``), shared by any number of processes and jobs without locks;
+3. ``merge``: counts and duplicates;
+4. ``pack``: shards, shared like units;
+5. ``finish``: indices and tables.
+
+The prepared data depends on the text and the settings only.
 """
 
 import concurrent.futures
@@ -38,14 +41,14 @@ _BEFORE = {
     "id_field": "id",
     "source_field": "source",
 }
-"""What data was prepared with before these settings existed."""
-_SMALL = 4 << 20  # bytes or tokens that are done before other processes have started
-_TRAINING_TEXT = 32 << 20  # bytes of text that a tokenizer is trained on
-_MOST_SOURCES = 50  # that an index lists by name
+"""Values of settings that did not exist when older data was prepared."""
+_SMALL = 4 << 20  # bytes or tokens below which processes are not worth their start
+_TRAINING_TEXT = 32 << 20  # bytes of text for the training of a tokenizer
+_MOST_SOURCES = 50  # sources that an index lists by name
 
 
 def prepare(config: RunConfig) -> dict[str, Any]:
-    """Prepare the data of a run in this job, or check what was prepared; returns the index of the training split."""
+    """Prepare the data of a run in this job, or check existing data; returns the index of the training split."""
     with _lock(config):
         if begin(config):
             tokenise(config)
@@ -56,7 +59,7 @@ def prepare(config: RunConfig) -> dict[str, Any]:
 
 
 def step(config: RunConfig, name: str, share: int = 0, shares: int = 1) -> Any:
-    """Do one of the five steps by itself; ``tokenise`` and ``pack`` are shared by several jobs at the same time."""
+    """Do a step of the preparation. Several jobs can share ``tokenise`` and ``pack``."""
     if name in ("tokenise", "pack"):
         return {"tokenise": tokenise, "pack": pack}[name](config, share, shares)
     with _lock(config):
@@ -64,17 +67,17 @@ def step(config: RunConfig, name: str, share: int = 0, shares: int = 1) -> Any:
 
 
 def begin(config: RunConfig) -> bool:
-    """Take up the preparation of a run's data; False when it is complete. ``UserError`` for other data in its place."""
+    """Begin or resume a preparation; False if the data is complete. ``UserError`` if the directory holds other data."""
     final = config.data_directory.resolve()
-    done = _completed(final)
-    if done is not None:
-        _check(config, final, done)
+    record = _completed(final)
+    if record is not None:
+        _check(config, final, record)
         return False
     if final.exists() and any(final.iterdir()):
-        raise UserError(f"{final} holds something that is no prepared data: choose another data.directory or remove it")
+        raise UserError(f"{final} holds files but no prepared data: choose another data.directory or remove it")
     sources = _sources(config)
     if set(sources["text"]) & set(sources["heldout_text"]):
-        raise UserError("data.text and data.heldout_text share files: what is held out must not be trained on")
+        raise UserError("data.text and data.heldout_text share files: remove the held-out files from data.text")
     folder = _partial(config)
     _keep_or_clear(folder, _settings(config, sources))
     _check_prompt(config, _tokenizer(config, folder / "tokenizer", sources["text"]))
@@ -91,7 +94,7 @@ def begin(config: RunConfig) -> bool:
 
 
 def tokenise(config: RunConfig, share: int = 0, shares: int = 1) -> None:
-    """Do a share of the units, in processes of this machine."""
+    """Tokenise a share of the units in processes of this machine."""
     folder = _partial(config)
     job = units.Job.load(str(folder))
     numbers = range(share, len(job.units), shares)
@@ -100,7 +103,7 @@ def tokenise(config: RunConfig, share: int = 0, shares: int = 1) -> None:
 
 
 def merge(config: RunConfig) -> None:
-    """Add up what the units have counted, and mark the duplicates. ``UserError`` when too many records are bad."""
+    """Add up the counts of the units, and mark duplicates. ``UserError`` if too many records are bad."""
     folder = _partial(config)
     job = units.Job.load(str(folder))
     facts = [units.tokenise(str(folder), number) for number in range(len(job.units))]
@@ -115,7 +118,7 @@ def merge(config: RunConfig) -> None:
 
 
 def pack(config: RunConfig, share: int = 0, shares: int = 1) -> None:
-    """Write a share of the shards, in processes of this machine."""
+    """Write a share of the shards in processes of this machine."""
     folder = _partial(config)
     for split in units.SPLITS:
         places = _places(config, units.open_stream(str(folder), split))[share::shares]
@@ -125,7 +128,7 @@ def pack(config: RunConfig, share: int = 0, shares: int = 1) -> None:
 
 
 def finish(config: RunConfig) -> dict[str, Any]:
-    """Write the indices and give the folder its name; returns the index of the training split."""
+    """Write the indices and rename the directory; returns the index of the training split."""
     folder, final = _partial(config), config.data_directory.resolve()
     tokenizer = tokenizers.load(folder / "tokenizer")
     train, heldout = (_close(config, folder, split, tokenizer) for split in units.SPLITS)
@@ -157,7 +160,7 @@ def _lock(config: RunConfig) -> Any:
 
 
 def _partial(config: RunConfig) -> Path:
-    """Beside the final place and under another name until all is there."""
+    """The temporary directory of a preparation, beside the data directory."""
     folder = config.data_directory.resolve()
     return folder.with_name(f".{folder.name}.partial")
 
@@ -168,7 +171,7 @@ def _sources(config: RunConfig) -> dict[str, list[str]]:
 
 
 def _settings(config: RunConfig, sources: dict[str, list[str]]) -> dict[str, Any]:
-    """All that the prepared data depends on; a source file by its name and size."""
+    """All settings that the prepared data depends on; source files are identified by name and size."""
     data = config.data
     return {
         **{
@@ -189,19 +192,19 @@ def _settings(config: RunConfig, sources: dict[str, list[str]]) -> dict[str, Any
     }
 
 
-def _check(config: RunConfig, folder: Path, done: dict[str, Any]) -> None:
-    before = {**_BEFORE, **done["settings"]}
+def _check(config: RunConfig, folder: Path, record: dict[str, Any]) -> None:
+    before = {**_BEFORE, **record["settings"]}
     try:
         settings = _settings(config, _sources(config))
-    except UserError as error:  # the shards are what counts once they are there
-        log.warning("the text itself is gone, using the shards in %s (%s)", folder, error)
+    except UserError as error:  # complete shards do not need their text
+        log.warning("the text is missing, using the shards in %s (%s)", folder, error)
         gone = {name: before[name] for name in ("text", "heldout_text")}
         settings = _settings(config, {"text": [], "heldout_text": []}) | gone
     differing = [name for name in settings if before.get(name) != settings[name]]
     if differing:
         raise UserError(
             f"the data in {folder} was prepared with other settings ({', '.join(differing)}): "
-            "choose another data.directory or remove the folder"
+            "choose another data.directory or remove the directory"
         )
     _check_prompt(config, tokenizers.load(folder / "tokenizer"))
 
@@ -212,7 +215,7 @@ def _left_out(counts: dict[str, int]) -> str:
 
 
 def _keep_or_clear(folder: Path, settings: dict[str, Any]) -> None:
-    """Keep a folder that was begun with the same settings, else start anew."""
+    """Keep a temporary directory with the same settings, else clear it."""
     path = folder / "work/settings.json"
     try:
         same = json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(settings))
@@ -226,7 +229,7 @@ def _keep_or_clear(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _report_bad(config: RunConfig, folder: Path, places: list[Path], counts: dict[str, int]) -> None:
-    """Collect the list of bad records beside the data; too many of them are an error."""
+    """Write the list of bad records to ``bad.jsonl``; ``UserError`` if there are too many."""
     if not counts["bad"]:
         return
     path = folder / "bad.jsonl"
@@ -237,7 +240,8 @@ def _report_bad(config: RunConfig, folder: Path, places: list[Path], counts: dic
         first = json.loads(lines[0])
         raise UserError(
             f"{counts['bad']} of {counts['records']} records cannot be used, more than data.max_bad_fraction = "
-            f"{config.data.max_bad_fraction}; the first: {first['place']} {first['problem']}; all are in {path}"
+            f"{config.data.max_bad_fraction}: fix the records in {path}, or raise it; the first: "
+            f"{first['place']} {first['problem']}"
         )
 
 
@@ -250,7 +254,7 @@ def _close(config: RunConfig, folder: Path, split: str, tokenizer: tokenizers.To
     stream, length = units.open_stream(str(folder), split), config.model.length
     places = _places(config, stream)
     written = [units.write_shard(str(folder), split, place, length) for place in places]
-    for leftover in (folder / split).glob(".*"):  # of processes that were killed
+    for leftover in (folder / split).glob(".*"):  # temporary files of killed processes
         leftover.unlink()
     edges = [0, *(place.stop for place in places)]
     sources = documents.write(folder / split, stream.tables(), edges)
@@ -268,7 +272,7 @@ def _close(config: RunConfig, folder: Path, split: str, tokenizer: tokenizers.To
 
 
 def _most(counts: Counter[str]) -> dict[str, int]:
-    """The sources with most tokens; all others together have an empty name."""
+    """The sources with most tokens; the empty name stands for all other sources."""
     most = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_MOST_SOURCES])
     rest = counts.total() - sum(most.values())
     return most | ({"": rest} if rest else {})
@@ -296,12 +300,12 @@ def _map(
 
 
 def _one_thread() -> None:
-    """The processes are the parallelism: a tokenizer that starts threads of its own would only be in their way."""
+    """Keep tokenizers from starting threads in worker processes."""
     os.environ["RAYON_NUM_THREADS"] = "1"
 
 
 class _Progress:
-    """A line every ten seconds: how much is done, how fast, and how long it will take."""
+    """Logs a line every ten seconds: share, throughput and remaining time of the work."""
 
     def __init__(self, what: str, total: int) -> None:
         self._what, self._total, self._done = what, max(1, total), 0
@@ -309,7 +313,7 @@ class _Progress:
         self._started = self._said = time.monotonic()
 
     def add(self, size: int, facts: dict[str, Any]) -> None:
-        """``size``: of a piece of work, in the unit of the total; ``facts``: what it says of itself."""
+        """Add a finished piece of work; ``size``: its size in the unit of the total; ``facts``: its counts."""
         self._done += size
         for name in ("records", "samples", "bytes", "size", "tokens"):
             self._facts[name] += facts.get(name, 0)
@@ -319,7 +323,7 @@ class _Progress:
             log.info(self.line(now - self._started))
 
     def line(self, seconds: float) -> str:
-        """What is done after some seconds."""
+        """The line after ``seconds`` seconds."""
         facts = self._facts
         rates = [
             f"{facts[name] / seconds / scale:,.{digits}f} {unit}/s"
@@ -334,23 +338,23 @@ class _Progress:
 
 
 def _check_prompt(config: RunConfig, tokenizer: tokenizers.Tokenizer) -> None:
-    """Find out now, not after the training, that the samples cannot be made."""
+    """``UserError`` if the prompt of the report leaves no room for text, found before the training."""
     count = len(tokenizer.encode(config.report.prompt))
     if count >= config.model.length:
-        raise UserError(f"report.prompt has {count} tokens, the model takes {config.model.length}: shorten it")
+        raise UserError(f"report.prompt has {count} tokens but model.length is {config.model.length}: shorten it")
 
 
 def _completed(folder: Path) -> dict[str, Any] | None:
-    """What a completed folder says of itself, None for one that is not complete."""
+    """``complete.json`` of a data directory; None if the directory is not complete."""
     path = folder / "complete.json"
     if not path.is_file():
         return None
     try:
-        done = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(done["settings"], dict)
+        record = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(record["settings"], dict)
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise UserError(f"{path} is damaged ({error!r}): remove {folder} to prepare it again") from error
-    return done
+    return record
 
 
 def _tokenizer(config: RunConfig, folder: Path, text: list[str]) -> tokenizers.Tokenizer:
@@ -359,16 +363,16 @@ def _tokenizer(config: RunConfig, folder: Path, text: list[str]) -> tokenizers.T
         tokenizer = tokenizers.load(config.data.tokenizer)
         tokenizers.copy(tokenizer, folder)
         if not tokenizers.gives_back(tokenizer):
-            log.warning("the tokenizer %s does not give every text back as it was", tokenizer.path)
+            log.warning("the tokenizer %s does not restore every text when decoding", tokenizer.path)
         return tokenizer
     path = folder / "tokenizer.model"
-    if path.is_file():  # of an interrupted preparation with the same settings
+    if path.is_file():  # from an interrupted preparation with the same settings
         return tokenizers.load(path)
     return tokenizers.train(paragraphs(_training_text(config, text)), path, config.data.vocab_size, config.seed)
 
 
 def _training_text(config: RunConfig, text: list[str]) -> Iterator[str]:
-    """Documents that are not held out."""
+    """Documents for the training of a tokenizer: those that are not held out."""
     data = config.data
     for part in readers.parts(text):
         for record in readers.read(part, readers.Fields(data.text_field)):
@@ -378,7 +382,7 @@ def _training_text(config: RunConfig, text: list[str]) -> Iterator[str]:
 
 
 def paragraphs(documents: Iterable[str]) -> Iterator[str]:
-    """Paragraphs of the first documents, enough to train a tokenizer on."""
+    """Paragraphs of the first ``_TRAINING_TEXT`` characters, for the training of a tokenizer."""
     size = 0
     for document in documents:
         for paragraph in document.split("\n\n"):

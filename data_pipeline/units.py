@@ -1,11 +1,11 @@
-"""Units of work: some pieces of files, read, filtered, split and tokenised by one process.
+"""Units of work: parts of files that a process reads, filters, splits and tokenises.
 
-A unit is a folder that appears under its name when it is done, so any process may do any unit at any time, and a unit
-that was interrupted is done again. What a unit holds depends on its files alone, never on who does it:
+The directory of a unit is renamed to its final name when the unit is complete. So any process can do any unit, and an
+interrupted unit is repeated. The content of a unit depends on its files only:
 
-- ``train.bin``, ``heldout.bin``: tokens of the documents, each followed by EOS;
-- ``train.npy``, ``heldout.npy``: a ``DOCUMENT`` for each; ``train.parquet``, ``heldout.parquet``: its id and source;
-- ``bad.jsonl``: records that could not be used, with their places; ``facts.json``: how many records went where.
+- ``train.bin``, ``heldout.bin``: tokens of the documents, with EOS after each document;
+- ``train.npy``, ``heldout.npy``: a ``DOCUMENT`` per document; ``train.parquet``, ``heldout.parquet``: id and source;
+- ``bad.jsonl``: bad records with their locations; ``facts.json``: counts of the records.
 """
 
 import functools
@@ -31,15 +31,15 @@ from armd_scale.files import write_atomically
 
 SPLITS = ("train", "heldout")
 DOCUMENT = np.dtype([("tokens", "<u4"), ("bytes", "<u8"), ("hash", "<u8", 2)])
-"""A document: its tokens with EOS, its bytes of UTF-8, and the first half of its SHA-256."""
+"""A document: number of tokens with EOS, number of UTF-8 bytes, and the first half of the SHA-256."""
 REMOVED = ("bad", "empty", "short", "long")
-"""Why a record is in neither split."""
-_BATCH = 1 << 20  # characters that are tokenised at a time
-_EXCERPT = 200  # characters of a bad record that are kept
+"""Reasons to remove a record."""
+_BATCH = 1 << 20  # characters tokenised at a time
+_EXCERPT = 200  # characters kept of the problem of a bad record
 
 
 class Job(NamedTuple):
-    """What all units of a preparation share; ``units``: source (``text`` or ``heldout_text``) and parts of each."""
+    """Settings of all units; ``units``: source (``text`` or ``heldout_text``) and parts of each unit."""
 
     folder: str
     fields: readers.Fields
@@ -49,24 +49,24 @@ class Job(NamedTuple):
     units: list[tuple[str, list[Part]]]
 
     def place(self, number: int) -> Path:
-        """The folder of a unit."""
+        """The directory of a unit."""
         return Path(self.folder) / "work" / f"unit-{number:06d}"
 
     def save(self) -> None:
-        """Write the job where ``load`` finds it."""
+        """Write the job to ``work/job.json``."""
         path = Path(self.folder) / "work/job.json"
         path.write_text(json.dumps(self._asdict()), encoding="utf-8")
 
     @staticmethod
     def load(folder: str) -> "Job":
-        """The job of a folder."""
+        """The job of a directory."""
         fields = json.loads((Path(folder) / "work/job.json").read_text(encoding="utf-8"))
         units = [(source, [Part(*part) for part in parts]) for source, parts in fields["units"]]
         return Job(**fields | {"fields": readers.Fields(*fields["fields"]), "units": units})
 
 
 def cut(sources: dict[str, list[str]]) -> list[tuple[str, list[Part]]]:
-    """Units of about ``PART_BYTES`` of the files of each source: large files in pieces, small ones together."""
+    """Group the files of each source into units of about ``PART_BYTES``: large files are split, small files grouped."""
     units: list[tuple[str, list[Part]]] = []
     for source, names in sources.items():
         parts: list[Part] = []
@@ -81,7 +81,7 @@ def cut(sources: dict[str, list[str]]) -> list[tuple[str, list[Part]]]:
 
 
 def held_out(text: str, fraction: float) -> bool:
-    """Whether a document is held out: by its hash, so that its copies are too."""
+    """Whether a document is held out, which depends on its hash, so that copies stay together."""
     return _below(_digest(text.encode("utf-8")), fraction)
 
 
@@ -90,7 +90,7 @@ def _below(digest: np.ndarray, fraction: float) -> bool:
 
 
 def tokenise(folder: str, number: int) -> dict[str, Any]:
-    """Do a unit unless it is done; returns its facts."""
+    """Tokenise a unit unless it is complete; returns its facts."""
     job, tokenizer = _tools(folder)
     final = job.place(number)
     if not final.is_dir():
@@ -108,7 +108,7 @@ def _tools(folder: str) -> tuple[Job, tokenizers.Tokenizer]:
 
 @functools.lru_cache(maxsize=1)
 def _load_tools(folder: str, written: int) -> tuple[Job, tokenizers.Tokenizer]:
-    """``written``: when the job was, so that a folder that was made anew is read anew."""
+    """``written``: modification time of the job, so that a new job is not served from the cache."""
     return Job.load(folder), tokenizers.load(Path(folder) / "tokenizer")
 
 
@@ -139,7 +139,7 @@ def _tokenise(job: Job, number: int, tokenizer: tokenizers.Tokenizer, folder: Pa
 
 
 class Stream:
-    """The tokens of all units of a split, one after the other, without the documents that ``keep`` leaves out."""
+    """The concatenated tokens of all units of a split, without duplicate documents (``drop_duplicates``)."""
 
     def __init__(self, folder: str, split: str) -> None:
         job, tokenizer = _tools(folder)
@@ -158,12 +158,12 @@ class Stream:
         return np.load(self._job.place(number) / f"{self._split}.npy")
 
     def totals(self) -> dict[str, int]:
-        """Number and bytes of the documents."""
+        """Number and UTF-8 bytes of the documents."""
         kept = [self._kept(number, self.documents(number)) for number in range(len(self._job.units))]
         return {"documents": sum(map(len, kept)), "bytes": sum(int(docs["bytes"].sum()) for docs in kept)}
 
     def tables(self) -> Iterator[pyarrow.Table]:
-        """The documents that are kept, unit by unit: id, source, first token in the stream, tokens, bytes."""
+        """Tables of the kept documents, unit by unit: id, source, first token in the stream, tokens, bytes."""
         for number in range(len(self._job.units)):
             documents = self._kept(number, self.documents(number))
             tokens = documents["tokens"].astype(np.int64)
@@ -195,7 +195,7 @@ class Stream:
         return np.concatenate(pieces)
 
     def names(self, number: int) -> pyarrow.Table:
-        """Id and source of the documents of a unit that are kept."""
+        """Id and source of the kept documents of a unit."""
         table = pyarrow.parquet.read_table(self._job.place(number) / f"{self._split}.parquet")
         return table if self._keep is None else table.filter(pyarrow.array(np.asarray(self._mask(number))))
 
@@ -208,7 +208,7 @@ class Stream:
 
 
 def write_shard(folder: str, split: str, place: Place, length: int) -> dict[str, Any]:
-    """Write one shard of a split unless it is written; returns its facts for the index."""
+    """Write a shard of a split unless it exists; returns its entry for the index."""
     known = Path(folder) / "work" / f"{split}-{place.name}.json"
     if not known.is_file():
         stream = open_stream(folder, split)
@@ -218,7 +218,7 @@ def write_shard(folder: str, split: str, place: Place, length: int) -> dict[str,
 
 
 def open_stream(folder: str, split: str) -> Stream:
-    """The stream of a split, once the units are merged; read once by a process."""
+    """The stream of a split, after the units are merged. Cached in the process."""
     return _load_stream(folder, split, (Path(folder) / "work/job.json").stat().st_mtime_ns)
 
 
@@ -228,9 +228,9 @@ def _load_stream(folder: str, split: str, written: int) -> Stream:
 
 
 def drop_duplicates(folder: str) -> dict[str, int]:
-    """Mark the documents whose text was there before, held-out ones first; how many each split loses.
+    """Mark duplicate documents; returns their number in each split. Of equal documents a held-out copy is kept.
 
-    Needs about 40 bytes of memory a document.
+    Needs about 40 bytes of memory per document.
     """
     job = Job.load(folder)
     hashes = {
@@ -254,7 +254,7 @@ def _keep_path(folder: str, split: str) -> Path:
 
 
 class _Writer:
-    """The documents of one split of a unit."""
+    """Writes the documents of a unit in a split."""
 
     def __init__(self, folder: Path, split: str, eos: np.ndarray) -> None:
         self._eos = eos.tobytes()
@@ -280,7 +280,7 @@ class _Writer:
 
 
 def _usable(job: Job, parts: list[Part], counts: Counter[str], bad: Any) -> Iterator[tuple[Record, str]]:
-    """The documents that stay, with the name of their file; the others are counted."""
+    """The usable documents with the names of their files; counts all records."""
     for part in parts:
         file = part.file if part.file == readers.BUILTIN else part.file.rpartition("/")[2]
         for record in readers.read(part, job.fields):

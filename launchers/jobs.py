@@ -1,9 +1,10 @@
-"""The steps of a run, and how each becomes a job: of Slurm, or of processes of this machine, both through submitit.
+"""Jobs of a run, submitted with submitit to Slurm or to processes of this machine.
 
-- ``steps``: what is left to do for a run, in order;
-- ``Jobs``: submits steps, with dependencies on Slurm, and knows what has become of them; ``sbatch_text``: the script.
+- ``remaining_jobs``: the jobs that a run still needs, in order;
+- ``Jobs``: submits jobs, with dependencies on Slurm; ``sbatch_text``: the batch script;
+- ``known``, ``alive``, ``states``, ``cancel``: submitted jobs.
 
-Every job runs the copy of the code that the run folder keeps (``snapshot``), also when it is queued again.
+Every job runs the copy of the code in the run directory (``snapshot``), also after a requeue.
 """
 
 import contextlib
@@ -30,65 +31,68 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("tokenise", "train", "export", "evaluate")
 _PACKAGES = ("armd_scale", "data_pipeline", "launchers")
 _ENVIRONMENT = {
-    "PYTHONSAFEPATH": "1",  # the snapshot, not the folder in which the job happens to start
+    "PYTHONSAFEPATH": "1",  # import from the snapshot, not from the working directory
     "PYTHONUNBUFFERED": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "NCCL_DEBUG": "WARN",
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a lost peer is an error, not a wait
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a lost peer raises an error
 }
 
 
-class Step(NamedTuple):
-    """One job of a run, or an array of them."""
+class JobSpec(NamedTuple):
+    """A job of a run, or an array of jobs."""
 
     name: str
-    """Also the name of its directory among the jobs of the run."""
+    """Name of the job, and of its directory in the run directory."""
     stage: str
-    """One of ``STAGES``."""
+    """Element of ``STAGES``."""
     shares: int = 1
-    """Jobs that share it."""
+    """Number of jobs in the array."""
 
 
-def steps(config: RunConfig, only: str | None = None, start: str | None = None) -> list[Step]:
-    """The steps that are left; what is complete and valid is left out, unless ``only`` or ``start`` names a stage."""
+def remaining_jobs(config: RunConfig, only: str | None = None, start: str | None = None) -> list[JobSpec]:
+    """The jobs that a run still needs.
+
+    Jobs with complete and valid output are left out, unless ``only`` or ``start`` names them.
+    """
     wanted = (only,) if only else STAGES[STAGES.index(start) :] if start else STAGES
     trained = is_trained(config)
-    found = []
+    specs = []
     if "tokenise" in wanted and not (trained and only != "tokenise"):
         complete = (config.data_directory / "complete.json").is_file()
         shares = config.data.jobs
         if shares > 1 and not complete:
             parts = (("begin", 1), ("tokenise", shares), ("merge", 1), ("pack", shares), ("finish", 1))
-            found += [Step(f"tokenise-{part}", "tokenise", count) for part, count in parts]
+            specs += [JobSpec(f"tokenise-{part}", "tokenise", count) for part, count in parts]
         else:
-            found.append(Step("tokenise", "tokenise"))
+            specs.append(JobSpec("tokenise", "tokenise"))
     if "train" in wanted and not trained:
-        found.append(Step("train", "train"))
+        specs.append(JobSpec("train", "train"))
     named = {only, start}
     run = config.run_directory
-    for stage, product in (("export", run.export / "config.json"), ("evaluate", run.summary_path)):
-        fresh = trained and _made_from(product) == run.checkpoint(config.total_steps).name
-        if stage in wanted and (stage in named or not fresh or any(step.stage != "tokenise" for step in found)):
-            found.append(Step(stage, stage))
-    return found
+    for stage, output in (("export", run.export / "config.json"), ("evaluate", run.summary_path)):
+        fresh = trained and _source_checkpoint(output) == run.checkpoint(config.total_steps).name
+        if stage in wanted and (stage in named or not fresh or any(spec.stage != "tokenise" for spec in specs)):
+            specs.append(JobSpec(stage, stage))
+    return specs
 
 
 def is_trained(config: RunConfig) -> bool:
-    """Whether the last checkpoint of the run is there already."""
+    """Whether the checkpoint of the last step exists."""
     newest = manifest.newest_good(config.run_directory)
     return newest is not None and RunDirectory.step_of(newest) >= config.total_steps
 
 
-def _made_from(product: Path) -> str | None:
-    """The checkpoint that a product says it was made from."""
+def _source_checkpoint(output: Path) -> str | None:
+    """Name of the checkpoint recorded in an output file; None if the file cannot be read."""
     try:
-        return str(json.loads(product.read_text(encoding="utf-8"))["checkpoint"])
+        return str(json.loads(output.read_text(encoding="utf-8"))["checkpoint"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def snapshot(run: RunDirectory) -> Path:
-    """Keep a copy of the code in the run directory, under its hash; returns the directory of the copy."""
+    """Copy the code into the run directory, under its hash; returns the directory of the copy."""
     sources = {
         str(path.relative_to(ROOT)): path.read_bytes()
         for package in _PACKAGES
@@ -103,32 +107,32 @@ def snapshot(run: RunDirectory) -> Path:
             (partial / file).write_bytes(text)
         try:
             os.replace(partial, folder)
-        except OSError:  # another launcher was faster
+        except OSError:  # another launcher has made the copy
             shutil.rmtree(partial)
     return folder.resolve()
 
 
 def environment(config: RunConfig, code: Path) -> dict[str, str]:
-    """Environment variables of every process of a run."""
+    """Environment variables of all processes of a run."""
     own = config.cluster.environment
     path = os.pathsep.join(filter(None, [str(code), own.get("PYTHONPATH")]))
     return {**_ENVIRONMENT, "OMP_NUM_THREADS": str(config.cluster.cpus_per_task), **own, "PYTHONPATH": path}
 
 
-def parameters(config: RunConfig, step: Step, code: Path) -> dict[str, Any]:
-    """What sbatch is asked for, in submitit's names."""
+def parameters(config: RunConfig, spec: JobSpec, code: Path) -> dict[str, Any]:
+    """Parameters of sbatch under their names in submitit."""
     cluster = config.cluster
-    own: StageConfig = StageConfig() if step.stage == "train" else getattr(cluster, step.stage)
-    training = step.stage == "train"
+    own: StageConfig = StageConfig() if spec.stage == "train" else getattr(cluster, spec.stage)
+    training = spec.stage == "train"
     gpus = cluster.gpus_per_node if training else own.gpus
     if gpus is None:
-        gpus = min(1, cluster.gpus_per_node) if step.stage != "tokenise" else 0
+        gpus = min(1, cluster.gpus_per_node) if spec.stage != "tokenise" else 0
     python = _python(config)
     folder = shlex.quote(str(config.directory.resolve()))
     job = "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
-    restart = f"{python} -m launchers.restart {folder} {step.name} ${{job:-$SLURM_JOB_ID}} $code"
+    restart = f"{python} -m launchers.restart {folder} {spec.name} ${{job:-$SLURM_JOB_ID}} $code"
     asked: dict[str, Any] = {
-        "job_name": f"{config.name}-{step.name}",
+        "job_name": f"{config.name}-{spec.name}",
         "nodes": cluster.nodes if training else 1,
         "ntasks_per_node": cluster.tasks_per_node if training else 1,
         "cpus_per_task": cluster.cpus_per_task if training else own.cpus or cluster.cpus_per_task,
@@ -143,73 +147,73 @@ def parameters(config: RunConfig, step: Step, code: Path) -> dict[str, Any]:
             *cluster.setup,
             *(f"export {name}={shlex.quote(value)}" for name, value in environment(config, code).items()),
         ],
-        # A job that dies starts again in its allocation, as often as launchers/restart.py allows.
+        # A job that fails restarts in its allocation, as often as launchers/restart.py allows.
         "teardown": ["code=$?", f"job={job}", f'[ $code -eq 0 ] || {{ {restart} && exec bash "$0"; }}', "exit $code"],
         "additional_parameters": {"requeue": True, **cluster.sbatch},
     }
     return {name: value for name, value in asked.items() if value is not None}
 
 
-def sbatch_text(config: RunConfig, step: Step, code: Path) -> str:
-    """The script that is given to sbatch, with ``%j`` for the job's number; needs no Slurm."""
+def sbatch_text(config: RunConfig, spec: JobSpec, code: Path) -> str:
+    """The batch script, with ``%j`` for the job id. Does not need Slurm."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    folder = _folder(config, step)
+    folder = _folder(config, spec)
     command = f"{_python(config)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-    shares: dict[str, Any] = {"map_count": step.shares} if step.shares > 1 else {}
-    return _make_sbatch_string(command=command, folder=folder, **parameters(config, step, code), **shares)
+    shares: dict[str, Any] = {"map_count": spec.shares} if spec.shares > 1 else {}
+    return _make_sbatch_string(command=command, folder=folder, **parameters(config, spec, code), **shares)
 
 
 def _python(config: RunConfig) -> str:
-    """The command that starts Python in a Slurm job."""
+    """Command that starts Python in a Slurm job."""
     return config.cluster.python or shlex.quote(sys.executable)
 
 
-def _folder(config: RunConfig, step: Step) -> Path:
-    return config.run_directory.job(step.name, "%j").resolve()
+def _folder(config: RunConfig, spec: JobSpec) -> Path:
+    return config.run_directory.job(spec.name, "%j").resolve()
 
 
 class Submitted(NamedTuple):
-    """A step that was given to Slurm or to processes of this machine."""
+    """A job that was submitted to Slurm or started on this machine."""
 
     step: str
     stage: str
     ids: list[str]
     cluster: str
     processes: list[int]
-    """Process numbers of local jobs."""
+    """Process ids of local jobs."""
     time: float
 
 
 class Jobs:
-    """Submits the steps of a run."""
+    """Submits the jobs of a run."""
 
     def __init__(self, config: RunConfig, cluster: str, code: Path) -> None:
         self.config, self.cluster, self.code = config, cluster, code
 
-    def submit(self, step: Step, after: Submitted | None = None) -> tuple[Submitted, list[Any]]:
-        """Submit a step that begins when ``after`` has ended well; also submitit's jobs."""
+    def submit(self, spec: JobSpec, after: Submitted | None = None) -> tuple[Submitted, list[Any]]:
+        """Submit a job that starts when ``after`` has succeeded; returns its record and submitit's jobs."""
         from launchers import stages
 
-        executor = self._executor(step, after)
-        calls = [(step.name, self.config, uuid.uuid4().hex, share, step.shares) for share in range(step.shares)]
-        if step.shares > 1:
+        executor = self._executor(spec, after)
+        calls = [(spec.name, self.config, uuid.uuid4().hex, share, spec.shares) for share in range(spec.shares)]
+        if spec.shares > 1:
             jobs = executor.map_array(stages.run, *map(list, zip(*calls, strict=True)))
         else:
             jobs = [executor.submit(stages.run, *calls[0])]
         processes = [job._process.pid for job in jobs if getattr(job, "_process", None)]
         ids = [job.job_id for job in jobs]
-        submitted = Submitted(step.name, step.stage, ids, self.cluster, processes, time.time())
+        submitted = Submitted(spec.name, spec.stage, ids, self.cluster, processes, time.time())
         remember(self.config.run_directory, submitted)
         return submitted, jobs
 
-    def _executor(self, step: Step, after: Submitted | None) -> Any:
+    def _executor(self, spec: JobSpec, after: Submitted | None) -> Any:
         import submitit
 
-        folder = _folder(self.config, step)
-        asked = parameters(self.config, step, self.code)
+        folder = _folder(self.config, spec)
+        asked = parameters(self.config, spec, self.code)
         if self.cluster == "slurm":
-            # Signals are the trainer's own affair: submitit's count of time-outs never comes to bear.
+            # The trainer handles signals itself, so the limit of submitit on time-outs must not apply.
             slurm = submitit.SlurmExecutor(folder, max_num_timeout=1000, python=self.config.cluster.python)
             if after:
                 first = after.ids[0].partition("_")[0]
@@ -227,67 +231,68 @@ class Jobs:
 
 
 def remember(run: RunDirectory, submitted: Submitted) -> None:
-    """Write down what was submitted."""
+    """Append a job to the list of submitted jobs."""
     write_atomically(run.jobs_path, json.dumps([job._asdict() for job in [*known(run), submitted]], indent=1))
 
 
 def known(run: RunDirectory) -> list[Submitted]:
-    """All jobs of a run, in the order in which they were submitted."""
+    """All submitted jobs of a run, in the order of submission."""
     path = run.jobs_path
     try:
         return [Submitted(**fields) for fields in json.loads(path.read_text(encoding="utf-8"))]
     except FileNotFoundError:
         return []
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}): remove it if no job of the run is queued") from error
+        raise UserError(f"{path} is damaged ({error!r}): remove the file if no job of the run is queued") from error
 
 
 def states(submitted: list[Submitted]) -> dict[str, str]:
-    """Slurm's states of the jobs that it still has, RUNNING for local ones that are alive."""
-    found: dict[str, str] = {}
-    queued = [job for each in submitted if each.cluster == "slurm" for job in each.ids]
+    """Job id -> state in Slurm's queue, or RUNNING for a live local job; finished jobs are left out."""
+    state_of: dict[str, str] = {}
+    queued = [job for record in submitted if record.cluster == "slurm" for job in record.ids]
     if queued:
         numbers = sorted({job.partition("_")[0] for job in queued})
-        done = subprocess.run(
+        result = subprocess.run(
             ["squeue", "-h", "-r", "-o", "%i %T", "-j", ",".join(numbers)], capture_output=True, text=True, check=False
         )
-        if done.returncode and "Invalid job id" not in done.stderr:
-            raise OSError(f"squeue does not answer: {done.stderr.strip()}")
-        if done.returncode and len(numbers) > 1:  # one that Slurm has forgotten hides the others
-            for each in submitted:
-                found |= states([each])
-            return found
-        for line in done.stdout.splitlines():
+        if result.returncode and "Invalid job id" not in result.stderr:
+            raise OSError(f"squeue failed: {result.stderr.strip()}")
+        if result.returncode and len(numbers) > 1:  # squeue lists nothing if any of the ids has left its memory
+            for record in submitted:
+                state_of |= states([record])
+            return state_of
+        for line in result.stdout.splitlines():
             job, state = line.split(None, 1)
-            found[job] = state.strip()
-    for each in submitted:
-        for job, process in zip(each.ids, each.processes, strict=False):
+            state_of[job] = state.strip()
+    for record in submitted:
+        for job, process in zip(record.ids, record.processes, strict=False):
             if _is_ours(process):
-                found[job] = "RUNNING"
-    return {job: state for job, state in found.items() if job in {job for each in submitted for job in each.ids}}
+                state_of[job] = "RUNNING"
+    ids = {job for record in submitted for job in record.ids}
+    return {job: state for job, state in state_of.items() if job in ids}
 
 
 def alive(run: RunDirectory) -> list[Submitted]:
-    """Those jobs of a run that wait or run."""
-    every = known(run)
-    now = states(every)
-    return [each for each in every if any(job in now for job in each.ids)]
+    """The jobs of a run that are waiting or running."""
+    submitted = known(run)
+    state_of = states(submitted)
+    return [record for record in submitted if any(job in state_of for job in record.ids)]
 
 
 def cancel(run: RunDirectory) -> list[Submitted]:
-    """End all jobs of a run; returns the jobs that were waiting or running."""
-    ending = alive(run)
-    for each in ending:
-        if each.cluster == "slurm":
-            subprocess.run(["scancel", *{job.partition("_")[0] for job in each.ids}], check=False)
-        for process in each.processes:
+    """Cancel all jobs of a run; returns the jobs that were waiting or running."""
+    cancelled = alive(run)
+    for record in cancelled:
+        if record.cluster == "slurm":
+            subprocess.run(["scancel", *{job.partition("_")[0] for job in record.ids}], check=False)
+        for process in record.processes:
             if _is_ours(process):
                 os.kill(process, signal.SIGINT)
-    return ending
+    return cancelled
 
 
 def end_processes(submitted: Submitted) -> None:
-    """kill -9 the processes of a local job: submitit's controller waits for all, also for one that is stopped."""
+    """Send SIGKILL to the processes of a local job, as submitit's controller would wait for a stopped process."""
     for process in submitted.processes:
         with contextlib.suppress(OSError):
             children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
@@ -296,7 +301,7 @@ def end_processes(submitted: Submitted) -> None:
 
 
 def _is_ours(process: int) -> bool:
-    """Whether a process number still belongs to submitit's controller of a local job."""
+    """Whether a process id still belongs to submitit's controller of a local job."""
     try:
         words = Path(f"/proc/{process}/cmdline").read_bytes()
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]

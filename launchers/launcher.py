@@ -1,4 +1,4 @@
-"""Submits what is left of a run and follows it to its end, on Slurm or in processes of this machine."""
+"""Submits the remaining jobs of a run and follows them, on Slurm or in processes of this machine."""
 
 import json
 import os
@@ -20,13 +20,13 @@ from armd_scale.training import manifest
 from armd_scale.training.telemetry import MetricsReader, environment
 from launchers import jobs, restart, status
 
-_GRACE_SECONDS = 5.0  # in which the processes of a local job end after the first of them has failed
-_SHOWN_TOPICS = ("data", "export")  # of the lines of jobs
+_GRACE_SECONDS = 5.0  # time for the processes of a local job to end after a process has failed
+_SHOWN_TOPICS = ("data", "export")  # topics of log lines that the launcher prints
 _POLL_SECONDS = {"slurm": 2.0, "local": 0.5}
 
 
 class Launcher:
-    """Submits the steps of a run and shows how they go on."""
+    """Submits the jobs of a run and shows their progress."""
 
     def __init__(self, config: RunConfig, cluster: str, only: str | None, start: str | None) -> None:
         logs.configure()
@@ -35,88 +35,88 @@ class Launcher:
         running = jobs.alive(config.run_directory)
         if running and running[0].cluster != "slurm":
             raise UserError(
-                f"jobs of an earlier launcher still run in {config.directory}: wait for them, or end them with "
+                f"jobs of another launcher are running in {config.directory}: wait for them, or cancel them with "
                 f"`armd cancel {config.directory}`"
             )
         self.running = running
         if not running:
             _prepare_folder(config)
-        self.steps = [] if running else jobs.steps(config, only, start)
-        where = {"slurm": "processes on Slurm", "local": "processes on this machine", "debug": "process, this one"}[
+        self.specs = [] if running else jobs.remaining_jobs(config, only, start)
+        where = {"slurm": "processes on Slurm", "local": "local processes", "debug": "process, in the launcher"}[
             cluster
         ]
         self._say(
             f"{config.name}: {config.cluster.processes} {where}: {config.parallel.describe()} x data "
             f"{config.data_parallel}, ZeRO-{config.parallel.zero}; {config.total_steps} steps of "
-            f"{config.train.global_batch} x {config.model.length} tokens; run folder {config.directory}"
+            f"{config.train.global_batch} x {config.model.length} tokens; run directory {config.directory}"
         )
 
     def _say(self, line: str) -> None:
         self.console.print(line, soft_wrap=True)
 
     def run(self, detach: bool) -> None:
-        """Do all steps; raises ``UserError`` with the reason when one fails."""
+        """Run all jobs; raises ``UserError`` with the reason if a job fails."""
         submitter = jobs.Jobs(self.config, self.cluster, jobs.snapshot(self.config.run_directory))
         if self.cluster != "slurm":
-            for step in self.steps:
-                (self._debug if self.cluster == "debug" else self._run_here)(submitter, step)
+            for spec in self.specs:
+                (self._debug if self.cluster == "debug" else self._run_here)(submitter, spec)
         else:
             chain = list(self.running)
             if chain:
-                self._say("its jobs are in the queue already: following them")
-            for step in self.steps:
-                chain.append(submitter.submit(step, chain[-1] if chain else None)[0])
+                self._say("the jobs are already in the queue: following them")
+            for spec in self.specs:
+                chain.append(submitter.submit(spec, chain[-1] if chain else None)[0])
                 self._say(
-                    f"{step.name}: job {chain[-1].ids[0].partition('_')[0]}" + f" x {step.shares}" * (step.shares > 1)
+                    f"{spec.name}: job {chain[-1].ids[0].partition('_')[0]}" + f" x {spec.shares}" * (spec.shares > 1)
                 )
             if detach:
-                self._say(f"`armd status {self.config.directory}` says how they stand")
+                self._say(f"follow the jobs with `armd status {self.config.directory}`")
                 return
             try:
-                for each in chain:
-                    self._follow(each)
+                for submitted in chain:
+                    self._follow(submitted)
             except KeyboardInterrupt:
                 self._say(
-                    f"the jobs go on; `armd status {self.config.directory}` says how they stand, the "
-                    "same command follows them again, `cancel` ends them"
+                    f"the jobs continue: see `armd status {self.config.directory}`, run the same command to follow "
+                    f"them, or cancel them with `armd cancel {self.config.directory}`"
                 )
                 raise
         self._close()
 
-    def _debug(self, submitter: jobs.Jobs, step: jobs.Step) -> None:
-        """Run a step in this process; what goes wrong in it is raised here, in the debugger on a terminal."""
-        for job in submitter.submit(step)[1]:
+    def _debug(self, submitter: jobs.Jobs, spec: jobs.JobSpec) -> None:
+        """Run a job in this process and raise its error here; on a terminal the error opens the debugger."""
+        for job in submitter.submit(spec)[1]:
             os.environ["SUBMITIT_DEBUG_JOB_ID"] = job.job_id
             if sys.stdin.isatty():
                 job.results()
             elif error := job.exception():
                 raise error
-        self._say(f"{step.name}: done")
+        self._say(f"{spec.name}: done")
 
-    def _run_here(self, submitter: jobs.Jobs, step: jobs.Step) -> None:
-        """Run a step in processes of this machine, and again when it dies of something that may pass."""
+    def _run_here(self, submitter: jobs.Jobs, spec: jobs.JobSpec) -> None:
+        """Run a job in local processes, and restart it after an error that may not recur."""
         while True:
-            submitted, running = submitter.submit(step)
+            submitted, running = submitter.submit(spec)
             try:
                 self._follow(submitted, running)
                 return
             except KeyboardInterrupt:
                 for job in running:
                     job.cancel()
-                self._say(f"stopped; the same command goes on from the newest checkpoint in {self.config.directory}")
+                self._say(f"stopped; the same command resumes from the newest checkpoint in {self.config.directory}")
                 raise
             except _Died as death:
-                wait, reason, _ = restart.decide(self.config, step.name, death.job, None)
+                wait, reason, _ = restart.decide(self.config, spec.name, death.job, None)
                 if wait is None:
-                    raise UserError(_failure(self.config, step.name, death.job, reason)) from death
-                restart.clear(self.config, step.name, death.job)
-                self._say(f"{step.name} died and starts again in {wait:.0f} s: {reason}")
+                    raise UserError(_failure(self.config, spec.name, death.job, reason)) from death
+                restart.clear(self.config, spec.name, death.job)
+                self._say(f"{spec.name} failed and restarts in {wait:.0f} s: {reason}")
                 time.sleep(wait)
 
     def _follow(self, submitted: jobs.Submitted, running: list[Any] | None = None) -> None:
-        """Show a step until it ends: one live line on a terminal, plain lines elsewhere.
+        """Show the progress of a job until it ends: a live line on a terminal, plain lines elsewhere.
 
-        ``running``: submitit's jobs of this machine. Raises ``_Died``, or ``UserError`` for a job of Slurm that failed.
+        ``running``: submitit's local jobs. Raises ``_Died`` for a local job that failed, ``UserError`` for a Slurm job.
         """
         config, training = self.config, submitted.stage == "train"
         started, last_line, failing = time.monotonic(), 0.0, 0.0
@@ -154,10 +154,10 @@ class Launcher:
             if not self._succeeded(submitted.step, job):
                 if running:
                     raise _Died(job)
-                reason = [each["reason"] for each in run.restarts() if each["job"] == job][-1:]
+                reasons = [record["reason"] for record in run.restarts() if record["job"] == job]
                 error = run.error(submitted.step, job)
-                known = error["line"] if error else reason[0] if reason else "it ended without a result"
-                raise UserError(_failure(config, submitted.step, job, known))
+                reason = error["line"] if error else reasons[-1] if reasons else "the job ended without a result"
+                raise UserError(_failure(config, submitted.step, job, reason))
             log = run.log_path(submitted.step, job, rank=0)
             for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
                 printed = logs.parse(line)
@@ -166,7 +166,7 @@ class Launcher:
         self._say(f"{submitted.step}: {time.monotonic() - started:.0f} s")
 
     def _succeeded(self, step: str, job: str) -> bool:
-        """Whether every process of a job has written a result; shared disks may show it late."""
+        """Whether all processes of a job have written a result. Waits for shared disks, which may show files late."""
         run = self.config.run_directory
         deadline = time.monotonic() + (20.0 if self.cluster == "slurm" else 0.0)
         while not run.result_paths(step, job, rank=0) and time.monotonic() < deadline:
@@ -175,7 +175,7 @@ class Launcher:
         return bool(results) and all(pickle.loads(path.read_bytes())[0] == "success" for path in results)
 
     def _close(self) -> None:
-        """Print the last screen."""
+        """Print the report of the run."""
         from armd_scale.evaluation.report import lines
 
         summary = self.config.run_directory.summary()
@@ -187,7 +187,7 @@ class Launcher:
 
 
 class _Died(Exception):
-    """A local job ended without a result."""
+    """A local job failed."""
 
     def __init__(self, job: str) -> None:
         super().__init__(job)
@@ -198,11 +198,11 @@ def _failure(config: RunConfig, step: str, job: str, reason: str) -> str:
     folder, error = config.run_directory.job(step, job), config.run_directory.error(step, job)
     if error and error["bad_input"]:
         return reason
-    return f"stage '{step}' failed: {reason} (logs in {folder}); the same command goes on from the newest checkpoint"
+    return f"job '{step}' failed: {reason} (logs in {folder}): the same command resumes from the newest checkpoint"
 
 
 def _prepare_folder(config: RunConfig) -> None:
-    """Refuse a run folder that belongs to another run, and write down what is about to run."""
+    """Check that the run directory belongs to this run, and write the configuration and the environment."""
     run = config.run_directory
     newest = manifest.readable(run)
     if newest:

@@ -1,8 +1,8 @@
-"""Whether a job that has died is started again: python -m launchers.restart RUN_DIR STEP JOB CODE, exit code 0 for yes.
+"""Decides whether a failed job restarts: python -m launchers.restart RUN_DIR NAME JOB CODE, exit code 0 for a restart.
 
-Bad input is never tried again. Anything else is, after a wait that doubles, as long as new checkpoints are written
-between (``cluster.max_restarts``), unless it dies at the same step three times. Every decision is a line of
-``restarts.jsonl``.
+A job with bad input does not restart. After any other error a job restarts, with a wait that doubles each time, until
+it has failed at the same step three times, or ``cluster.max_restarts`` times without a new checkpoint. Every decision
+is a line of ``restarts.jsonl``.
 """
 
 import json
@@ -25,18 +25,21 @@ _HOLD_SECONDS = 300.0
 
 
 class Decision(NamedTuple):
-    """What is done about a job that has died."""
+    """Restart decision for a failed job."""
 
     wait: float | None
-    """Seconds before it starts again; None: it does not."""
+    """Seconds before the restart; None: no restart."""
     reason: str
-    """Why it died."""
+    """Why the job failed."""
     elsewhere: bool
     """Training never started; requeue on other nodes."""
 
 
 def decide(config: RunConfig, step: str, job: str, code: int | None) -> Decision:
-    """What to do about the job numbered ``job`` of a step; ``code``: its exit code, where it is known."""
+    """Decide whether job ``job`` restarts, and record the decision.
+
+    ``step``: name of the job; ``code``: exit code, if known.
+    """
     run = config.run_directory
     reason, final = _reason(run, run.error(step, job), code)
     before = [record for record in run.restarts() if record["step"] == step]
@@ -46,25 +49,25 @@ def decide(config: RunConfig, step: str, job: str, code: int | None) -> Decision
     record: dict[str, Any] = {
         "time": time.time(), "step": step, "job": job, "reason": reason, "reached": reached, "checkpoint": checkpoint,
     }  # fmt: skip
-    row = _row(before, checkpoint)
-    deaths = [each["reached"] for each in row] + [reached]
+    failures = _failures(before, checkpoint)
+    steps = [failure["reached"] for failure in failures] + [reached]
     if final:
         record["decision"] = "stops: " + reason
-    elif step == "train" and deaths[-_SAME_STEP:] == [reached] * _SAME_STEP and reached is not None:
-        record["decision"] = reason = f"died {_SAME_STEP} times at step {reached}: {reason}"
+    elif step == "train" and steps[-_SAME_STEP:] == [reached] * _SAME_STEP and reached is not None:
+        record["decision"] = reason = f"failed {_SAME_STEP} times at step {reached}: {reason}"
         final = True
-    elif len(row) >= config.cluster.max_restarts:
-        record["decision"] = reason = f"died {len(row) + 1} times without a new checkpoint: {reason}"
+    elif len(failures) >= config.cluster.max_restarts:
+        record["decision"] = reason = f"failed {len(failures) + 1} times without a new checkpoint: {reason}"
         final = True
-    wait = min(_LONGEST_WAIT, config.cluster.backoff_seconds * 2 ** len(row))
+    wait = min(_LONGEST_WAIT, config.cluster.backoff_seconds * 2 ** len(failures))
     if not final:
         record["decision"] = f"starts again after {wait:.0f} s"
-    _write_down(run, record)
+    _append(run, record)
     return Decision(None if final else wait, reason, reached is None)
 
 
 def note_requeue(config: RunConfig, job: str, count: int, reason: str) -> None:
-    """Write down that Slurm has queued a job for the ``count``-th time again, unless that is known."""
+    """Record requeue number ``count`` of a job, unless it is already recorded."""
     run = config.run_directory
     if any(record["job"] == job and record.get("requeues") == count for record in run.restarts()):
         return
@@ -73,7 +76,7 @@ def note_requeue(config: RunConfig, job: str, count: int, reason: str) -> None:
         "time": time.time(), "step": "train", "job": job, "reason": reason, "reached": checkpoint,
         "checkpoint": checkpoint, "requeues": count, "decision": "queued again",
     }  # fmt: skip
-    _write_down(run, record)
+    _append(run, record)
 
 
 def failing(config: RunConfig, step: str, job: str) -> bool:
@@ -82,18 +85,18 @@ def failing(config: RunConfig, step: str, job: str) -> bool:
 
 
 def requeue() -> None:
-    """Have Slurm queue this job again, and hold still until it is ended."""
+    """Requeue this job, and wait for Slurm to end the process."""
     subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
     hold()
 
 
 def hold() -> None:
-    """Wait for Slurm to end a process of a job that is queued again: an end of its own would count for the job."""
+    """Wait for Slurm to end this process of a requeued job: its own exit code would end the job."""
     time.sleep(_HOLD_SECONDS)
 
 
 def clear(config: RunConfig, step: str, job: str) -> None:
-    """Remove the error, results and stacks of a job that died, so that its next start is not taken for dead."""
+    """Remove the error and results of a failed job and rename its stacks, so that they do not fail its restart."""
     run = config.run_directory
     for path in [run.error_path(run.job(step, job)), *run.result_paths(step, job)]:
         path.unlink(missing_ok=True)
@@ -106,43 +109,43 @@ def _newest_step(run: RunDirectory) -> int | None:
     return run.step_of(newest) if newest else None
 
 
-def _write_down(run: RunDirectory, record: dict[str, Any]) -> None:
+def _append(run: RunDirectory, record: dict[str, Any]) -> None:
     with run.restarts_path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
-def _row(before: list[dict[str, Any]], checkpoint: int | None) -> list[dict[str, Any]]:
-    """The deaths since the newest checkpoint was written or a job was stopped for good."""
-    row: list[dict[str, Any]] = []
-    for each in reversed(before):
-        if each["checkpoint"] != checkpoint or not each["decision"].startswith("starts again"):
+def _failures(before: list[dict[str, Any]], checkpoint: int | None) -> list[dict[str, Any]]:
+    """The failures with a restart since the newest checkpoint, oldest first."""
+    failures: list[dict[str, Any]] = []
+    for record in reversed(before):
+        if record["checkpoint"] != checkpoint or not record["decision"].startswith("starts again"):
             break
-        row.insert(0, each)
-    return row
+        failures.insert(0, record)
+    return failures
 
 
 def _reason(run: RunDirectory, error: dict[str, Any] | None, code: int | None) -> tuple[str, bool]:
-    """Why a job died, and whether it would die again; ``error``: of the first process that failed."""
+    """Why a job failed, and whether a restart would fail again; ``error``: error of the first failed process."""
     stacks = run.stacks()
     if stacks:
         hung = ", ".join(path.stem for path in stacks.values())
         return f"a hang: no step finished; stacks of {hung} in {run.stack_path(0).parent}{_without_stacks(run)}", False
     if error is None:
-        return "a process died without a word" + (f" (exit code {code})" if code else ""), False
+        return "a process died without an error message" + (f" (exit code {code})" if code else ""), False
     return f"{error['line']}", bool(error["bad_input"])
 
 
 def _without_stacks(run: RunDirectory) -> str:
-    """Ranks that wrote no stacks, in words."""
+    """The ranks that wrote no stacks, as a clause of the reason."""
     written = run.stacks()
-    quiet = [f"rank {beat['rank']} on {beat['host']}" for beat in run.heartbeats() if beat["rank"] not in written]
-    return f"; {', '.join(quiet)} wrote none" if quiet else ""
+    silent = [f"rank {beat['rank']} on {beat['host']}" for beat in run.heartbeats() if beat["rank"] not in written]
+    return f"; no stacks from {', '.join(silent)}" if silent else ""
 
 
 def _reached(run: RunDirectory, error: dict[str, Any] | None, since: float) -> int | None:
-    """The last step that any rank has finished, from the ``error`` of the rank that failed, else from the heartbeats.
+    """The last finished step, from the ``error`` of the failed rank, else from the heartbeats.
 
-    None when there is no heartbeat ``since`` the last death: training never started.
+    None if no rank wrote a heartbeat ``since`` the last failure: training never started.
     """
     if error and error["reached"] is not None:
         return int(error["reached"])
@@ -156,9 +159,9 @@ def main() -> int:
     config = configs.load_run(RunDirectory(Path(run_dir)))
     wait, reason, elsewhere = decide(config, step, job, int(code))
     if wait is None:
-        logs.JOB.error("the job is not started again: %s", reason)
+        logs.JOB.error("the job does not restart: %s", reason)
         return 1
-    logs.JOB.warning("the job starts again in %.0f s: %s", wait, reason)
+    logs.JOB.warning("the job restarts in %.0f s: %s", wait, reason)
     time.sleep(wait)
     clear(config, step, job)
     if elsewhere:

@@ -1,7 +1,7 @@
-"""The steps of a run as jobs: prepare the data, train, export, evaluate.
+"""The functions that jobs run: prepare the data, train, export, evaluate.
 
-A job is a function of the resolved configuration that runs in processes which submitit starts. What goes wrong in it is
-one line in its folder (``error.json``), for the front door and for the decision whether it starts again.
+A job calls a function of the resolved configuration in processes that submitit starts. An error is written to
+``error.json`` in the directory of the job, for the launcher and for the restart decision.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from launchers import restart
 
 
 def run(step: str, config: RunConfig, token: str, share: int = 0, shares: int = 1) -> dict[str, Any]:
-    """Run one step in this process, as one of ``shares`` jobs; raises what went wrong, after writing it down.
+    """Run the job ``step`` in this process, as job ``share`` of an array of ``shares``. Records and raises errors.
 
-    ``token``: a word that no other submission has, for files that processes meet at.
+    ``token``: unique word of this submission, for the rendezvous.
     """
     logs.configure(_rank())
     # Each (re)start uses a fresh rendezvous file.
@@ -37,7 +37,7 @@ def run(step: str, config: RunConfig, token: str, share: int = 0, shares: int = 
         return _JOBS[step](config) or {}
     except Exception as error:
         traceback.print_exc()
-        _write_down(step, error)
+        _record(step, error)
         raise
 
 
@@ -46,9 +46,9 @@ def _rank() -> int:
     return int(os.environ.get("SUBMITIT_LOCAL_GLOBALID", os.environ.get("SLURM_PROCID", 0)))
 
 
-def _write_down(step: str, error: Exception) -> None:
-    bad = is_bad_input(error)
-    line = str(error) if bad else f"{type(error).__name__}: {error}"
+def _record(step: str, error: Exception) -> None:
+    """Write the first error of a job to ``error.json``."""
+    line = str(error) if is_bad_input(error) else f"{type(error).__name__}: {error}"
     facts = {
         "line": " ".join(line.split())[:2000],
         "bad_input": isinstance(error, UserError) or getattr(error, "bad_input", False),
@@ -56,10 +56,9 @@ def _write_down(step: str, error: Exception) -> None:
         "reached": getattr(error, "step", None),
         "step": step,
     }
-    if "SUBMITIT_FOLDER" not in os.environ:  # in the launcher's own process, which sees the error itself
+    if "SUBMITIT_FOLDER" not in os.environ:  # this is the launcher's process, which catches the error
         return
     folder = submitit.JobEnvironment().paths.folder
-    # The first one counts.
     with contextlib.suppress(OSError), RunDirectory.error_path(folder).open("x", encoding="utf-8") as file:
         json.dump(facts, file)
 
@@ -91,23 +90,23 @@ def _train(config: RunConfig) -> None:
     job = submitit.JobEnvironment()
     requeues = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     if requeues and job.global_rank == 0:
-        restart.note_requeue(config, job.job_id, requeues, "preempted, or lost a node")
+        restart.note_requeue(config, job.job_id, requeues, "preempted or lost a node")
     flag = train(config, job.global_rank, job.num_tasks, job.local_rank, _rendezvous(config, job))
     if not flag:
         return
     if flag == health.REQUEUE and "SLURM_JOB_ID" in os.environ:
         if job.global_rank == 0:
-            logs.JOB.info("the state is saved, the job is queued again")
-            restart.note_requeue(config, job.job_id, requeues + 1, "warned before its time limit, or before preemption")
+            logs.JOB.info("the state is saved, requeueing the job")
+            restart.note_requeue(config, job.job_id, requeues + 1, "warned before the time limit or preemption")
             restart.requeue()
         restart.hold()
-    raise UserError("told to end: the state is saved, and the same command goes on")
+    raise UserError("stopped by a signal: the state is saved, run the same command to resume")
 
 
 def _rendezvous(config: RunConfig, job: Any) -> str:
-    """The rendezvous: an address on the first node of a Slurm job, or a file when all processes are on this machine."""
+    """The rendezvous: an address on the first node of a Slurm job, or a file for local processes."""
     if "SLURM_JOB_ID" in os.environ:
-        # srun runs on the first node. Other nodes may not resolve the name of that node, so its address is used.
+        # srun runs on the first node. Other nodes may not resolve its name, so the address is used.
         host = os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or job.hostnames[0]
         return f"tcp://{host}:{20000 + int(os.environ['SLURM_JOB_ID']) % 20000}"
     path = config.run_directory.rendezvous_path(os.environ["ARMD_SUBMISSION"])
@@ -121,7 +120,7 @@ def _export(config: RunConfig) -> dict[str, Any]:
     _set_threads(config)
     config = fill_vocabulary(load_run(config.run_directory))
     facts = export.export(config, export.newest_checkpoint(config), config.run_directory.export)
-    logs.EXPORT.info("largest difference to the training model's logits %.1e", facts["difference"])
+    logs.EXPORT.info("largest difference to the logits of the training model: %.1e", facts["difference"])
     return facts
 
 

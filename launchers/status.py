@@ -1,4 +1,4 @@
-"""How a run stands: its jobs, how far it has come, and what its processes have printed."""
+"""Status of a run: jobs, progress and logs."""
 
 import datetime
 import time
@@ -14,14 +14,14 @@ from launchers import jobs
 
 
 def lines(run: RunDirectory) -> list[str]:
-    """Jobs by step, progress, checkpoints and restarts of a run."""
+    """Jobs, progress, checkpoints and restarts of a run."""
     config = configs.load_run(run)
     known = jobs.known(run)
-    now = jobs.states(known)
+    state_of = jobs.states(known)
     out = [f"{config.name}: {run.path}"]
-    latest = {each.step: each for each in known}
-    for each in latest.values():
-        out.append(f"  {each.step:<17} {each.cluster} {_numbers(each.ids):<16} {_state(run, each, now)}")
+    latest = {job.step: job for job in known}
+    for job in latest.values():
+        out.append(f"  {job.step:<17} {job.cluster} {_numbers(job.ids):<16} {_state(run, job, state_of)}")
     records = run.metrics()
     if any("loss" in record for record in records):
         out.append("  " + progress(records, config))
@@ -30,19 +30,20 @@ def lines(run: RunDirectory) -> list[str]:
         age = time.time() - run.manifest_path(newest).stat().st_mtime
         out.append(f"  last checkpoint {newest.name}, {_span(age)} ago")
     beats = run.heartbeats()
-    if beats and any(each.stage == "train" and any(job in now for job in each.ids) for each in known):
-        last = min(beats, key=lambda beat: beat["time"])
+    if beats and any(job.stage == "train" and any(number in state_of for number in job.ids) for job in known):
+        oldest = min(beats, key=lambda beat: beat["time"])
+        age = time.time() - oldest["time"]
+        out.append(f"  oldest heartbeat: rank {oldest['rank']} on {oldest['host']}, {_span(age)} ago")
+    for failure in run.restarts():
+        when = datetime.datetime.fromtimestamp(failure["time"]).strftime("%Y-%m-%d %H:%M:%S")
         out.append(
-            f"  rank {last['rank']} on {last['host']} was heard of last, {_span(time.time() - last['time'])} ago"
+            f"  {when} {failure['step']} at step {failure['reached']}: {failure['reason']}; {failure['decision']}"
         )
-    for death in run.restarts():
-        when = datetime.datetime.fromtimestamp(death["time"]).strftime("%Y-%m-%d %H:%M:%S")
-        out.append(f"  {when} {death['step']} at step {death['reached']}: {death['reason']}; {death['decision']}")
     return out
 
 
 def progress(records: list[dict[str, Any]], config: RunConfig) -> str:
-    """Step, loss, speed and time left, in a line."""
+    """Step, loss, throughput and remaining time, in a line."""
     steps = [record for record in records if "loss" in record]
     if not steps:
         return "train: starting"
@@ -58,20 +59,20 @@ def progress(records: list[dict[str, Any]], config: RunConfig) -> str:
 
 
 def log_of(run: RunDirectory, stage: str, rank: int, stream: str = "out") -> Path:
-    """What a process of the newest job of a stage prints."""
+    """The output file of a process of the newest job of a stage."""
     configs.load_run(run)
-    found = [submitted for submitted in jobs.known(run) if stage in (submitted.stage, submitted.step)]
-    if not found:
-        raise UserError(f"no job of stage '{stage}' was submitted for {run.path}")
-    job = found[-1].ids[0]
-    path = run.log_path(found[-1].step, job, rank, stream)
+    submitted = [job for job in jobs.known(run) if stage in (job.stage, job.step)]
+    if not submitted:
+        raise UserError(f"no job '{stage}' was submitted for {run.path}: see `armd status {run.path}`")
+    number = submitted[-1].ids[0]
+    path = run.log_path(submitted[-1].step, number, rank, stream)
     if not path.is_file():
-        raise UserError(f"rank {rank} of job {job} has printed nothing yet: there is no {path}")
+        raise UserError(f"rank {rank} of job {number} has printed nothing: {path} does not exist")
     return path
 
 
 def follow(path: Path, going_on: Any) -> None:
-    """Print a file as it grows, as long as ``going_on()``."""
+    """Print a file as it grows, while ``going_on()`` is true."""
     with path.open(encoding="utf-8", errors="replace") as file:
         while True:
             ending = not going_on()
@@ -84,16 +85,16 @@ def follow(path: Path, going_on: Any) -> None:
                 time.sleep(0.5)
 
 
-def _state(run: RunDirectory, each: jobs.Submitted, now: dict[str, str]) -> str:
-    current = [now[job] for job in each.ids if job in now]
+def _state(run: RunDirectory, job: jobs.Submitted, state_of: dict[str, str]) -> str:
+    current = [state_of[number] for number in job.ids if number in state_of]
     if current:
         counts = {state: current.count(state) for state in sorted(set(current))}
-        return ", ".join(f"{count} x {state}" if len(each.ids) > 1 else state for state, count in counts.items())
-    for job in each.ids:
-        error = run.error(each.step, job)
+        return ", ".join(f"{count} x {state}" if len(job.ids) > 1 else state for state, count in counts.items())
+    for number in job.ids:
+        error = run.error(job.step, number)
         if error:
             return f"FAILED: {error['line']}"
-    results = [run.result_paths(each.step, job) for job in each.ids]
+    results = [run.result_paths(job.step, number) for number in job.ids]
     return "done" if all(results) else "ENDED without a result"
 
 

@@ -96,7 +96,7 @@ def standalone(config: ModelConfig, seed: int = 0) -> inference.ARMD:
 
 
 def model_folder(place: Path, config: ModelConfig, tokenizer: Tokenizer) -> Path:
-    """A whole model folder in ``place``, with random float32 weights."""
+    """A whole model directory in ``place``, with random float32 weights."""
     model = standalone(config.model_copy(update={"vocab_size": tokenizer.vocab_size})).float()
     shape = dataclasses.replace(model.config, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
     save_file(dict(model.state_dict()), place / "model.safetensors", metadata={"format": "pt"})
@@ -244,3 +244,22 @@ def shared_data(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"the data for experiments is not here ({name})")
     return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A small prepared data set of made-up prose, which tests do not change."""
+    import json
+
+    from data_pipeline import prepare
+    from tests.runs import PANGRAMS, run
+
+    folder = tmp_path_factory.mktemp("data")
+    words = PANGRAMS.split()
+    draw = np.random.default_rng(0)
+    text = folder / "text.jsonl"
+    lines = [json.dumps({"text": " ".join(draw.choice(words, 60)) + ".\n"}) for _ in range(200)]
+    text.write_text("\n".join(lines))
+    config = run(folder, text, folder / "unused")
+    prepare.prepare(config)
+    return folder

@@ -153,3 +153,10 @@ def _norm(rows: Tensor, scale: Tensor, c: ARMDConfig) -> Tensor:
     if c.norm == "layernorm":
         rows = rows - rows.mean(-1, keepdim=True)
     return _rms(rows, c) * scale
+
+
+def chi_square(found, expected):
+    """Sampled counts against expected ones, at about five standard deviations of the statistic."""
+    statistic = sum((a - b) ** 2 / b for a, b in zip(found, expected, strict=True))
+    freedom = len(expected) - 1
+    assert statistic < freedom + 5 * math.sqrt(2 * freedom), statistic

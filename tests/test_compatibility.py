@@ -17,7 +17,7 @@ import torch
 from armd_scale import config as configs
 from armd_scale import inference, orders
 from data_pipeline import prepare
-from tests.training.test_runs import figures, start
+from tests.runs import figures, start
 
 OLD = Path(__file__).parent / "fixtures" / "v0.1"
 EXPECTED = json.loads((OLD / "expected.json").read_text())

@@ -119,19 +119,19 @@ def test_missing_file(tmp_path):
 
 
 def test_layout_that_needs_more_heads(file):
-    with pytest.raises(UserError, match=r"model.heads = 12 is not a multiple of parallel.tensor = 8"):
+    with pytest.raises(UserError, match="model.heads = 12 .* parallel.tensor = 8"):
         configs.load(file, ["cluster.tasks_per_node=8", "parallel.tensor=8"])
 
 
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["parallel.zero=2"], "nearest layouts: parallel.zero = 1 with these stages, or parallel.pipeline = 1"),
-        (["parallel.zero=3"], "ZeRO-3 waits for ranks of other stages for ever"),
-        (["parallel.chunks=4"], "model.layers = 4 cannot fill parallel.pipeline x parallel.chunks = 8 runs"),
-        (["parallel.cut=[2, 1]"], "must be 1 growing layer numbers between 1 and 3"),
-        (["parallel.cut=[4]"], "must be 1 growing layer numbers between 1 and 3"),
-        (["parallel.chunks=2", "train.micro_batch=16"], "micro-batches of a step (1) to be a multiple of"),
+        (["parallel.zero=2"], "parallel.zero = 1"),
+        (["parallel.zero=3"], "ZeRO-3"),
+        (["parallel.chunks=4"], "parallel.pipeline x parallel.chunks = 8"),
+        (["parallel.cut=[2, 1]"], "between 1 and 3"),
+        (["parallel.cut=[4]"], "between 1 and 3"),
+        (["parallel.chunks=2", "train.micro_batch=16"], "micro-batches of a step (1)"),
     ],
 )
 def test_pipelines_that_cannot_work(file, overrides, line):
@@ -156,7 +156,7 @@ def test_text_that_looks_like_an_interpolation(file, tmp_path):
 
 def test_vocabulary_must_agree(file):
     config = configs.load(file, ["model.vocab_size=100"])
-    with pytest.raises(UserError, match="vocab_size is 100 in the configuration but 90"):
+    with pytest.raises(UserError, match="vocab_size is 100"):
         configs.with_vocabulary(config, 90, 1)
     assert configs.with_vocabulary(config, 100, 1).model.bos_id == 1
 

@@ -97,7 +97,7 @@ f = f"{job}_0_log.out"
 
 def test_a_run_directory_is_found_from_inside(tmp_path):
     run = RunDirectory(tmp_path / "run")
-    with pytest.raises(UserError, match=r"is not a run directory: it has no config.yaml"):
+    with pytest.raises(UserError, match="no config.yaml"):
         configs.load_run(run)
     run.checkpoint(4).mkdir(parents=True)
     config = RunConfig(name="some", run_dir="elsewhere")
@@ -106,7 +106,7 @@ def test_a_run_directory_is_found_from_inside(tmp_path):
     for path in (run.path, run.export, run.checkpoint(4)):
         assert RunDirectory.around(path) == run
     assert RunDirectory.around(tmp_path) is None
-    with pytest.raises(UserError, match="is not a complete data set"):
+    with pytest.raises(UserError, match="not a complete data set"):
         fill_vocabulary(configs.load_run(run))
 
 
@@ -123,7 +123,7 @@ def test_checkpoints_are_listed_by_their_steps(tmp_path):
     run.manifest_path(damaged).write_text("{}")
     assert [run.step_of(path) for path in run.complete_checkpoints()] == [8, 16, 200_000_000]
     assert run.newest_checkpoint() == run.checkpoint(200_000_000)
-    with pytest.raises(ValueError, match="does not have the name of a checkpoint"):
+    with pytest.raises(ValueError, match="name of a checkpoint"):
         run.step_of(damaged)
 
 

@@ -17,7 +17,7 @@ from armd_scale.files import check_picture
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="NAME=RUN[,RUN...]", help="run folders of a line")
+    parser.add_argument("runs", nargs="+", metavar="NAME=RUN[,RUN...]", help="run directories of a line")
     parser.add_argument("--figure", default="loss", help="a figure of the metrics (default: loss)")
     parser.add_argument("--out", type=Path, required=True, help="picture to write")
     args = parser.parse_args()
@@ -49,7 +49,9 @@ def _curve(folders: list[Path], figure: str) -> tuple[np.ndarray, np.ndarray]:
         run = RunDirectory(folder)
         records = run.metrics()
         if not records:
-            raise UserError(f"{folder} has no {run.metrics_path.name}: it is no run folder, or nothing is recorded yet")
+            raise UserError(
+                f"{folder} has no {run.metrics_path.name}: it is no run directory, or nothing is recorded yet"
+            )
         known = {record["step"]: record[figure] for record in records if _is_number(record.get(figure))}
         if not known:
             names = sorted({name for record in records for name in record if _is_number(record[name])} - {"step"})

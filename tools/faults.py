@@ -330,9 +330,9 @@ class _Campaign:
 
     def _nan(self) -> str:
         self._mark()
-        count = self._output().count("is not applied")
+        count = self._output().count("is skipped")
         os.kill(self.draw.choice(self._ranks()), signal.SIGUSR1)
-        self._wait("its detection", lambda: self._output().count("is not applied") > count)
+        self._wait("its detection", lambda: self._output().count("is skipped") > count)
         self.noticed = time.monotonic()
         return "the step was not applied"
 
@@ -359,7 +359,7 @@ class _Campaign:
         found = {r["step"]: r["loss"] for r in self.run_dir.metrics() if "loss" in r}
         last = max(found)
         # A full disk swallows records too; those steps were applied.
-        bad = [int(step) for step in re.findall(r"step (\d+) is not applied", self._output())]
+        bad = [int(step) for step in re.findall(r"step (\d+) is skipped", self._output())]
         missing = [step for step in range(1, last + 1) if step not in found and step in bad]
         calm = RunDirectory(self.folder / "calm")
         path = self._config(calm, missing, steps=max(60, last))

@@ -68,7 +68,9 @@ def _run(study: Any, args: argparse.Namespace) -> None:
         shared["data"] |= {"text": found["train"], "heldout_text": found["heldout"]}
     (out / "run.yaml").write_text(yaml.safe_dump(shared, sort_keys=False), encoding="utf-8")
     if args.suite and not args.suite.is_dir():
-        raise UserError(f"there is no folder {args.suite}: name the one with the zero-shot texts, or leave out --suite")
+        raise UserError(
+            f"there is no directory {args.suite}: name the one with the zero-shot texts, or leave out --suite"
+        )
     every = studies.runs(study)
     made = {run: study.config(run, out, args.overrides) for run in every}  # a wrong override ends the study here
     equal = study.equal_steps(made)
@@ -117,7 +119,7 @@ def _run(study: Any, args: argparse.Namespace) -> None:
 
 
 def _check_begun(config: Any) -> None:
-    """``UserError`` when the folder of a run holds one with other settings."""
+    """``UserError`` when the directory of a run holds one with other settings."""
     from armd_scale import config as configs
 
     path = config.run_directory.config_path

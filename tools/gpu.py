@@ -25,7 +25,7 @@ def main() -> None:
     if "--wheels" in words:
         at = words.index("--wheels")
         folder, words = words[at + 1 : at + 2], words[:at] + words[at + 2 :]
-        places.append(install(Path(*folder)) if folder else fail("--wheels needs a folder"))
+        places.append(install(Path(*folder)) if folder else fail("--wheels needs a directory"))
         environment["ARMD_SCALE_SITE"] = places[-1]  # deleted at the end
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*places, os.environ.get("PYTHONPATH")]))
     environment["PYTHONUNBUFFERED"] = "1"
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def install(wheels: Path) -> str:
-    """Install the wheels of a folder beside the packages that are there; the directory that they are in."""
+    """Install the wheels of a directory beside the packages that are there; the directory that they are in."""
     files = sorted(map(str, wheels.glob("*.whl"))) or fail(f"there are no wheels in {wheels}")
     site = tempfile.mkdtemp(prefix="armd-scale-")
     options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--upgrade", "--target", site]

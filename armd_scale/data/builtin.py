@@ -1,4 +1,4 @@
-"""Real English and code that every Python installation carries: text for a first run without any download."""
+"""English text and code from the Python installation, for a first run without a download."""
 
 import ast
 import builtins
@@ -14,10 +14,10 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "l
 
 @functools.cache
 def python_documents() -> tuple[str, ...]:
-    """The language reference and the docstrings of the standard library, each with the head that it documents.
+    """The language reference and the docstrings of the standard library, with the signatures that they document.
 
-    One document a reference topic and one a module, sorted by name; a docstring that was seen before is left out.
-    The same Python gives the same text.
+    Each reference topic and each module is a document. Documents are sorted by name; repeated docstrings are left out.
+    The text depends on the Python version only.
     """
     return tuple(_python_documents())
 
@@ -48,7 +48,7 @@ def _python_documents() -> Iterator[str]:
 
 
 def _heads(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """(head, docstring) of a module and of all that it defines, in the order of the source."""
+    """(signature, docstring) of a module and of its definitions, in the order of the source."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
@@ -64,7 +64,7 @@ def _heads(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def _compiled_heads(module: object) -> Iterator[tuple[str, str]]:
-    """(name, docstring) of a module written in C and of all that it defines."""
+    """(name, docstring) of a module written in C and of its definitions."""
     yield "", getattr(module, "__doc__", None) or ""
     for name, value in sorted(vars(module).items()):
         docstring = getattr(value, "__doc__", None)

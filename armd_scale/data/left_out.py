@@ -1,7 +1,7 @@
-"""What a run leaves out of its data: steps that the configuration skips, steps of rollbacks, and damaged shards.
+"""Data that a run leaves out: steps that the configuration skips, steps of rollbacks, and damaged shards.
 
-Steps and samples are numbered as in a run that leaves nothing out (the *whole* sequence). A step that reads sample
-number n of the run reads a later sample of the whole sequence when something before it is left out.
+Steps and samples are numbered as in a run that leaves nothing out (the *whole* sequence). If earlier samples are left
+out, sample n of the run is a later sample of the whole sequence.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ class LostShard(NamedTuple):
     """A damaged shard."""
 
     since: int
-    """Sample of the whole sequence from which on the shard is left out."""
+    """First sample of the whole sequence without the shard."""
     dataset: int
     """Number of the data set."""
     name: str
@@ -31,10 +31,10 @@ class LostShard(NamedTuple):
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What is left out of the data of a run, the same on all ranks. A checkpoint keeps it (``state``)."""
+    """The data that a run leaves out, the same on all ranks. Checkpoints keep ``state``."""
 
     batch: int
-    """Samples of a step."""
+    """Number of samples of a step."""
     configured: tuple[Range, ...] = ()
     """Ranges of steps of ``data.skip_steps``."""
     rolled_back: tuple[Range, ...] = ()
@@ -44,7 +44,7 @@ class LeftOut:
 
     @property
     def steps(self) -> tuple[Range, ...]:
-        """All ranges of steps, growing, merged where they touch."""
+        """All ranges of steps in increasing order, merged where they touch."""
         merged: list[Range] = []
         for first, last in sorted(self.configured + self.rolled_back):
             if merged and merged[-1][1] >= first:
@@ -59,19 +59,22 @@ class LeftOut:
         return [(first * self.batch, last * self.batch) for first, last in self.steps]
 
     def place(self, sample: int) -> int:
-        """The sample of the whole sequence that the run reads as its number ``sample``."""
+        """The sample of the whole sequence that is sample ``sample`` of the run."""
         return int(skipping(np.array([sample]), self.samples)[0])
 
     def after_rollback(self, first: int, last: int) -> "tuple[LeftOut, Range]":
-        """Leave out the samples of the run's steps [first, last) too; also these steps of the whole sequence."""
+        """Also leave out the samples of the steps [first, last) of the run.
+
+        Returns the new object and the range of these steps in the whole sequence.
+        """
         begin = self.place(first * self.batch) // self.batch
         end = self.place((last - 1) * self.batch) // self.batch + 1
         return replace(self, rolled_back=(*self.rolled_back, (begin, end))), (begin, end)
 
     def resumed(self, step: int, saved: "LeftOut", damaged: Iterable[tuple[int, str]]) -> "LeftOut":
-        """What is left out from ``step`` on, after a checkpoint of that step in which ``saved`` was left out.
+        """The data left out from ``step`` on, given ``saved`` from the checkpoint of that step.
 
-        ``damaged``: data set and name of the shards that are damaged now. Raises ``UserError`` when the configuration
+        ``damaged``: (data set, name) of the shards that are damaged now. Raises ``UserError`` if the configuration
         changes samples that the run has already seen.
         """
         # Rollbacks of this process may be newer than the checkpoint.
@@ -86,11 +89,11 @@ class LeftOut:
         if not step:
             return
         reached = max(left_out.place(step * self.batch - 1) for left_out in (self, saved))
-        seen = [[pair for pair in left_out.samples if pair[0] <= reached] for left_out in (self, saved)]
-        if seen[0] != seen[1]:
+        now, before = ([pair for pair in left_out.samples if pair[0] <= reached] for left_out in (self, saved))
+        if now != before:
             raise UserError(
-                f"data.skip_steps = {_lists(self.steps)} changes what the run has seen before step {step} "
-                f"(it was {_lists(saved.steps)}): only steps ahead can be skipped; to go back, remove newer checkpoints"
+                f"data.skip_steps = {_lists(self.steps)} changes steps before step {step} "
+                f"(the checkpoint has {_lists(saved.steps)}): skip later steps only, or remove the newer checkpoints"
             )
 
     def describe(self, folders: Sequence[Path]) -> list[str]:
@@ -101,7 +104,7 @@ class LeftOut:
         return lines
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, in the names of version 0.1: ``skip_steps`` has the ranges of rollbacks too."""
+        """State for a checkpoint, under the names of version 0.1: ``skip_steps`` includes the ranges of rollbacks."""
         return {
             "skip_steps": _lists(self.steps),
             "own_skips": _lists(self.rolled_back),
@@ -110,7 +113,7 @@ class LeftOut:
 
     @classmethod
     def from_state(cls, state: dict[str, Any], batch: int) -> "LeftOut":
-        """What was left out when a checkpoint was written; nothing for {}."""
+        """Read the ``state`` of a checkpoint; {} leaves nothing out."""
         return cls(
             batch,
             configured=_pairs(state.get("skip_steps", [])),
@@ -120,7 +123,7 @@ class LeftOut:
 
     @classmethod
     def from_config(cls, skip_steps: Sequence[Sequence[int]], batch: int) -> "LeftOut":
-        """What the configuration leaves out."""
+        """Read ``data.skip_steps`` of the configuration."""
         return cls(batch, configured=_pairs(skip_steps))
 
 

@@ -1,12 +1,12 @@
-"""Documents out of files: txt, jsonl, both packed with gz or zst, parquet, and tar files of these.
+"""Reads documents from txt, jsonl, both compressed with gz or zst, parquet, and tar files of txt and jsonl.
 
-- ``files``: the files that a list of files, folders, globs and URLs stands for, sorted;
-- ``parts``: pieces of files that are read independently of each other: byte ranges of a plain jsonl file, row groups of
-  a parquet file, whole files of other kinds;
-- ``read``: the records of a part, good and bad, each with its place;
-- ``documents``: all documents of a list of sources, strictly.
+- ``files``: expands a list of files, directories, globs and URLs to a sorted list of files;
+- ``parts``: parts of files that are read independently: byte ranges of an uncompressed jsonl file, row groups of a
+  parquet file, whole files of other formats;
+- ``read``: the records of a part, good and bad, with their locations;
+- ``documents``: all documents of a list of sources; a bad record is an error.
 
-A URL is anything that fsspec opens.
+URLs are opened with fsspec.
 """
 
 import glob
@@ -27,37 +27,37 @@ from armd_scale.errors import UserError
 
 BUILTIN = "builtin:python"
 PART_BYTES = 32 << 20
-"""Size of a piece of a file that can be cut."""
+"""Size of a part of a file that can be split."""
 LONGEST_LINE = 256 << 20
-"""Longest line of a jsonl file in bytes; a longer one is a bad record."""
+"""Longest line of a jsonl file in bytes; longer lines are bad records."""
 _FORMATS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst", ".parquet", ".tar")
 
 
 class Part(NamedTuple):
-    """A piece of a file: bytes of a jsonl file, row groups of a parquet file; ``stop`` -1: the whole file."""
+    """A part of a file: bytes of a jsonl file or row groups of a parquet file; ``stop`` -1: the whole file."""
 
     file: str
     start: int
     stop: int
     size: int
-    """About how many bytes it has on disk."""
+    """Approximate size on disk in bytes."""
 
 
 class Record(NamedTuple):
-    """A document, or what is wrong with it."""
+    """A document, or the problem of a bad record."""
 
     text: str
     place: str
-    """File and record, for people."""
+    """File and record, for messages."""
     problem: str | None = None
     id: str | None = None
-    """What the record says of itself in its id field."""
+    """Value of the id field."""
     source: str | None = None
-    """What it says in its source field."""
+    """Value of the source field."""
 
 
 class Fields(NamedTuple):
-    """Fields of a jsonl record, columns of a parquet file."""
+    """Names of the fields of a jsonl record or the columns of a parquet file."""
 
     text: str = "text"
     id: str = "id"
@@ -70,8 +70,8 @@ FIELDS = Fields()
 def documents(sources: list[str], field: str = "text") -> Iterator[str]:
     """All non-empty documents of ``sources``, in the order of the sorted file names.
 
-    A txt file is one document, and so is a named file of no known format; a jsonl line and a parquet row hold one in
-    ``field``. Raises ``UserError`` that names the file and the record for anything that cannot be read.
+    A txt file, or an explicitly named file of unknown format, is a document. A jsonl line or a parquet row holds a
+    document in ``field``. Raises ``UserError`` with the file and the record that cannot be read.
     """
     for part in parts(files(sources)):
         for record in read(part, Fields(field)):
@@ -82,13 +82,13 @@ def documents(sources: list[str], field: str = "text") -> Iterator[str]:
 
 
 def files(sources: list[str]) -> list[str]:
-    """The files that ``sources`` stand for, each once, in the order in which they are read."""
+    """Expand ``sources`` to files without repetition, in the order of reading."""
     expanded = (name for source in sources for name in ([source] if source == BUILTIN else _files(source)))
     return list(dict.fromkeys(expanded))
 
 
 def size(file: str) -> int:
-    """Bytes of a file."""
+    """Size of a file in bytes."""
     if "://" in file:
         system, path = fsspec.core.url_to_fs(file)
         return int(system.size(path) or 0)
@@ -96,7 +96,7 @@ def size(file: str) -> int:
 
 
 def parts(names: Iterable[str]) -> Iterator[Part]:
-    """The pieces of files, in order. They depend on the files alone."""
+    """The parts of files, in order. The parts depend on the files only."""
     for name in names:
         if name == BUILTIN:
             yield Part(name, 0, -1, 0)
@@ -111,7 +111,7 @@ def parts(names: Iterable[str]) -> Iterator[Part]:
 
 
 def read(part: Part, fields: Fields = FIELDS) -> Iterator[Record]:
-    """The records of a part, empty ones too. Raises ``UserError`` when the file itself cannot be read on."""
+    """The records of a part, including empty records. Raises ``UserError`` if the file cannot be read."""
     if part.file == BUILTIN:
         yield from (Record(text, f"{BUILTIN} document {n}") for n, text in enumerate(python_documents(), start=1))
     elif part.file.endswith(".parquet"):
@@ -124,7 +124,7 @@ def read(part: Part, fields: Fields = FIELDS) -> Iterator[Record]:
 
 
 def encodable(text: str) -> bool:
-    """Whether a string is text: JSON and command lines can smuggle in lone surrogates."""
+    """Whether a string can be encoded in UTF-8: JSON and command lines may contain lone surrogates."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -137,28 +137,28 @@ def _files(source: str) -> list[str]:
         return _remote_files(source)
     path = Path(source)
     if path.is_file():
-        found = [path]
+        paths = [path]
     elif path.is_dir():
-        found = [p for p in path.rglob("*") if p.is_file() and p.name.endswith(_FORMATS)]
+        paths = [p for p in path.rglob("*") if p.is_file() and p.name.endswith(_FORMATS)]
     else:
-        found = [Path(name) for name in glob.glob(source, recursive=True)]
-    if not found:
-        raise UserError(f"there is no text at {source}: give files, a folder or a glob of {', '.join(_FORMATS)}")
-    return [str(path) for path in sorted(found)]
+        paths = [Path(name) for name in glob.glob(source, recursive=True)]
+    if not paths:
+        raise UserError(f"there is no text at {source}: give files, a directory or a glob of {', '.join(_FORMATS)}")
+    return [str(path) for path in sorted(paths)]
 
 
 def _remote_files(source: str) -> list[str]:
     try:
         system, path = fsspec.core.url_to_fs(source)
         if system.isdir(path):
-            found = [name for name in system.find(path) if name.endswith(_FORMATS)]
+            names = [name for name in system.find(path) if name.endswith(_FORMATS)]
         else:
-            found = [name for name in system.glob(path) if system.isfile(name)]
+            names = [name for name in system.glob(path) if system.isfile(name)]
     except (ValueError, ImportError, OSError) as error:
         raise UserError(f"{source} cannot be opened: {error}") from error
-    if not found:
-        raise UserError(f"there is no text at {source}: give files, a folder or a glob of {', '.join(_FORMATS)}")
-    return sorted(system.unstrip_protocol(name) for name in found)
+    if not names:
+        raise UserError(f"there is no text at {source}: give files, a directory or a glob of {', '.join(_FORMATS)}")
+    return sorted(system.unstrip_protocol(name) for name in names)
 
 
 def _open(file: str) -> IO[bytes]:
@@ -180,13 +180,13 @@ def _read_stream(part: Part, fields: Fields) -> Iterator[Record]:
                         yield from _plain(content, member.name, f"{part.file}/{member.name}", fields)
                 file.seek(archive.offset)
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise OSError("it ends before its end mark")  # Python takes what is cut off there for an end
+                    raise OSError("the end mark is missing")  # tarfile accepts a truncated archive
         else:
             yield from _plain(file, part.file, part.file, fields)
 
 
 def _plain(file: IO[bytes], name: str, place: str, fields: Fields) -> Iterator[Record]:
-    """The records of a txt or jsonl file, packed or not."""
+    """The records of a txt or jsonl file, compressed or not."""
     if name.endswith(".gz"):
         file = io.BufferedReader(gzip.GzipFile(fileobj=file))  # type: ignore[arg-type]
     elif name.endswith(".zst"):
@@ -201,7 +201,7 @@ def _plain(file: IO[bytes], name: str, place: str, fields: Fields) -> Iterator[R
 
 
 def _range(file: IO[bytes], part: Part) -> Iterator[tuple[int, bytes]]:
-    """The lines that begin in a part, each with its first byte; a line belongs to the part in which it begins."""
+    """(first byte, line) of the lines that begin in a part; a line belongs to the part in which it begins."""
     at = part.start
     if at:
         file.seek(at - 1)
@@ -222,7 +222,7 @@ def _all_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 
 
 class _Giant(bytes):
-    """The beginning of a line that is too long; its length is that of the whole."""
+    """The beginning of a line that is too long; ``len`` gives the length of the whole line."""
 
     def __len__(self) -> int:
         return self.whole
@@ -244,11 +244,11 @@ def _line(file: IO[bytes]) -> bytes:
 
 
 def _lines(lines: Iterator[tuple[int, bytes]], place: str, fields: Fields, first: int | None) -> Iterator[Record]:
-    """Records of jsonl lines; ``first``: the number of the first line, None where only its byte is known."""
+    """Records of jsonl lines; ``first``: number of the first line, None if only byte offsets are known."""
     for count, (at, line) in enumerate(lines):
         if line.strip():
-            here = f"{place} byte {at}" if first is None else f"{place} line {first + count}"
-            yield _record(line, here, fields)
+            where = f"{place} byte {at}" if first is None else f"{place} line {first + count}"
+            yield _record(line, where, fields)
 
 
 def _record(line: bytes, place: str, fields: Fields) -> Record:
@@ -283,9 +283,9 @@ def _parquet_parts(name: str) -> Iterator[Part]:
         raise UserError(f"{name} cannot be read: {error}") from error
     start = 0
     for stop in range(1, len(sizes) + 1):
-        here = sum(sizes[start:stop])
-        if here >= PART_BYTES or stop == len(sizes):
-            yield Part(name, start, stop, here)
+        total = sum(sizes[start:stop])
+        if total >= PART_BYTES or stop == len(sizes):
+            yield Part(name, start, stop, total)
             start = stop
 
 
@@ -318,14 +318,14 @@ def _read_parquet(part: Part, fields: Fields) -> Iterator[Record]:
 def _parquet_record(value: Any, place: str, id_: Any, source: Any) -> Record:
     try:
         text = value.as_py()
-        names = [_name(None if each is None else each.as_py()) for each in (id_, source)]
+        names = [_name(None if field is None else field.as_py()) for field in (id_, source)]
     except UnicodeDecodeError as error:
         return Record("", place, f"is not UTF-8 text: {error}")
-    return Record(text or "", place, None, *names)  # null is no text
+    return Record(text or "", place, None, *names)  # null is an empty text
 
 
 class _ZstdStream(io.RawIOBase):
-    """The text of a zst file of any number of frames; damage and a missing end are errors of reading."""
+    """The text of a zst file of any number of frames; damage and a missing end raise ``OSError``."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -341,7 +341,7 @@ class _ZstdStream(io.RawIOBase):
             self._packed = self._packed or self._file.read(1 << 18)
             if not self._packed:
                 if self._started:
-                    raise OSError("it ends in the middle of a zstd frame")
+                    raise OSError("the file ends in the middle of a zstd frame")
                 return 0
             try:
                 self._ready = self._frame.decompress(self._packed)

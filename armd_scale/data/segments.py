@@ -1,11 +1,11 @@
-"""Encoding text by segments that are looked up before a tokenizer is asked.
+"""Encodes text by segments, with a cache of the tokens of known segments.
 
-A tokenizer's library spends its time on the same words again and again. Where no token can reach over a pair of bytes,
-a text can be cut between them without a change of its tokens; most of the segments that come out have been seen before.
-Cutting, looking up and joining are a few passes of numpy over a window of text, without a Python object a word.
+Tokenizer libraries spend most of their time on repeated words. If no token can span a pair of bytes, a text can be
+split between these bytes without changing its tokens, and most of the resulting segments repeat. Splitting, looking up
+and joining are a few numpy passes over a window of text, without a Python object per word.
 
-- ``SegmentEncoder``: texts -> token arrays, equal to encoding every segment by itself;
-- ``sentencepiece_cuts``, ``bytelevel_cuts``: between which bytes a tokenizer's tokens never reach.
+- ``SegmentEncoder``: texts -> token arrays, equal to encoding each segment separately;
+- ``sentencepiece_cuts``, ``bytelevel_cuts``: the byte pairs that no token of a tokenizer spans.
 """
 
 import itertools
@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 _KEY = 15
-"""Bytes of a segment that fit into its key with its length; longer ones are looked up one by one."""
-_LONGEST = 64  # bytes of a segment that is remembered
-_WINDOW = 1 << 18  # bytes of text that are worked on at a time: its arrays stay in the cache of a core
+"""Largest number of bytes of a segment in the hash table; longer segments are looked up in a dictionary."""
+_LONGEST = 64  # largest number of bytes of a cached segment
+_WINDOW = 1 << 18  # bytes of text processed at a time, whose arrays fit in the cache of a core
 _MOST_SEGMENTS = 1 << 20
 _MOST_TOKENS = 1 << 24
 _LOW_BYTES = np.array([(1 << 8 * count) - 1 for count in range(9)], dtype=np.uint64)
@@ -25,8 +25,8 @@ _LOW_BYTES = np.array([(1 << 8 * count) - 1 for count in range(9)], dtype=np.uin
 class SegmentEncoder:
     """Encodes texts by segments.
 
-    ``cuts`` [256, 256] bool: whether a text is cut between bytes x and y where they meet. ``encode``: the tokens of
-    each of several segments. ``dtype``: of the tokens. What is remembered is forgotten when it grows to some 100 MB.
+    ``cuts`` [256, 256] bool: whether text is split between adjacent bytes x and y. ``encode``: tokenises segments.
+    ``dtype``: dtype of the tokens. The cache is cleared when it reaches about 100 MB.
     """
 
     def __init__(self, cuts: np.ndarray, encode: Callable[[list[str]], list[list[int]]], dtype: np.dtype) -> None:
@@ -36,19 +36,19 @@ class SegmentEncoder:
         self._forget()
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Tokens of several texts, each by itself."""
+        """Tokens of each text."""
         encoded = [text.encode("utf-8") for text in texts]
         stops = np.cumsum([len(text) for text in encoded], dtype=np.int64)
-        raw = b"".join([*encoded, bytes(16)])  # keys are read in words of eight bytes, over the end too
+        raw = b"".join([*encoded, bytes(16)])  # padding, as keys are read in words of eight bytes
         tokens, counts, total, at = [], np.zeros(len(texts), dtype=np.int64), 0, 0
         size = len(raw) - 16
         while at < size:
             edges = self._edges(raw, at, size, stops)
-            found, ends = self._tokens(raw, edges)
+            known, ends = self._tokens(raw, edges)
             first, last = np.searchsorted(stops, (at, edges[-1]), side="right")
             counts[first:last] = total + ends[np.searchsorted(edges, stops[first:last]) - 1]
-            tokens.append(found)
-            total, at = total + len(found), int(edges[-1])
+            tokens.append(known)
+            total, at = total + len(known), int(edges[-1])
         joined = np.concatenate(tokens) if tokens else np.empty(0, self._dtype)
         return np.split(joined, counts[:-1]) if texts else []
 
@@ -59,7 +59,7 @@ class SegmentEncoder:
         self._used = 0
 
     def _edges(self, raw: bytes, at: int, size: int, stops: np.ndarray) -> np.ndarray:
-        """Edges of the segments of about a window that begins at ``at``."""
+        """Edges of the segments of a window that begins at ``at``."""
         window = _WINDOW
         while True:
             stop = min(at + window, size)
@@ -73,12 +73,12 @@ class SegmentEncoder:
             inner = np.flatnonzero(cut) + (at + 1)
             if stop == size:
                 return np.concatenate([[at], inner, [size]])
-            if len(inner):  # the last segment may go on: it is left to the next window
+            if len(inner):  # the last segment may continue: it belongs to the next window
                 return np.concatenate([[at], inner])
             window *= 2
 
     def _tokens(self, raw: bytes, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of neighbouring segments, and how many there are up to the end of each."""
+        """Tokens of adjacent segments, and the number of tokens up to the end of each segment."""
         if self._table.used > _MOST_SEGMENTS or self._used > _MOST_TOKENS:
             self._forget()
         starts = edges[:-1]
@@ -94,17 +94,17 @@ class SegmentEncoder:
             short = np.array([len(word) <= _KEY for word in new], dtype=bool)
             at = np.array([first[word] for word in new], dtype=np.int64)[short]
             self._table.insert(low[at], high[at], *np.array(places, dtype=np.int64).reshape(-1, 2)[short].T)
-            found = dict(zip(new, places, strict=True))
-            self._long.update((word, place) for word, place in found.items() if _KEY < len(word) <= _LONGEST)
-            each = np.array([found.get(word) or self._long[word] for word in words])
-            begin[unknown], count[unknown] = each[:, 0], each[:, 1]
+            added = dict(zip(new, places, strict=True))
+            self._long.update((word, place) for word, place in added.items() if _KEY < len(word) <= _LONGEST)
+            spans = np.array([added.get(word) or self._long[word] for word in words])
+            begin[unknown], count[unknown] = spans[:, 0], spans[:, 1]
         ends = np.cumsum(count)
         index = np.repeat(begin - (ends - count), count)
         index += np.arange(len(index))
         return self._pool.take(index), ends
 
     def _add(self, words: list[bytes]) -> list[tuple[int, int]]:
-        """Encode segments into the pool; where the tokens of each begin, and how many they are."""
+        """Encode segments into the pool; returns (begin, count) of the tokens of each segment."""
         encoded = self._encode([word.decode("utf-8") for word in words])
         edges = list(itertools.accumulate(map(len, encoded), initial=self._used))
         if edges[-1] > len(self._pool):
@@ -116,7 +116,7 @@ class SegmentEncoder:
 
 
 class _Table:
-    """An open-addressing hash table from segments to places in the pool, worked on by whole arrays."""
+    """An open-addressing hash table from segments to (begin, count) in the pool, with vectorised operations."""
 
     def __init__(self, size: int = 1 << 12) -> None:
         self.used = 0
@@ -124,7 +124,7 @@ class _Table:
         self.begin, self.count = np.zeros(size, np.int64), np.zeros(size, np.int64)
 
     def find(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """Slots of keys, -1 for those that are not there."""
+        """Slots of keys, -1 for unknown keys."""
         slots = self._slots(low, high)
         open_ = np.flatnonzero((self._low.take(slots) != low) | (self._high.take(slots) != high))
         while len(open_):
@@ -137,7 +137,7 @@ class _Table:
         return slots
 
     def insert(self, low: np.ndarray, high: np.ndarray, begin: np.ndarray, count: np.ndarray) -> None:
-        """Add keys that differ from each other and from all that are there."""
+        """Add keys that differ from each other and from all stored keys."""
         if self.used + len(low) > len(self._low) // 2:
             self._grow(self.used + len(low))
         self.used += len(low)
@@ -145,7 +145,7 @@ class _Table:
         while len(open_):
             writing = open_[self._high[slots[open_]] == 0]
             here = slots[writing]
-            # Of those that meet in a slot, the last one stays; the others see its key, and go on.
+            # Of the keys written to the same slot, the last key stays; the others find it there and probe further.
             self._low[here], self._high[here] = low[writing], high[writing]
             self.begin[here], self.count[here] = begin[writing], count[writing]
             here = slots[open_]
@@ -164,7 +164,7 @@ class _Table:
 
 
 def _keys(raw: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two words for each segment: its bytes and its length; those that do not fit share a key that is never stored."""
+    """Keys of two words: bytes and length of a segment. Long segments share a key that is never stored."""
     words = np.ndarray((len(raw) - 7,), np.dtype("<u8"), raw, strides=(1,))
     low = words[starts] & _LOW_BYTES.take(np.minimum(lengths, 8))
     high = words[starts + 8] & _LOW_BYTES.take(np.clip(lengths - 8, 0, 7))
@@ -175,10 +175,10 @@ def _keys(raw: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarr
 
 
 def sentencepiece_cuts(pieces: Iterable[str]) -> np.ndarray:
-    """Cuts of a unigram or BPE model: wherever no piece holds the two bytes side by side.
+    """Cuts of a unigram or BPE model: byte pairs that no piece contains.
 
-    ``pieces``: those that match text, with spaces for U+2581. The best path through a text then consists of the best
-    paths through its segments, and no merge of BPE reaches over a cut.
+    ``pieces``: pieces that match text, with spaces for U+2581. The best path through a text consists of the best paths
+    through its segments, and no BPE merge spans a cut.
     """
     held = np.zeros((256, 256), dtype=bool)
     units = np.frombuffer(b"\xff".join(piece.encode("utf-8") for piece in pieces), np.uint8)  # no byte of UTF-8
@@ -188,12 +188,13 @@ def sentencepiece_cuts(pieces: Iterable[str]) -> np.ndarray:
 
 
 def bytelevel_cuts() -> np.ndarray:
-    r"""Cuts of GPT-2's split of a text into words, none of which a token leaves.
+    r"""Cuts that follow GPT-2's split of text into words, which no token spans.
 
-    Its expression is ``'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+``: a match never goes
-    on from a letter to another kind of character, nor from a digit, nor from a sign but the apostrophe to a letter or
-    digit, nor from anything to white space. Only ASCII is judged; of other characters, none whose last byte may be that
-    of white space. White space always stays with what follows, because the expression looks ahead from it.
+    GPT-2's expression is ``'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+``. A match never
+    continues from a letter or a digit to another kind of character, nor from a sign other than the apostrophe to a
+    letter or digit, nor from anything to white space. Cuts are made between ASCII characters, and before white space
+    after non-ASCII characters whose last byte cannot belong to white space. White space stays with the following
+    characters, as the expression looks ahead.
     """
     byte = np.arange(256)
     ascii_, apostrophe = byte < 0x80, byte == 0x27

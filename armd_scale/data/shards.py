@@ -1,11 +1,10 @@
-"""Packed samples in WebDataset tar shards, with an index; written once, read at random.
+"""Packed samples in WebDataset tar shards with an index, written once and read at random.
 
-A sample is N tokens, one ``.npy`` member of the tar. All samples of a split have the same length, so member i of
-a shard lies at a fixed offset and is read without unpacking; any WebDataset reader can stream them as well.
-Tokens after the last whole sample are one shorter sample in a shard of its own (``tail``): kept, and scored in
-evaluation.
+A sample is a ``.npy`` member of N tokens. All samples of a split have the same length, so member i of a shard has a
+fixed offset and is read without unpacking the tar. Any WebDataset reader can stream the shards. The tokens after the
+last whole sample form a shorter sample in a separate shard (``tail``), which evaluation scores.
 
-``index.json`` is written last and atomically: a folder without one is not complete.
+``index.json`` is written last and atomically: a directory without index is not complete.
 """
 
 import hashlib
@@ -31,7 +30,7 @@ _CHECKSUM = slice(148, 154)  # octal digits of the sum of a member's header
 
 
 class Place(NamedTuple):
-    """A shard and the tokens of the stream that it holds; the last one can be a shorter sample, the tail."""
+    """A shard and its range of tokens in the stream; the last shard can be the tail."""
 
     name: str
     start: int
@@ -39,7 +38,7 @@ class Place(NamedTuple):
 
 
 def cut(tokens: int, length: int, per_shard: int) -> list[Place]:
-    """Cut a stream of documents + EOS into samples of ``length`` tokens and these into shards; nothing is dropped."""
+    """Split a stream of documents + EOS into samples of ``length`` tokens, and these into shards, without loss."""
     whole, size = tokens // length * length, length * per_shard
     places = [
         Place(f"shard-{number:06d}.tar", start, min(start + size, whole))
@@ -49,9 +48,9 @@ def cut(tokens: int, length: int, per_shard: int) -> list[Place]:
 
 
 def write_shard(folder: Path, place: Place, tokens: np.ndarray, length: int) -> dict[str, Any]:
-    """Write the tokens of a place [stop - start]; the file appears when it is whole. Returns its facts for the index.
+    """Write the tokens [stop - start] of a shard atomically. Returns its entry for the index.
 
-    The bytes depend on the tokens alone.
+    The bytes of the file depend on the tokens only.
     """
     samples = tokens.reshape(-1, length) if len(tokens) >= length else tokens[None]
     archive = _archive(samples)
@@ -66,9 +65,9 @@ def write_shard(folder: Path, place: Place, tokens: np.ndarray, length: int) -> 
 
 
 def _archive(samples: np.ndarray) -> memoryview:
-    """The tar that WebDataset's writer makes of samples [count, N].
+    """The tar that WebDataset's writer would write for samples [count, N].
 
-    It writes the first member; the others differ in name, checksum and tokens, and are filled in at once.
+    WebDataset writes the first member. The other members differ in name, checksum and tokens, which numpy fills in.
     """
     (head, size), first = _member(samples.shape[1], samples.dtype), io.BytesIO()
     with webdataset.TarWriter(first, mtime=0, encoder=False) as tar:
@@ -86,7 +85,7 @@ def _archive(samples: np.ndarray) -> memoryview:
 
 
 def write_index(folder: Path, written: list[dict[str, Any]], length: int, facts: dict[str, Any]) -> dict[str, Any]:
-    """Close a folder of shards; ``facts``: ``tokens``, ``vocab_size`` and what else is known. Returns the index."""
+    """Write the index of a directory of shards. ``facts``: ``tokens``, ``vocab_size`` and further fields."""
     shards = [shard for shard in written if shard["name"] != "tail.tar"]
     tail = next((shard for shard in written if shard["name"] == "tail.tar"), None)
     index = {
@@ -113,7 +112,7 @@ class PackedDataset:
             self._dtype = np.dtype(self.index["dtype"])
             self._starts = np.cumsum([0] + [shard["samples"] for shard in self.index["shards"]])
         except FileNotFoundError as error:
-            raise UserError(f"{self.folder} is not a complete data set: it has no {INDEX}; prepare it first") from error
+            raise UserError(f"{self.folder} is not a complete data set, as {INDEX} is missing: prepare it") from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.folder / INDEX} is damaged ({error!r}): prepare the data again") from error
         self._open: dict[int, np.ndarray] = {}
@@ -123,7 +122,7 @@ class PackedDataset:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text for each token, EOS included."""
+        """UTF-8 bytes of text per token, EOS included."""
         return self.index["bytes"] / self.index["tokens"]
 
     def read(self, numbers: np.ndarray | Sequence[int]) -> np.ndarray:
@@ -141,7 +140,7 @@ class PackedDataset:
         return int(self._starts[number]), int(self._starts[number + 1])
 
     def tail(self) -> np.ndarray:
-        """The shorter last sample [tokens], empty when there is none."""
+        """The shorter last sample [tokens]; empty without a tail."""
         tail = self.index["tail"]
         if tail is None:
             return np.empty(0, dtype=np.int64)
@@ -171,7 +170,7 @@ def fill_vocabulary(config: RunConfig) -> RunConfig:
 
 
 def damaged(folder: Path, hashes: bool = True) -> dict[str, str]:
-    """Shards that differ from the index in size or SHA-256, or are missing, each with a line that says so."""
+    """Name -> error message of the shards that are missing or differ from the index in size or SHA-256."""
     index = PackedDataset(folder).index
     problems = {}
     for shard in [*index["shards"], *([index["tail"]] if index["tail"] else [])]:
@@ -192,16 +191,16 @@ def _problem(path: Path, shard: dict[str, Any], hashes: bool) -> str | None:
         return f"shard {path} is missing: restore it or prepare the data again"
     size = path.stat().st_size
     if size != shard["size"]:
-        wrong = f"{size} bytes, the index says {shard['size']}"
+        difference = f"{size} bytes instead of {shard['size']}"
     elif hashes and sha256(path) != shard["sha256"]:
-        wrong = "its SHA-256 differs from the index"
+        difference = "its SHA-256 differs from the index"
     else:
         return None
-    return f"shard {path} is damaged: {wrong}; restore it or prepare the data again"
+    return f"shard {path} is damaged: {difference}; restore it or prepare the data again"
 
 
 def _member(length: int, dtype: np.dtype) -> tuple[bytes, int]:
-    """What is before the tokens of a sample in its ``.npy``, and the bytes of its member of the tar."""
+    """The ``.npy`` header of a sample, and the size of its tar member in bytes."""
     whole = io.BytesIO()
     np.lib.format.write_array(whole, np.zeros(length, dtype), version=(1, 0))
     content = whole.getvalue()

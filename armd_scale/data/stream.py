@@ -1,12 +1,11 @@
-"""The order in which samples are seen: a permutation of the data set for every epoch, computed and never stored.
+"""The order of the samples of a run: a permutation of the data set for every epoch, computed and never stored.
 
-Sample number n of a run is position n mod len of the permutation of epoch n div len. Its state is n alone, so
-resuming is immediate on any number of ranks, and nothing is repeated or lost. The permutation is a Feistel
-network over the smallest even-bit domain that holds the data set, walked until it falls inside (cycle walking).
+Sample n of a run is position n mod len of the permutation of epoch n div len. The state of the stream is n alone, so a
+run resumes at once on any number of ranks, without repeating or losing samples. The permutation is a Feistel network
+over the smallest domain of an even number of bits that holds the data set, with cycle walking.
 
-Ranges of this sequence can be left out: the numbers behind them move up. So do the samples of lost shards, wherever the
-permutation has put them. Several data sets can be mixed: each sample number belongs to one of them, in even turns, and
-has a number inside it, both computed as well.
+Ranges of this sequence can be left out: later samples move up. The samples of lost shards are left out too. Data sets
+can be mixed: a sample number maps to a data set, evenly interleaved, and to a number in this data set.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ _ROUNDS = 4
 
 
 class Lost(NamedTuple):
-    """Samples [first, last) of a data set that are left out from its sample number ``since`` on."""
+    """Samples [first, last) of a data set, left out from sample number ``since`` of its stream on."""
 
     since: int
     first: int
@@ -34,7 +33,7 @@ class Lost(NamedTuple):
 class SampleStream:
     """Maps sample numbers of a run to samples of a data set.
 
-    Where samples are lost, the order of the others stays, so none of them is repeated or missed.
+    Lost samples do not change the order of the other samples, so no sample is repeated or missed.
     """
 
     def __init__(self, samples: int, seed: int, lost: Sequence[Lost] = ()) -> None:
@@ -44,11 +43,11 @@ class SampleStream:
         self.seed = seed
         self._half = max(1, ((samples - 1).bit_length() + 1) // 2)
         self._known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._losses: list[tuple[int, int, np.ndarray]] = []  # since which number, its place, samples lost from then on
-        for since in sorted({each.since for each in lost}):
-            place = int(self._places(np.array([since]))[0])
-            gone = [np.arange(each.first, each.last) for each in lost if each.since <= since]
-            self._losses.append((since, place, np.unique(np.concatenate(gone))))
+        self._losses: list[tuple[int, int, np.ndarray]] = []  # (since, position of since, samples lost from then on)
+        for since in sorted({entry.since for entry in lost}):
+            position = int(self._positions(np.array([since]))[0])
+            gone = [np.arange(entry.first, entry.last) for entry in lost if entry.since <= since]
+            self._losses.append((since, position, np.unique(np.concatenate(gone))))
 
     def take(self, start: int, count: int) -> np.ndarray:
         """Data set indices of the sample numbers start..start + count - 1."""
@@ -56,36 +55,36 @@ class SampleStream:
 
     def at(self, numbers: np.ndarray) -> np.ndarray:
         """Data set indices of sample numbers."""
-        epochs, places = np.divmod(self._places(numbers), self.samples)
+        epochs, positions = np.divmod(self._positions(numbers), self.samples)
         out = np.empty(len(numbers), dtype=np.int64)
         for epoch in np.unique(epochs):
-            here = epochs == epoch
-            out[here] = self._walk(places[here], int(epoch), self._feistel)
+            selected = epochs == epoch
+            out[selected] = self._walk(positions[selected], int(epoch), self._feistel)
         return out
 
-    def _places(self, numbers: np.ndarray) -> np.ndarray:
-        """Places of sample numbers in the sequence of all epochs with nothing lost."""
-        places = numbers.astype(np.int64)
-        for since, place, gone in self._losses:
+    def _positions(self, numbers: np.ndarray) -> np.ndarray:
+        """Positions of sample numbers in the sequence of all epochs with nothing lost."""
+        positions = numbers.astype(np.int64)
+        for since, position, gone in self._losses:
             later = numbers >= since
-            places[later] = self._kept(place, numbers[later] - since, gone)
-        return places
+            positions[later] = self._kept(position, numbers[later] - since, gone)
+        return positions
 
     def _kept(self, start: int, ranks: np.ndarray, gone: np.ndarray) -> np.ndarray:
-        """The places that are reached from ``start`` after passing ``ranks`` others that are not lost."""
-        epoch, inside = divmod(start, self.samples)
-        ranks = ranks + (inside - np.searchsorted(self._holes(epoch, gone), inside))
+        """Positions of the samples that follow ``ranks`` kept samples after position ``start``."""
+        first_epoch, offset = divmod(start, self.samples)
+        ranks = ranks + (offset - np.searchsorted(self._holes(first_epoch, gone), offset))
         epochs, ranks = np.divmod(ranks, self.samples - len(gone))
-        epochs += epoch
-        places = np.empty_like(ranks)
-        for each in np.unique(epochs):
-            here, holes = epochs == each, self._holes(int(each), gone)
-            passed = np.searchsorted(holes - np.arange(len(holes)), ranks[here], side="right")
-            places[here] = each * self.samples + ranks[here] + passed
-        return places
+        epochs += first_epoch
+        positions = np.empty_like(ranks)
+        for epoch in np.unique(epochs):
+            selected, holes = epochs == epoch, self._holes(int(epoch), gone)
+            passed = np.searchsorted(holes - np.arange(len(holes)), ranks[selected], side="right")
+            positions[selected] = epoch * self.samples + ranks[selected] + passed
+        return positions
 
     def _holes(self, epoch: int, gone: np.ndarray) -> np.ndarray:
-        """Places of lost samples inside an epoch, sorted."""
+        """Sorted positions of lost samples in an epoch."""
         if epoch not in self._known or self._known[epoch][0] is not gone:
             if len(self._known) > 4:
                 self._known.clear()
@@ -93,7 +92,7 @@ class SampleStream:
         return self._known[epoch][1]
 
     def _walk(self, values: np.ndarray, epoch: int, step: Callable[..., np.ndarray]) -> np.ndarray:
-        """One step of the permutation of an epoch, or of its inverse, and as many more as lead back inside."""
+        """Apply the permutation of an epoch, or its inverse, until the values are sample indices (cycle walking)."""
         keys = random_words(_ROUNDS, "samples", self.seed, epoch)
         values = values.astype(np.uint64)
         outside = np.ones(len(values), dtype=bool)
@@ -120,12 +119,12 @@ class SampleStream:
 
 
 class Mixture:
-    """The samples of a run, out of one or several data sets.
+    """The samples of a run from its data sets.
 
-    Of any n samples in a row, the data set with share w has n w, rounded up or down once for it and for every data set
-    before it; where its turns begin depends on the seed, so that the expectation is exact. ``skip``: ranges of the
-    sequence that are left out (``skipping``). ``left_out``: shards that are lost, each with the place in the sequence
-    since which it is, the number of its data set, and its name.
+    Of any n consecutive samples, a data set with share w has n w, up to a rounding for this data set and each data set
+    before it. The offsets of the turns depend on the seed, so that the expectation is exact. ``skip``: ranges of the
+    sequence to leave out (``skipping``). ``left_out``: (first sample of the sequence without the shard, number of the
+    data set, name) of lost shards.
     """
 
     def __init__(
@@ -152,11 +151,11 @@ class Mixture:
         return float(sum(w * data.bytes_per_token for w, data in zip(self.shares, self.datasets, strict=True)))
 
     def assign(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Data set of each of the places ``numbers`` of the sequence, and its number inside it."""
+        """(data set, number in the data set) of the positions ``numbers`` of the sequence."""
         sources = np.full(len(numbers), len(self.datasets) - 1)
         inside, left, rest = numbers.copy(), np.ones(len(numbers), dtype=bool), 1.0
         for source, share in enumerate(self.shares[:-1]):
-            # This one against all behind it; those have what it leaves, numbered anew.
+            # This data set against all later data sets, which share the remaining positions.
             rate, offset = share / rest, self._offsets[source]
             taken = np.floor(inside * rate + offset).astype(np.int64)
             mine = left & (np.floor((inside + 1) * rate + offset).astype(np.int64) > taken)
@@ -167,7 +166,7 @@ class Mixture:
         return sources, inside
 
     def _first(self, place: int, source: int) -> int:
-        """The number inside a data set of its first sample at or behind a place of the sequence."""
+        """The number in a data set of its first sample at or after position ``place`` of the sequence."""
         count = 16
         while True:
             sources, inside = self.assign(np.arange(place, place + count))
@@ -176,33 +175,33 @@ class Mixture:
             count *= 4
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens of the sample numbers start..start + count - 1, [count, N] int64."""
+        """Tokens [count, N], int64, of the samples start..start + count - 1."""
         sources, indices = self.locate(start, count)
         out = np.empty((count, self.datasets[0].length), dtype=np.int64)
         for source in np.unique(sources):
-            here = sources == source
-            out[here] = self.datasets[source].read(indices[here])
+            selected = sources == source
+            out[selected] = self.datasets[source].read(indices[selected])
         return out
 
     def locate(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Data set of the sample numbers start..start + count - 1, and their indices in it."""
+        """(data sets, indices in the data sets) of the samples start..start + count - 1."""
         sources, inside = self.assign(skipping(np.arange(start, start + count), self._skip))
         indices = np.empty(count, dtype=np.int64)
         for source in np.unique(sources):
-            here = sources == source
-            indices[here] = self._streams[source].at(inside[here])
+            selected = sources == source
+            indices[selected] = self._streams[source].at(inside[selected])
         return sources, indices
 
 
 def skipping(numbers: np.ndarray, skip: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Places of sample numbers in a sequence of which the growing ranges [first, last) are left out."""
+    """Positions of sample numbers in a sequence without the ranges [first, last), given in increasing order."""
     for first, last in skip:
         numbers = np.where(numbers >= first, numbers + (last - first), numbers)
     return numbers
 
 
 def open_mixture(config: RunConfig) -> list[PackedDataset]:
-    """The run's own training data and what it is mixed with; ``UserError`` when they do not fit together."""
+    """Open the training data of a run and the data sets of its mixture; ``UserError`` if they do not match."""
     folders = [config.data_directory, *(Path(other.directory) for other in config.data.mixture)]
     datasets = [PackedDataset(folder / "train") for folder in folders]
     for data in datasets:

@@ -1,9 +1,9 @@
-"""Tokenizers behind one interface: text <-> token ids, with BOS and EOS and a hash that names them.
+"""Tokenizers with a common interface: text <-> token ids, BOS and EOS, and a hash.
 
-- sentencepiece: a ``.model`` file (trained here, with byte fallback, so that any text can be encoded);
-- Hugging Face: a folder with ``tokenizer.json``, such as GPT-2's.
+- sentencepiece: a ``.model`` file (``train`` uses byte fallback, so that any text can be encoded);
+- Hugging Face: a directory with ``tokenizer.json``, such as GPT-2's.
 
-Where it is known between which bytes no token reaches, text is encoded by segments (``segments``), many times as fast.
+If the byte pairs that no token spans are known, text is encoded by segments (``segments``), which is many times faster.
 """
 
 import hashlib
@@ -20,22 +20,22 @@ from armd_scale.data.segments import SegmentEncoder, bytelevel_cuts, sentencepie
 from armd_scale.errors import UserError
 
 _SPACE = "\u2581"
-"""What sentencepiece writes for a space."""
+"""Character that stands for a space in sentencepiece."""
 
 
 def token_type(vocab_size: int) -> np.dtype:
-    """The smallest type of a token: uint16 or uint32."""
+    """The smallest dtype of tokens: uint16 or uint32."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 class Tokenizer(Protocol):
-    """What the rest of the project asks of a tokenizer."""
+    """The interface of a tokenizer."""
 
     vocab_size: int
     bos_id: int
     eos_id: int
     path: Path
-    """The file that defines it."""
+    """The file that defines the tokenizer."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS and EOS."""
@@ -46,11 +46,11 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Text of token ids; BOS and EOS give nothing."""
+        """Text of token ids, without BOS and EOS."""
         ...
 
     def token(self, index: int) -> str:
-        """How the vocabulary writes a token."""
+        """The string of a token in the vocabulary."""
         ...
 
 
@@ -69,7 +69,7 @@ class SentencePieceTokenizer:
         self.vocab_size = self._processor.vocab_size()
         self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
-            raise UserError(f"{path} has no BOS or EOS piece; train it with both")
+            raise UserError(f"{path} has no BOS or EOS piece: train it with both")
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
@@ -81,7 +81,7 @@ class SentencePieceTokenizer:
 
     @cached_property
     def _segments(self) -> SegmentEncoder | None:
-        """For models that take text as it is and can spell any byte; they alone give it back as it was."""
+        """Encoder for models without normalisation and with byte fallback; None for other models."""
         from sentencepiece import sentencepiece_model_pb2
 
         schema: Any = sentencepiece_model_pb2
@@ -98,12 +98,12 @@ class SentencePieceTokenizer:
     def _encode_segments(self, segments: list[str]) -> list[list[int]]:
         tokens = self._processor.encode(segments, num_threads=1)
         for number, segment in enumerate(segments):
-            if _SPACE in segment:  # the library would take it for a space
+            if _SPACE in segment:  # sentencepiece would encode the character as a space
                 tokens[number] = list(self._spelt(segment))
         return tokens
 
     def _spelt(self, segment: str) -> Iterator[int]:
-        """Tokens of a text with U+2581, which is spelt in bytes."""
+        """Tokens of a text with U+2581, which is encoded as bytes."""
         for number, part in enumerate(segment.split(_SPACE)):
             if number:
                 yield from (self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode("utf-8"))
@@ -117,7 +117,7 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A ``tokenizer.json``; BOS and EOS are its end-of-text token unless it names its own."""
+    """A ``tokenizer.json``; BOS and EOS are the first of ``_BOS`` and ``_EOS`` in its vocabulary."""
 
     _BOS = ("<|endoftext|>", "<s>", "[CLS]", "<bos>")
     _EOS = ("<|endoftext|>", "</s>", "[SEP]", "<eos>")
@@ -130,7 +130,7 @@ class HuggingFaceTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(self.path))
         except Exception as error:  # the library raises a bare Exception
             raise UserError(f"{self.path} is not a Hugging Face tokenizer: {error}") from error
-        # A file may carry settings of its last user: they would cut or fill documents, or let a text write EOS.
+        # The file may enable truncation or padding, or parse special tokens in text.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
@@ -157,14 +157,14 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def _segments(self) -> SegmentEncoder | None:
-        """For byte-level BPE that splits text as GPT-2 does and changes nothing in it."""
+        """Encoder for byte-level BPE with GPT-2's pre-tokenizer and no normalisation; None for other models."""
         file: dict[str, Any] = json.loads(self._tokenizer.to_str())
         model, split = file["model"], file["pre_tokenizer"] or {}
         plain = model["type"] == "BPE" and not any(
             model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
         )
         as_gpt2 = split.get("type") == "ByteLevel" and split.get("use_regex", True) and not split["add_prefix_space"]
-        if not (plain and as_gpt2) or file["normalizer"] or not all(one["special"] for one in file["added_tokens"]):
+        if not (plain and as_gpt2) or file["normalizer"] or not all(token["special"] for token in file["added_tokens"]):
             return None
         return SegmentEncoder(bytelevel_cuts(), self._encode, token_type(self.vocab_size))
 
@@ -177,14 +177,14 @@ class HuggingFaceTokenizer:
 
 
 def load(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """A tokenizer from a sentencepiece ``.model`` file or a folder that holds one or a ``tokenizer.json``.
+    """Load a ``.model`` file, or a directory with ``tokenizer.model`` or ``tokenizer.json``.
 
-    ``vocab_size``: what a model expects; ``UserError`` when the tokenizer has another.
+    ``vocab_size``: vocabulary size of the model; ``UserError`` if the tokenizer has another.
     """
     tokenizer = _load(Path(path))
     if vocab_size not in (None, tokenizer.vocab_size):
         raise UserError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} entries but the model {vocab_size}: it is not its tokenizer"
+            f"{tokenizer.path} has {tokenizer.vocab_size} entries but the model {vocab_size}: use the model's tokenizer"
         )
     return tokenizer
 
@@ -200,7 +200,7 @@ def _load(path: Path) -> Tokenizer:
 
 
 def gives_back(tokenizer: Tokenizer) -> bool:
-    """Whether text comes back as it was: capitals, spaces, line ends, ligatures and signs of other scripts."""
+    """Whether decoding restores a text with capitals, spaces, line ends, ligatures and other scripts."""
     text = " It's\n\n  \tThe \ufb01rst, \u00e9 e\u0301 \u4f60\u597d \U0001f600 \u2581\u00a0\u2028\r\n "
     return tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -211,7 +211,7 @@ def digest(tokenizer: Tokenizer) -> str:
 
 
 def copy(tokenizer: Tokenizer, folder: Path) -> None:
-    """Put the defining file into a folder, under the name that ``load`` looks for."""
+    """Copy the defining file to a directory, under the name that ``load`` expects."""
     name = "tokenizer.model" if tokenizer.path.suffix == ".model" else "tokenizer.json"
     if tokenizer.path.resolve() != (folder / name).resolve():
         shutil.copyfile(tokenizer.path, folder / name)
@@ -220,7 +220,7 @@ def copy(tokenizer: Tokenizer, folder: Path) -> None:
 def train(texts: Iterable[str], path: Path, vocab_size: int, seed: int = 0, kind: str = "unigram") -> Tokenizer:
     """Train a sentencepiece model (``unigram`` or ``bpe``) on texts and write it to ``path``.
 
-    No normalisation, byte fallback, and the line feed as a piece: decoding gives the text back.
+    Without normalisation, with byte fallback and with the line feed as a piece, so that decoding restores the text.
     """
     import sentencepiece
 
@@ -250,6 +250,9 @@ def train(texts: Iterable[str], path: Path, vocab_size: int, seed: int = 0, kind
     except (RuntimeError, OSError) as error:
         partial.unlink(missing_ok=True)
         reason = str(error).replace("\n", " ").rsplit("] ", 1)[-1]
-        raise UserError(f"a tokenizer of {vocab_size} pieces cannot be trained on this text: {reason}") from error
+        raise UserError(
+            f"a tokenizer of {vocab_size} pieces cannot be trained on this text ({reason}): "
+            "give more text or lower data.vocab_size"
+        ) from error
     partial.replace(path)
     return SentencePieceTokenizer(path)

@@ -1,7 +1,7 @@
-"""Last-word accuracy: how often the likeliest continuation of a passage is its last word (LAMBADA).
+"""Last-word accuracy: how often the greedy continuation of a passage is its last word (LAMBADA).
 
-The last word's tokens are written greedily, left to right, given all before them: the word counts when each is right.
-Masked diffusion writes them in the same order, and is told their number by that.
+The tokens of the last word are decoded greedily, left to right, given the passage before them. A word is right if all
+its tokens are. Masked diffusion decodes in the same order, and so knows the number of tokens.
 """
 
 import math
@@ -18,7 +18,7 @@ _UNIT = 16
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of passages whose last word is right."""
+    """Number and share of passages whose last word is right."""
 
     passages: int
     right: int
@@ -33,17 +33,17 @@ class Accuracy:
         return math.sqrt(self.value * (1 - self.value) / self.passages)
 
 
-def last_words(each: Mapper, tokenizer: Tokenizer, passages: Sequence[str], length: int) -> Accuracy:
-    """Accuracy on passages of at least two words; of a longer one than ``length`` tokens, the end is given.
+def last_words(mapper: Mapper, tokenizer: Tokenizer, passages: Sequence[str], length: int) -> Accuracy:
+    """Accuracy on the passages of at least two words; longer passages are reduced to their last ``length`` tokens.
 
-    Raises ``UserError`` when there is none.
+    Raises ``UserError`` if no passage has two words.
     """
     tasks = [task for passage in passages if (task := _task(tokenizer, passage, length)) is not None]
     if not tasks:
-        raise UserError("there is no passage with a last word to guess")
-    ranked = sorted(tasks, key=lambda task: len(task[0]) + len(task[1]))  # texts of like length share their steps
+        raise UserError("no passage has two words: check the text")
+    ranked = sorted(tasks, key=lambda task: len(task[0]) + len(task[1]))  # texts of similar length share steps
     units = [(ranked[start : start + _UNIT],) for start in range(0, len(ranked), _UNIT)]
-    return Accuracy(len(tasks), sum(each(right, units)))
+    return Accuracy(len(tasks), sum(mapper(right, units)))
 
 
 def _task(tokenizer: Tokenizer, passage: str, length: int) -> tuple[list[int], list[int]] | None:
@@ -59,9 +59,9 @@ def _task(tokenizer: Tokenizer, passage: str, length: int) -> tuple[list[int], l
 
 
 def right(model: ARMD, tasks: Sequence[tuple[list[int], list[int]]]) -> int:
-    """How many of the words are written."""
+    """Number of last words that the model writes."""
     texts = [[*context, *[FREE] * len(word)] for context, word in tasks]
-    # One position after the other, also for masked diffusion.
+    # Position by position, also for masked diffusion.
     plans = [
         model.plan([text], Decoding(temperature=0), 0, range(len(context) + 1, len(text) + 1))[0]
         for text, (context, _) in zip(texts, tasks, strict=True)

@@ -1,7 +1,7 @@
-"""Quality of generated texts: perplexity under a judge, entropy, repetition and sameness, with their standard errors.
+"""Quality of generated texts: perplexity under a judge, entropy, distinct n-grams and self-BLEU, with standard errors.
 
-Protocol (docs/howto/evaluation.md): texts are generated from nothing at temperature 1 without truncation; the judge is
-named; a low perplexity counts only beside an entropy like that of real text.
+Protocol (docs/howto/evaluation.md): texts are generated without a prompt at temperature 1, without truncation. Results
+name the judge. A low perplexity is meaningful only together with an entropy close to that of real text.
 """
 
 import math
@@ -23,7 +23,7 @@ from armd_scale.inference import ARMD, FREE, Decoding, Frontier
 from armd_scale.run_directory import RunDirectory
 
 JUDGE = "ar"
-"""Objective of the runs that judge texts unless another judge is named."""
+"""Objective of the runs among which ``find_judge`` chooses."""
 
 
 class Judge(Protocol):
@@ -32,57 +32,59 @@ class Judge(Protocol):
     name: str
 
     def nll(self, texts: Sequence[str]) -> list[tuple[float, int]]:
-        """-log p of each text in nats, and the number of the judge's tokens."""
+        """-log p of each text in nats, and its number of tokens under the judge."""
         ...
 
 
 class OwnJudge:
-    """A model of this project, left to right, which is exact: ``armd`` or, as a rule, ``ar``."""
+    """A model of this project with an exact left-to-right likelihood."""
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
         self._model, self._tokenizer = open_model(path, device)
         traits = self._model.config.traits
         if not traits.exact:
-            raise UserError(f"{path} is an {traits.label} model, which has no exact likelihood: name another judge")
+            raise UserError(f"{path} is an {traits.label} model, which has no exact likelihood: choose another judge")
         self.name = f"{path.name} ({traits.label}, left to right)"
 
     def nll(self, texts: Sequence[str]) -> list[tuple[float, int]]:
         parts = [cut(tokens, self._model.config.length) for tokens in self._tokenizer.encode_batch(list(texts))]
-        # Chunks of one length go side by side.
-        ranked = sorted(((row, part) for row, one in enumerate(parts) for part in one), key=lambda pair: len(pair[1]))
+        # Chunks of equal length share a batch.
+        ranked = sorted(
+            ((row, chunk) for row, chunks in enumerate(parts) for chunk in chunks), key=lambda pair: len(pair[1])
+        )
         totals = [0.0] * len(texts)
         for unit in units([part for _, part in ranked]):
             nll = self._model.nll(torch.from_numpy(unit.tokens)).double().sum(1).tolist()
             for (row, _), value in zip(ranked[unit.first :], nll, strict=False):
                 totals[row] += value
-        return [(total, sum(map(len, one))) for total, one in zip(totals, parts, strict=True)]
+        return [(total, sum(map(len, chunks))) for total, chunks in zip(totals, parts, strict=True)]
 
 
 class HuggingFaceJudge:
-    """A causal language model of transformers, such as GPT-2, from a local folder; BOS before each text."""
+    """A causal language model of transformers, such as GPT-2, from a local directory. Puts BOS before each text."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError as error:
-            raise UserError("a judge of transformers needs it: pip install -c constraints.txt -e '.[eval]'") from error
+            raise UserError("this judge needs transformers: pip install -c constraints.txt -e '.[eval]'") from error
         self.name = folder.name
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder))
             self._model = AutoModelForCausalLM.from_pretrained(str(folder)).eval().to(device)
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder} is no causal language model: {error}") from error
+            raise UserError(f"{folder} is not a causal language model: {error}") from error
         ends = [self._tokenizer.bos_token_id, self._tokenizer.eos_token_id]
         self._bos = next((token for token in ends if token is not None), None)
         if self._bos is None:
-            raise UserError(f"{folder} has neither a BOS nor an EOS token, so that no text could begin")
+            raise UserError(f"{folder} has neither a BOS nor an EOS token: choose another judge")
         self._longest = getattr(self._model.config, "max_position_embeddings", 2048) - 1
 
     @torch.no_grad()
     def nll(self, texts: Sequence[str]) -> list[tuple[float, int]]:
-        return [self._one(text) for text in texts]
+        return [self._score(text) for text in texts]
 
-    def _one(self, text: str) -> tuple[float, int]:
+    def _score(self, text: str) -> tuple[float, int]:
         tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         total = 0.0
         for chunk in cut(tokens, self._longest):
@@ -93,52 +95,52 @@ class HuggingFaceJudge:
 
 
 def load_judge(path: Path, device: str = "cpu") -> Judge:
-    """The judge in a folder: a model or a run of this project, or a model of transformers. Raises ``UserError``."""
+    """Load a judge from a run directory, a model directory or a directory of transformers. Raises ``UserError``."""
     if not (path / "config.json").is_file() and not RunDirectory(path).exists():
-        raise UserError(f"there is no judge in {path}: name a model folder or a run folder")
+        raise UserError(f"{path} holds no judge: name a model directory or a run directory")
     foreign = (path / "config.json").is_file() and not (path / "modeling_armd.py").is_file()
     return HuggingFaceJudge(path, device) if foreign else OwnJudge(path, device)
 
 
 def find_judge(model: Path) -> Path:
-    """The best left-to-right run beside the run that a model comes from; ``UserError`` when there is none.
+    """The best run with objective ``JUDGE`` in the parent of the run directory; ``UserError`` if none exists.
 
-    ``model``: a run folder, or a folder inside one.
+    ``model``: the run directory of a model, or a directory inside it.
     """
     own = RunDirectory.around(model)
-    beside = map(RunDirectory, own.path.resolve().parent.iterdir()) if own else ()
+    siblings = map(RunDirectory, own.path.resolve().parent.iterdir()) if own else ()
     scores: dict[Path, float] = {}
-    for run in beside:
+    for run in siblings:
         if own is None or run.path == own.path.resolve() or not run.exists():
             continue
-        found = [record for record in run.metrics() if "heldout_left_to_right" in record]
-        chosen = yaml.safe_load(run.config_path.read_text(encoding="utf-8")) or {}
-        if found and chosen.get("objective") == JUDGE and run.complete_checkpoints():
-            scores[run.path] = found[-1]["heldout_left_to_right_bits_per_byte"]
+        records = [record for record in run.metrics() if "heldout_left_to_right" in record]
+        settings = yaml.safe_load(run.config_path.read_text(encoding="utf-8")) or {}
+        if records and settings.get("objective") == JUDGE and run.complete_checkpoints():
+            scores[run.path] = records[-1]["heldout_left_to_right_bits_per_byte"]
     if not scores:
-        raise UserError(f"there is no judge beside the model: train a run with objective={JUDGE}, or use --judge")
+        raise UserError(f"no judge beside the run of {model}: train a run with objective={JUDGE}, or use --judge")
     return min(scores, key=lambda run: scores[run])
 
 
 def ways(model: ARMD, streams: Sequence[int], free: int) -> dict[int, Decoding]:
-    """How a model writes ``free`` tokens, by the number of tokens a step (or their mean)."""
+    """Ways of decoding ``free`` tokens: (mean) number of tokens per step -> settings."""
     return model.objective.ways(streams, free)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Texts of one way of decoding."""
+    """Texts generated with the same settings."""
 
     tokens: list[list[int]]
     tokens_per_second: float
     tokens_per_pass: float
-    """Tokens of one text written in a pass."""
+    """Tokens of a text per forward pass."""
 
 
 def sample(model: ARMD, decoding: Decoding, count: int, length: int, batch: int, seed: int = 0) -> Sample:
-    """``count`` texts of ``length`` tokens from nothing, ``batch`` at a time; text n has the seed ``seed`` + n."""
+    """Generate ``count`` texts of ``length`` tokens in batches of ``batch``; text n has the seed ``seed`` + n."""
     tokens: list[list[int]] = []
-    seconds, passes, made = 0.0, 0, 0
+    seconds, passes, written_per_lane = 0.0, 0, 0
     while len(tokens) < count:
         keys = [seed + len(tokens) + row for row in range(min(batch, count - len(tokens)))]
         started = time.perf_counter()
@@ -149,29 +151,28 @@ def sample(model: ARMD, decoding: Decoding, count: int, length: int, batch: int,
             for frontier, *written in zip(frontiers, step.positions.tolist(), step.tokens.tolist(), strict=True):
                 frontier.push(*written)
         seconds += time.perf_counter() - started
-        made += length
+        written_per_lane += length
         tokens += [frontier.tokens for frontier in frontiers]
-    return Sample(tokens, len(tokens) * length / seconds, made / passes)
+    return Sample(tokens, len(tokens) * length / seconds, written_per_lane / passes)
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Figures of a set of texts; ``_se`` is the standard error, over texts, of the figure before it."""
+    """Figures of a set of texts. ``X_se`` is the standard error of ``X`` over the texts."""
 
     texts: int
     perplexity: float
-    """exp of the judge's nats per token, all texts together."""
+    """exp of the judge's nats per token over all texts."""
     perplexity_se: float
     entropy: float
-    """Entropy of the tokens of one text, in nats, mean over texts."""
+    """Entropy of the tokens of a text, in nats, mean over texts."""
     entropy_se: float
     distinct_1: float
     distinct_2: float
     distinct_3: float
-    """Different n-grams of a text over its n-grams, mean over texts."""
+    """Number of different n-grams of a text over its number of n-grams, mean over texts."""
     self_bleu: float | None
-    """BLEU-4 of a text against others of the set, from 0 to 100, mean over texts: how alike they are. None without
-    sacrebleu."""
+    """BLEU-4 of a text against other texts of the set, from 0 to 100, mean over texts. None without sacrebleu."""
     self_bleu_se: float | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -179,17 +180,17 @@ class Quality:
 
 
 def quality(texts: Sequence[str], tokens: Sequence[Sequence[int]], judge: Judge) -> Quality:
-    """Score texts, given also as tokens of the model that made them. Raises ``UserError`` on an empty set."""
+    """Score texts. ``tokens``: the tokens of the generating model. Raises ``UserError`` if all texts are empty."""
     scored = judge.nll([text for text in texts if text])
     count = sum(number for _, number in scored)
     if not count:
-        raise UserError("there is no text to judge")
+        raise UserError("no text to judge: all generated texts are empty")
     nats, sizes = (np.array(column, dtype=float) for column in zip(*scored, strict=True))
     mean = nats.sum() / count
-    # Standard error of a ratio of sums, by the spread of the texts around it.
+    # Standard error of a ratio of sums, from the deviations of the texts.
     error = math.sqrt(float(np.sum((nats - mean * sizes) ** 2))) / count
-    entropies = np.array([_entropy(one) for one in tokens])
-    distinct = [float(np.mean([_distinct(one, n) for one in tokens])) for n in (1, 2, 3)]
+    entropies = np.array([_entropy(text) for text in tokens])
+    distinct = [float(np.mean([_distinct(text, n) for text in tokens])) for n in (1, 2, 3)]
     perplexity = math.exp(min(mean, 700.0))
     entropy_error = float(entropies.std() / math.sqrt(len(entropies)))
     means = perplexity, perplexity * error, float(entropies.mean()), entropy_error
@@ -203,11 +204,11 @@ def _entropy(tokens: Sequence[int]) -> float:
 
 
 _ALIKE = 64
-"""Texts that are compared with each other."""
+"""Largest number of texts in self-BLEU."""
 
 
 def _self_bleu(texts: Sequence[str]) -> tuple[float, float] | tuple[None, None]:
-    """Mean BLEU of the first texts, each against all others of them, and its standard error."""
+    """Mean and standard error of the BLEU of each of the first texts against the rest of them."""
     try:
         from sacrebleu.metrics import BLEU
     except ImportError:
@@ -216,7 +217,7 @@ def _self_bleu(texts: Sequence[str]) -> tuple[float, float] | tuple[None, None]:
     if len(some) < 2:
         return None, None
     bleu = BLEU(effective_order=True)
-    scores = [bleu.sentence_score(one, some[:at] + some[at + 1 :]).score for at, one in enumerate(some)]
+    scores = [bleu.sentence_score(text, some[:at] + some[at + 1 :]).score for at, text in enumerate(some)]
     return float(np.mean(scores)), float(np.std(scores, ddof=1) / math.sqrt(len(scores)))
 
 

@@ -1,10 +1,10 @@
-"""Likelihood of texts under a model: perplexity per token and bits per byte, with what they depend on.
+"""Likelihood of texts under a model: perplexity per token and bits per byte.
 
-Protocol (docs/howto/evaluation.md): tokens + EOS of every document are concatenated and cut into chunks of the model's
-length; every token of a chunk is scored given BOS; no sliding window; the last partial chunk is scored too.
+Protocol (docs/howto/evaluation.md): tokens + EOS of all documents are concatenated and split into chunks of the model's
+length. Every token of a chunk is scored given BOS. There is no sliding window, and the last partial chunk is scored.
 
-Chunks are scored in units of neighbours (``units``), which may be spread over processes: a unit's figures depend on
-nothing else, and they are added without rounding, so that the result is the same to the last bit.
+Chunks are scored in units of adjacent chunks (``units``), which can be spread over processes. The figures of a unit do
+not depend on other units and are added exactly, so the result has the same bits for any number of processes.
 """
 
 import math
@@ -23,21 +23,21 @@ from armd_scale.orders import Layout
 
 _UNIT = 16
 _NOISE = 8
-"""Levels of noise of one draw of a bound, spread evenly."""
+"""Evenly spread noise levels in a draw of a bound."""
 
 REPEATS = 2
-"""Draws of orders or noise for every chunk, unless more are asked for."""
+"""Default number of draws of orders or noise for each chunk."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """Likelihood of a text under one kind of order."""
+    """Likelihood of a text under a kind of order."""
 
     order: str
     nll: float
     """Nats per token, EOS included; for a bound or random orders the mean over the draws."""
     nll_se: float
-    """Standard error of ``nll`` that is due to the draws; 0 where nothing is drawn."""
+    """Standard error of ``nll`` over the draws; 0 without draws."""
     perplexity: float
     """exp(nll)."""
     bits_per_byte: float
@@ -67,14 +67,12 @@ def parse_order(name: str) -> tuple[str, int]:
 
 
 def default_orders(model: ARMD, shuffles: int = 8, streams: int = 4) -> list[str]:
-    """The orders that a model's likelihood is reported in, side by side."""
+    """Orders under which the likelihood of a model is reported."""
     return model.objective.orders(shuffles, streams)
 
 
 def layout(name: str, length: int, chunk: int, draw: int = 0) -> Layout:
-    """Layout of chunk number ``chunk`` of ``length`` tokens under a named order; shuffles are fixed by the
-    chunk's number and the draw's.
-    """
+    """Layout of chunk ``chunk`` of ``length`` tokens under a named order; ``chunk`` and ``draw`` seed the shuffles."""
     kind, number = parse_order(name)
     if kind == "shuffled":
         return orders.shuffled(length, min(number, length), draw, chunk)
@@ -83,18 +81,18 @@ def layout(name: str, length: int, chunk: int, draw: int = 0) -> Layout:
 
 @dataclass(frozen=True)
 class Unit:
-    """Neighbouring chunks of one length, [B, N] tokens; ``first``: the number of the first of them."""
+    """Adjacent chunks of equal length, [B, N] tokens; ``first``: number of the first chunk."""
 
     first: int
     tokens: np.ndarray
 
 
 Totals: TypeAlias = list[list[float]]
-"""-log p of every chunk of a unit in nats, a list for each draw."""
+"""-log p of every chunk of a unit in nats: a list for each draw."""
 
 
 def units(chunks: Sequence[np.ndarray]) -> list[Unit]:
-    """Chunks as units."""
+    """Group chunks into units."""
     out, start = [], 0
     while start < len(chunks):
         stop = start + 1
@@ -106,11 +104,11 @@ def units(chunks: Sequence[np.ndarray]) -> list[Unit]:
 
 
 def score_unit(model: ARMD, unit: Unit, order: str, repeats: int) -> Totals:
-    """Score a unit; kinds of order that draw nothing have one draw."""
+    """Score a unit. Deterministic orders have a single draw."""
     tokens, numbers = torch.from_numpy(unit.tokens), range(unit.first, unit.first + len(unit.tokens))
     kind = parse_order(order)[0]
     if kind in ("bound", "shuffled") and repeats < 2:
-        raise UserError(f"{order} needs at least 2 repeats: its error comes from their spread")
+        raise UserError(f"{order} needs at least 2 repeats for its standard error")
     if kind == "bound":
         draws = [[number * repeats + draw for number in numbers] for draw in range(repeats)]
         return [model.bound(tokens, _NOISE, seeds).tolist() for seeds in draws]
@@ -123,30 +121,30 @@ def score_unit(model: ARMD, unit: Unit, order: str, repeats: int) -> Totals:
 
 
 def combine(order: str, scored: Sequence[Totals], tokens: int, text_bytes: float) -> Score:
-    """The score of a text of so many tokens and bytes from its units'; ``UserError`` when there is nothing."""
+    """The score of a text from the totals of its units; ``UserError`` if the text is empty."""
     if not tokens:
-        raise UserError("there is nothing to score: the text is empty")
+        raise UserError("nothing to score: the text is empty")
     draws = [[total for unit in scored for total in unit[draw]] for draw in range(len(scored[0]))]
     total = math.fsum(math.fsum(draw) for draw in draws) / len(draws)
     error = 0.0
     if len(draws) > 1:
         error = math.sqrt(math.fsum(np.var(draws, axis=0, ddof=1).tolist()) / len(draws))
     nll = total / tokens
-    # Beyond e^700 a float overflows; a model that bad has no perplexity worth printing.
+    # exp overflows a float beyond e^709.
     perplexity, bits = math.exp(min(nll, 700.0)), total / math.log(2) / text_bytes
     return Score(order, nll, error / tokens, perplexity, bits, tokens)
 
 
-def score(each: Mapper, chunks: Sequence[np.ndarray], order: str, text_bytes: float, repeats: int = REPEATS) -> Score:
-    """Score chunks of tokens (each up to the model's length) that stand for ``text_bytes`` bytes of text.
+def score(mapper: Mapper, chunks: Sequence[np.ndarray], order: str, text_bytes: float, repeats: int = REPEATS) -> Score:
+    """Score chunks of at most the model's length, which encode ``text_bytes`` bytes of text.
 
-    ``each``: where the model is (``models.alone``, ``models.workers``).
+    ``mapper``: runs the jobs (``models.alone``, ``models.workers``).
     """
     jobs = [(unit, order, repeats) for unit in units(chunks)]
-    return combine(order, each(score_unit, jobs), sum(map(len, chunks)), text_bytes)
+    return combine(order, mapper(score_unit, jobs), sum(map(len, chunks)), text_bytes)
 
 
 def cut(tokens: Sequence[int] | np.ndarray, length: int) -> list[np.ndarray]:
-    """Chunks of ``length`` tokens; the last may be shorter."""
+    """Split tokens into chunks of ``length``; the last chunk may be shorter."""
     array = np.asarray(tokens, dtype=np.int64)
     return [array[start : start + length] for start in range(0, len(array), length)]

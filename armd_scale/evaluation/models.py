@@ -1,6 +1,4 @@
-"""The model to be scored, wherever it is: a standalone folder or a training checkpoint of any layout, in this process
-or in several.
-"""
+"""Opens the model to be scored, a model directory or a training checkpoint, in this process or in several."""
 
 import contextlib
 import itertools
@@ -25,7 +23,7 @@ from armd_scale.run_directory import RunDirectory
 
 
 def resolve(path: Path) -> Path:
-    """A model folder or a checkpoint as it is; of a run folder the newest checkpoint. Raises ``UserError``."""
+    """The newest checkpoint of a run directory; any other path unchanged. Raises ``UserError``."""
     if (path / "config.json").is_file() or not RunDirectory(path).exists():
         return path
     from armd_scale.training import export
@@ -34,40 +32,40 @@ def resolve(path: Path) -> Path:
 
 
 def open_model(path: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[ARMD, Tokenizer]:
-    """The model and tokenizer of a standalone folder, a run folder (its newest checkpoint), or a checkpoint in one.
+    """Model and tokenizer of a model directory, a checkpoint, or a run directory (its newest checkpoint).
 
-    Of a checkpoint the moving average of the weights is taken, where it holds one. Raises ``UserError``.
+    Uses the moving average of the weights if the checkpoint holds it. Raises ``UserError``.
     """
     if (path / "config.json").is_file() or not path.is_dir():
         model = inference.load(path, device, dtype)
         return model, tokenizers.load(path, model.config.vocab_size)
     from armd_scale.training import export, manifest
 
-    place = check_device(device)
+    target = check_device(device)
     source = resolve(path)
     run = RunDirectory.around(source)
     if run is None:
-        raise UserError(f"{path} holds no model: name a model folder, a run folder or one of its checkpoints")
+        raise UserError(f"{path} holds no model: name a model directory, a run directory or one of its checkpoints")
     manifest.verify(source)
     model, tokenizer = export.in_memory(fill_vocabulary(load_run(run)), source)
-    return model.to(place, dtype), tokenizer
+    return model.to(target, dtype), tokenizer
 
 
 Mapper: TypeAlias = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
-"""Calls ``function(model, *job)`` for every job, and returns the results in the order of the jobs."""
+"""Calls ``function(model, *job)`` for each job, and returns the results in the order of the jobs."""
 
 
 def alone(model: ARMD) -> Mapper:
-    """A model in this process."""
+    """A mapper that runs the jobs in this process."""
     return lambda function, jobs: [function(model, *job) for job in jobs]
 
 
 @contextlib.contextmanager
 def workers(path: Path, device: str, processes: int) -> Iterator[Mapper]:
-    """``processes`` processes, each with the model of ``path``, that share the jobs.
+    """Start ``processes`` processes that each load the model of ``path`` and share the jobs.
 
-    On a CPU each has one thread: what comes out may depend on the threads of a process, and on nothing else. On
-    ``cuda`` each takes the next GPU.
+    A CPU process has one thread, so results do not depend on the number of processes. With ``cuda``, the processes use
+    the GPUs in turn.
     """
     context = multiprocessing.get_context("spawn")
     numbers = context.Value("i", 0)
@@ -75,8 +73,9 @@ def workers(path: Path, device: str, processes: int) -> Iterator[Mapper]:
         try:
             yield lambda function, jobs: list(pool.map(_work, itertools.repeat(function), jobs))
         except BrokenProcessPool as error:
-            why = "too little memory for so many copies of the model, most likely: lower --processes"
-            raise UserError(f"one of {processes} processes ended ({why})") from error
+            raise UserError(
+                f"one of {processes} processes died, most likely out of memory: lower --processes"
+            ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -1,7 +1,7 @@
-"""What a finished run shows: ``summary.json``, ``samples.md`` and ``loss.png``.
+"""The report of a finished run: ``summary.json``, ``samples.md`` and ``loss.png``.
 
-Beside the model's bits per byte stand two simple models of the same held-out bytes, for scale: xz, and the
-frequencies of single tokens in the training text.
+The report compares the model's bits per byte with two simple models of the same held-out bytes: xz, and the unigram
+frequencies of the training text.
 """
 
 import json
@@ -38,13 +38,13 @@ def write(config: RunConfig, export: Path) -> dict[str, Any]:
     if len(chunks) == len(heldout) and len(heldout.tail()):
         chunks.append(heldout.tail())
     tokens = np.concatenate(chunks)
-    # All of the split: its exact bytes. A part of it: its share of them.
+    # Exact for the whole split, proportional for a part of the split.
     size = heldout.index["bytes"] * len(tokens) / heldout.index["tokens"]
     objective = objectives.training(config.objective)
     names = likelihood.default_orders(model)[:1] + objective.report_orders(config)
     scores = [likelihood.score(alone(model), chunks, name, size) for name in names]
     samples = _samples(config, model, tokenizer)
-    made = json.loads((export / "config.json").read_text(encoding="utf-8"))
+    exported = json.loads((export / "config.json").read_text(encoding="utf-8"))
     metrics = run.metrics()
     steps = [record for record in metrics if "loss" in record]
     summary: dict[str, Any] = {
@@ -62,8 +62,8 @@ def write(config: RunConfig, export: Path) -> dict[str, Any]:
         "unigram_bits_per_byte": unigram_bits_per_byte(train, tokens, size),
         "samples": [{k: sample[k] for k in ("streams", "steps", "seconds", "tokens_per_second")} for sample in samples],
         "sample_text": samples[-1]["text"],
-        "checkpoint": made["checkpoint"],
-        "export_difference": made["logits_difference"],
+        "checkpoint": exported["checkpoint"],
+        "export_difference": exported["logits_difference"],
         "environment": environment(),
     }
     write_atomically(run.summary_path, json.dumps(summary, indent=1) + "\n")
@@ -73,12 +73,12 @@ def write(config: RunConfig, export: Path) -> dict[str, Any]:
 
 
 def xz_bits_per_byte(text: bytes) -> float:
-    """Size of a text packed by xz at its best, in bits per byte."""
+    """Size of a text compressed by xz with its best preset, in bits per byte."""
     return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / max(1, len(text))
 
 
 def unigram_bits_per_byte(train: PackedDataset, tokens: np.ndarray, text_bytes: float) -> float:
-    """Bits per byte of held-out tokens under the frequencies of single tokens in training (add-one smoothed)."""
+    """Bits per byte of held-out tokens under the unigram frequencies of the training tokens, add-one smoothed."""
     counts = np.ones(train.index["vocab_size"])
     for start in range(0, min(len(train), _UNIGRAM_SAMPLES), 4096):
         numbers = np.arange(start, min(start + 4096, len(train), _UNIGRAM_SAMPLES))
@@ -185,7 +185,7 @@ def _mark_phases(axes: Any, config: RunConfig) -> None:
 
 
 def lines(summary: dict[str, Any], run: RunDirectory) -> list[str]:
-    """The last screen of a run, line by line."""
+    """Lines that the launcher prints at the end of a run."""
     out = [
         f"{summary['name']}: {summary['parameters']:,} parameters, {summary['steps']} steps, "
         f"{summary['tokens']:,} tokens, {summary['tokens_per_second'] or math.nan:,.0f} tokens/s",
@@ -208,15 +208,15 @@ def lines(summary: dict[str, Any], run: RunDirectory) -> list[str]:
             f"{sample['tokens_per_second']:.0f} tokens/s"
         )
     out += ["", summary["sample_text"].strip(), "", f"{run.path}/"]
-    for path, what in (
+    for path, content in (
         (run.loss_plot_path, "training and held-out loss"),
-        (run.samples_page_path, "texts for each number of streams"),
-        (run.summary_path, "these figures and the versions behind them"),
-        (run.export, "the standalone model: tools/generate.py, tools/serve.py, tools/eval_zeroshot.py"),
-        (run.config_path, "the resolved configuration"),
-        (run.metrics_path, "every logged step"),
-        (run.checkpoints, "to resume from"),
+        (run.samples_page_path, "generated texts for each number of streams"),
+        (run.summary_path, "these figures and the package versions"),
+        (run.export, "model directory for armd generate, armd serve and armd eval"),
+        (run.config_path, "resolved configuration"),
+        (run.metrics_path, "logged steps"),
+        (run.checkpoints, "checkpoints to resume from"),
     ):
         name = path.name + "/" * path.is_dir()
-        out.append(f"  {name:<15}{what}")
+        out.append(f"  {name:<15}{content}")
     return out

@@ -1,8 +1,8 @@
-"""A study: variants of one run on the same text, tokenizer, optimiser and number of tokens, some seeds of each.
+"""A study: variants of a run with the same text, tokenizer, optimiser and number of tokens, each with several seeds.
 
-- ``Study``: the file, typed; ``load``;
-- ``Run``, ``runs``: what is trained;
-- ``measure``: everything that is asked of a trained run, as plain numbers; ``study_page`` makes the page of it.
+- ``Study``, ``load``: the study file;
+- ``Run``, ``runs``: the runs of a study;
+- ``measure``: the figures of a trained run, from which ``study_page`` writes the page.
 """
 
 import json
@@ -28,22 +28,22 @@ from armd_scale.objectives import interface as objectives
 from armd_scale.run_directory import RunDirectory
 
 MAIN = "armd"
-"""The variant that a study is about."""
+"""The main variant of a study."""
 OBJECTIVES: tuple[Objective, ...] = ("ar", MAIN, "mdm")
-"""Variants that every study has, under these names; ``judge`` is the fourth."""
+"""Variants that every study has, in addition to ``judge``."""
 
 
 class Variant(Section):
-    """One way to train."""
+    """A variant of the run of a study."""
 
     set: list[str] = Field(default=[])
     """Overrides of the study's run, ``section.field=value``."""
     seeds: list[Count] | None = None
-    """Seeds; null: those of the study."""
+    """Seeds; null: the seeds of the study."""
     question: str = ""
-    """The decision that it is an ablation of; variants of one question stand together on the page."""
+    """The decision that this variant ablates; the page groups variants by question."""
     beside: str = MAIN
-    """The variant that an ablation is compared with."""
+    """The base variant of an ablation."""
 
 
 class Study(Section):
@@ -52,35 +52,35 @@ class Study(Section):
     name: str
     """Name of the study."""
     run: dict[str, Any]
-    """The configuration that all runs share, as in a file of ``configs/``; ``train.steps`` are the equal steps."""
+    """Configuration that all runs share, as in a file of ``configs/``; ``train.steps`` are the equal steps."""
     variants: dict[str, Variant]
-    """What is compared: ``ar``, ``armd``, ``mdm`` and ``judge`` (a left-to-right model that scores texts), and
-    ablations of ``armd``."""
+    """Variants by name: ``ar``, ``armd``, ``mdm``, ``judge`` (a left-to-right model that scores texts), and ablations
+    of ``armd``."""
     seeds: list[Count] = Field(default=[0, 1, 2], min_length=2)
-    """Seeds of every variant that names none."""
+    """Seeds of the variants without seeds of their own."""
     slots: Positive = 1
-    """Runs side by side."""
+    """Number of runs trained at the same time."""
     heldout_samples: Positive = 1024
-    """Held-out samples that the trained models are scored on."""
+    """Number of held-out samples for the likelihood."""
     texts: Positive = 256
-    """Texts of every way of decoding."""
+    """Number of texts generated with each decoding setting."""
     streams: list[Positive] = Field(default=[1, 2, 4, 8])
-    """Tokens a step at which texts are compared."""
+    """Numbers of tokens per step at which texts are compared."""
     suite_chunks: Positive | None = 256
-    """Chunks of every text of the zero-shot suite; null: all."""
+    """Number of chunks of each text of the zero-shot suite; null: all."""
 
-    def equal_steps(self, made: "dict[Run, RunConfig]") -> int:
-        """The steps at which variants are compared: the base training of ``armd``."""
-        return next(config.train.steps for run, config in made.items() if run.variant == MAIN)
+    def equal_steps(self, run_configs: "dict[Run, RunConfig]") -> int:
+        """The number of steps at which variants are compared: the base training of ``armd``."""
+        return next(config.train.steps for run, config in run_configs.items() if run.variant == MAIN)
 
     def config(self, run: "Run", directory: Path, overrides: list[str]) -> RunConfig:
-        """The configuration of a run in the study's folder; ``UserError`` on anything wrong."""
+        """The configuration of a run in the directory of the study; ``UserError`` if it is not valid."""
         return configs.load(directory / "run.yaml", [*overrides, *self.overrides(run, directory)])
 
     def overrides(self, run: "Run", directory: Path) -> list[str]:
-        """What makes the shared configuration that of a run."""
-        place = f"run_dir={directory / 'runs' / run.name}"
-        return [*self.variants[run.variant].set, f"seed={run.seed}", f"name={run.name}", place]
+        """Overrides of the shared configuration for a run."""
+        run_dir = f"run_dir={directory / 'runs' / run.name}"
+        return [*self.variants[run.variant].set, f"seed={run.seed}", f"name={run.name}", run_dir]
 
 
 class Run(NamedTuple):
@@ -95,9 +95,9 @@ class Run(NamedTuple):
 
 
 def load(path: Path) -> Study:
-    """Read a study file; ``UserError`` on anything wrong."""
+    """Read a study file; ``UserError`` if it is not valid."""
     if not path.is_file():
-        raise UserError(f"there is no study file {path}; see configs/fidelity/")
+        raise UserError(f"no study file {path}: see configs/fidelity/")
     try:
         study = Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:
@@ -108,29 +108,30 @@ def load(path: Path) -> Study:
     wanted = (*OBJECTIVES, "judge", *(variant.beside for variant in study.variants.values()))
     missing = [name for name in wanted if name not in study.variants]
     if missing:
-        raise UserError(f"{path}: a study needs the variant '{missing[0]}'")
+        raise UserError(f"{path}: a study needs the variant '{missing[0]}': add it")
     if 1 not in study.streams:
-        raise UserError(f"{path}: streams must hold 1, beside which the others are set")
+        raise UserError(f"{path}: streams must hold 1, the base of the comparison: add it")
     for name, variant in study.variants.items():
-        left = set(variant.seeds or study.seeds) - set(study.variants[variant.beside].seeds or study.seeds)
-        if left and name != "judge":
-            raise UserError(f"{path}: '{name}' has the seed {min(left)}, which '{variant.beside}' has not")
+        extra = set(variant.seeds or study.seeds) - set(study.variants[variant.beside].seeds or study.seeds)
+        if extra and name != "judge":
+            raise UserError(f"{path}: '{name}' has the seed {min(extra)} but '{variant.beside}' does not: add it there")
     names = [run.name for run in runs(study)]
     if len(set(names)) < len(names):
-        raise UserError(f"{path}: two runs would share the folder {next(n for n in names if names.count(n) > 1)}")
+        shared = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{path}: two runs share the directory {shared}: rename a variant")
     return study
 
 
 def runs(study: Study) -> list[Run]:
     """All runs of a study."""
-    return [Run(name, seed) for name, one in study.variants.items() for seed in one.seeds or study.seeds]
+    return [Run(name, seed) for name, variant in study.variants.items() for seed in variant.seeds or study.seeds]
 
 
 def measure(study: Study, run: Run, folder: Path, equal: int, judge: Path, suite: Path | None) -> dict[str, Any]:
-    """Everything that is asked of the trained run in ``folder``.
+    """Measure the trained run in the run directory ``folder``.
 
-    ``equal``: the steps at which variants are compared; ``judge``: the folder of another run; ``suite``: that of the
-    zero-shot texts. Raises ``UserError``.
+    ``equal``: number of steps at which variants are compared; ``judge``: run directory of the judge; ``suite``:
+    directory of the zero-shot texts. Raises ``UserError``.
     """
     config = fill_vocabulary(configs.load_run(RunDirectory(folder)))
     torch.set_num_threads(1 if study.slots > 1 else torch.get_num_threads())
@@ -149,28 +150,28 @@ def measure(study: Study, run: Run, folder: Path, equal: int, judge: Path, suite
         "checkpoints": {},
     }
     scorer = generation.load_judge(judge, device) if run.variant in OBJECTIVES else None
-    for step, place in _checkpoints(run, config, equal).items():
-        model, tokenizer = open_model(place, device)
-        found: dict[str, Any] = {"heldout": _heldout(study, run, config, model)}
+    for step, checkpoint in _checkpoints(run, config, equal).items():
+        model, tokenizer = open_model(checkpoint, device)
+        figures: dict[str, Any] = {"heldout": _heldout(study, run, config, model)}
         if scorer:
-            found["texts"] = _texts(study, model, tokenizer, scorer)
+            figures["texts"] = _texts(study, model, tokenizer, scorer)
         if scorer and suite and step in (equal, config.train.steps):
-            found["suite"] = _suite(study, model, tokenizer, suite)
-        out["checkpoints"][str(step)] = found
+            figures["suite"] = _suite(study, model, tokenizer, suite)
+        out["checkpoints"][str(step)] = figures
     out["parameters"] = sum(p.numel() for p in model.parameters())
     return out
 
 
 def _checkpoints(run: Run, config: RunConfig, equal: int) -> dict[int, Path]:
-    """Checkpoints that are measured, by their steps: at equal steps, the last, and those of strided fine-tuning."""
+    """Measured checkpoints by step: at the equal steps, during strided fine-tuning, and the last checkpoint."""
     kept = range(equal, config.total_steps + 1, config.train.keep_every or config.total_steps)
     between = kept if run.variant == MAIN else ()
-    found = sorted({min(equal, config.total_steps), *between, config.total_steps})
-    places = {step: config.run_directory.checkpoint(step) for step in found}
-    missing = [str(place) for place in places.values() if not place.is_dir()]
+    steps = sorted({min(equal, config.total_steps), *between, config.total_steps})
+    checkpoints = {step: config.run_directory.checkpoint(step) for step in steps}
+    missing = [str(path) for path in checkpoints.values() if not path.is_dir()]
     if missing:
-        raise UserError(f"{missing[0]} is not there: train.checkpoint_every and keep_every must keep it")
-    return places
+        raise UserError(f"{missing[0]} is missing: set train.checkpoint_every and train.keep_every to keep it")
+    return checkpoints
 
 
 def _heldout(study: Study, run: Run, config: RunConfig, model: ARMD) -> dict[str, Any]:
@@ -188,24 +189,24 @@ def _heldout(study: Study, run: Run, config: RunConfig, model: ARMD) -> dict[str
 
 
 def _texts(study: Study, model: ARMD, tokenizer: Tokenizer, judge: generation.Judge) -> list[dict[str, Any]]:
-    """Quality of generated texts at so many tokens a step."""
+    """Quality of generated texts for each number of tokens per step."""
     length, out = model.config.length, []
     for streams, decoding in generation.ways(model, study.streams, length).items():
-        made = generation.sample(model, decoding, study.texts, length, batch=64)
-        figures = generation.quality([tokenizer.decode(one) for one in made.tokens], made.tokens, judge)
-        out.append({"tokens_a_step": streams, "tokens_per_second": made.tokens_per_second, **figures.as_dict()})
+        sample = generation.sample(model, decoding, study.texts, length, batch=64)
+        figures = generation.quality([tokenizer.decode(text) for text in sample.tokens], sample.tokens, judge)
+        out.append({"tokens_a_step": streams, "tokens_per_second": sample.tokens_per_second, **figures.as_dict()})
     return out
 
 
 def _suite(study: Study, model: ARMD, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
-    """Zero-shot scores of the texts that are there."""
+    """Zero-shot scores of the texts in ``folder``."""
     out = {}
     order = likelihood.default_orders(model)[0]
     for text in suites.SETS.values():
-        found = suites.find(text, folder)
-        if found is None:
+        path = suites.find(text, folder)
+        if path is None:
             continue
-        documents, size = suites.read(text, found, suites.Protocol())
+        documents, size = suites.read(text, path, suites.Protocol())
         chunks = suites.chunks(documents, tokenizer, model.config.length, suites.Protocol())
         part = chunks[: study.suite_chunks]
         share = sum(map(len, part)) / sum(map(len, chunks))
@@ -214,6 +215,6 @@ def _suite(study: Study, model: ARMD, tokenizer: Tokenizer, folder: Path) -> dic
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
-    """The figures of a study as JSON, numbers with six digits."""
+    """Write the figures of a study as JSON, with six significant digits."""
     rounded = json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.6g}"))
     write_atomically(path, json.dumps(rounded, indent=1) + "\n")

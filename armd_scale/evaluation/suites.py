@@ -1,8 +1,8 @@
-"""The zero-shot suite: its texts, how each is read and detokenised, and what the literature reports on it.
+"""The zero-shot suite: its texts, how they are read and detokenised, and published results.
 
 Protocol (docs/howto/evaluation.md; SEDD arXiv 2310.16834, MDLM 2406.07524, RADD 2406.03736): each text is detokenised
-(``DETOKENISERS``), its documents are tokens + EOS, concatenated, and cut into chunks of the model's
-length. Every switch is a field of ``Protocol``.
+(``DETOKENISERS``), tokens + EOS of its documents are concatenated, and the tokens are split into chunks of the model's
+length. The options of the protocol are the fields of ``Protocol``.
 """
 
 import csv
@@ -22,21 +22,21 @@ from armd_scale.evaluation.likelihood import cut
 
 @dataclass(frozen=True)
 class Protocol:
-    """The switches of an evaluation; the defaults are the suite's."""
+    """Options of an evaluation, with the defaults of the suite."""
 
     detokenise: bool = True
-    """Undo the word splitting of a set."""
+    """Whether to undo the word splitting of a text."""
     eos: bool = True
-    """EOS behind every document."""
+    """Whether to put EOS after every document."""
     length: int | None = None
-    """Tokens of a chunk; None: the model's length."""
+    """Number of tokens of a chunk; None: the model's length."""
     wikitext2_split: str = "test"
-    """``train`` for the published WikiText2 column, which was scored on the training split."""
+    """``train`` reproduces the published WikiText2 column, which was scored on the training split."""
 
     def __str__(self) -> str:
         length = "the model's length" if self.length is None else f"{self.length} tokens"
         return (
-            f"documents {'detokenised' if self.detokenise else 'as they are'}, blank ones left out, "
+            f"documents {'detokenised' if self.detokenise else 'as stored'}, blank ones left out, "
             f"tokens{' + EOS' if self.eos else ''}, "
             f"concatenated, cut into chunks of {length}; BOS before each chunk, every token scored, no sliding window, "
             f"last partial chunk scored; WikiText2 {self.wikitext2_split} split"
@@ -49,16 +49,16 @@ class TextSet:
 
     name: str
     files: tuple[str, ...]
-    """Names under which the text is looked for in a folder, best first."""
+    """File names of the text, in the order of preference."""
     sha256: str | None
-    """Hash of the expected file; None where no copy was at hand to take it from."""
+    """SHA-256 of the expected file; None if unknown."""
     fields: tuple[str, ...]
-    """Field or columns of a record that hold the text."""
+    """Field of a record that holds the text, or columns to join (``2+3``)."""
     detokeniser: str
     hub: tuple[str, str | None, str]
     """Path, configuration and split for ``datasets``."""
     train_files: tuple[str, ...] = ()
-    """The training split, where a published figure was taken on it."""
+    """File names of the training split, where a published figure uses it."""
 
 
 SETS = {
@@ -140,9 +140,9 @@ PUBLISHED: dict[str, dict[str, float]] = {
 
 
 def find(text: TextSet, folder: Path, split: str = "test") -> Path | None:
-    """The file of a text in a folder, None when it is not there.
+    """The file of a text in a directory; None if it does not exist.
 
-    WikiText103 has the test articles of WikiText2: one file serves both.
+    WikiText103 and WikiText2 have the same test articles and can share a file.
     """
     names = text.files if split == "test" else text.train_files
     if text.name == "WikiText103":
@@ -151,12 +151,12 @@ def find(text: TextSet, folder: Path, split: str = "test") -> Path | None:
 
 
 def read(text: TextSet, path: Path, protocol: Protocol) -> tuple[list[str], int]:
-    """Documents of a text, as they are scored, and their UTF-8 bytes. Raises ``UserError``."""
+    """Documents of a text as the protocol scores them, and their number of UTF-8 bytes. Raises ``UserError``."""
     return _prepared(text, _records(text, path), protocol, str(path))
 
 
 def read_hub(text: TextSet, protocol: Protocol) -> tuple[list[str], int]:
-    """The same from a hub of data sets; ``UserError`` when it cannot be reached."""
+    """``read`` from a hub of data sets; ``UserError`` if the hub cannot be reached."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -165,30 +165,30 @@ def read_hub(text: TextSet, protocol: Protocol) -> tuple[list[str], int]:
     split = protocol.wikitext2_split if text.name == "WikiText2" else split
     try:
         rows = load_dataset(path, name, split=split)
-    except Exception as error:  # whatever stands between this machine and the data
-        raise UserError(f"{text.name} cannot be read from {path}: {error}; name a folder with --data") from error
+    except Exception as error:  # network, proxy, access rights, format
+        raise UserError(f"{text.name} cannot be read from {path}: {error}; name a directory with --data") from error
     return _prepared(text, (_field(text, row, path) for row in rows), protocol, path)
 
 
 def chunks(documents: Sequence[str], tokenizer: Tokenizer, length: int, protocol: Protocol) -> list[np.ndarray]:
-    """Documents as chunks of tokens."""
-    tokens = tokenizer.encode_batch(list(documents))
-    end = [tokenizer.eos_id] if protocol.eos else []
-    joined = np.concatenate([part for one in tokens for part in (np.asarray(one, dtype=np.int64), np.array(end, int))])
+    """Tokenise documents and split the tokens into chunks."""
+    end = np.array([tokenizer.eos_id] if protocol.eos else [], dtype=np.int64)
+    encoded = [np.asarray(tokens, dtype=np.int64) for tokens in tokenizer.encode_batch(list(documents))]
+    joined = np.concatenate([part for tokens in encoded for part in (tokens, end)])
     return cut(joined, protocol.length or length)
 
 
 def _prepared(text: TextSet, records: Iterator[str], protocol: Protocol, where: str) -> tuple[list[str], int]:
-    mend = DETOKENISERS[text.detokeniser] if protocol.detokenise else str
-    documents = [mend(record) for record in records if record.strip()]
-    size = sum(len(one.encode("utf-8", "surrogatepass")) for one in documents)
+    detokenise = DETOKENISERS[text.detokeniser] if protocol.detokenise else str
+    documents = [detokenise(record) for record in records if record.strip()]
+    size = sum(len(document.encode("utf-8", "surrogatepass")) for document in documents)
     if not size:
-        raise UserError(f"{where} holds no text")
+        raise UserError(f"{where} holds no text: check the file")
     return documents, size
 
 
 def _records(text: TextSet, path: Path) -> Iterator[str]:
-    """Texts of the records of a file: lines of txt, with their ends as in the published data sets of WikiText."""
+    """Texts of the records of a file. Lines of WikiText keep their line ends, as in the published data sets."""
     if path.suffix == ".csv":
         try:
             with path.open(encoding="utf-8", newline="") as file:
@@ -201,7 +201,7 @@ def _records(text: TextSet, path: Path) -> Iterator[str]:
     elif path.suffix in (".jsonl", ".parquet"):
         field = next((name for name in text.fields if _has(path, name)), None)
         if field is None:
-            raise UserError(f"{path} has none of the fields {', '.join(text.fields)}")
+            raise UserError(f"{path} has none of the fields {', '.join(text.fields)}: rename a field")
         yield from readers.documents([str(path)], field)
     else:
         try:
@@ -220,18 +220,18 @@ def _has(path: Path, field: str) -> bool:
 
 
 def _field(text: TextSet, row: dict[Any, Any], where: str) -> str:
-    """The text of a record: a field, or the columns ``a+b`` of a file without names."""
+    """The text of a record: a field, or the columns ``a+b`` of a file without column names."""
     for name in text.fields:
         if name in row:
             return str(row[name])
         columns = [int(part) for part in name.split("+")] if name[0].isdigit() else []
         if columns and all(column in row for column in columns):
             return " ".join(str(row[column]) for column in columns)
-    raise UserError(f"{where}: a record has none of the fields {', '.join(text.fields)}")
+    raise UserError(f"{where}: a record has none of the fields {', '.join(text.fields)}: rename a field")
 
 
-# Detokenisers: the rules of the published evaluations, which are Megatron-LM's for WikiText and PTB and SEDD's for the
-# others, so that figures can be set beside each other.
+# Detokenisers follow the published evaluations, so that figures are comparable: Megatron-LM for WikiText and PTB, SEDD
+# for the other texts.
 
 _Rule = tuple[str, str]
 
@@ -274,4 +274,4 @@ DETOKENISERS: dict[str, Callable[[str], str]] = {
     "lambada": lambda text: "\n" + text.replace("\u201c", '"').replace("\u201d", '"').strip(),
     "scientific": lambda text: _apply(_LM1B, _apply(_WIKITEXT, text)),
 }
-"""Undo the word splitting of a set."""
+"""Functions that undo the word splitting of a text."""

@@ -3,7 +3,7 @@
 - ``write_config``: ``config.json``, for this project and for transformers;
 - ``write_code``: ``modeling_armd.py``, the model in one file that needs torch and safetensors only, and the
   Hugging Face classes on top of it;
-- ``write_tokenizer_settings``: how ``AutoTokenizer`` reads the folder's tokenizer;
+- ``write_tokenizer_settings``: how ``AutoTokenizer`` reads the directory's tokenizer;
 - ``card``: the model card.
 """
 
@@ -192,10 +192,10 @@ tags: [{tags}]
 | training text | {facts["text"]} |
 {heldout}| largest difference to the training model's logits | {facts["difference"]:.1e} |
 
-With this folder alone, torch and safetensors:
+With this directory alone, torch and safetensors:
 
 ```python
-import modeling_armd as armd  # the file in this folder
+import modeling_armd as armd  # the file in this directory
 
 model = armd.load(".")
 text = model.generate([[5, 6, 7]], decoding=armd.Decoding({decoding}), seed=1)

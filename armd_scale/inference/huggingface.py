@@ -1,6 +1,6 @@
-"""The model as a Hugging Face model: ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``.
+"""The model as a Hugging Face model: ``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)``.
 
-Texts begin with BOS here, as the tokenizer of the folder writes it: row i of the logits predicts token i + 1 left to
+Texts begin with BOS here, as the tokenizer of the directory writes it: row i of the logits predicts token i + 1 left to
 right, exactly. ``generate`` takes the usual settings and those of ``Decoding``.
 """
 
@@ -48,7 +48,7 @@ class ARMDForCausalLM(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Nothing: a folder holds every weight."""
+        """Nothing: a directory holds every weight."""
 
     def forward(
         self,

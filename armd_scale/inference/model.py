@@ -1,6 +1,6 @@
 """The standalone model: likelihoods in any order, and text in several streams at once.
 
-- ``load``: a model folder (``config.json``, safetensors) -> ``ARMD``;
+- ``load``: a model directory (``config.json``, safetensors) -> ``ARMD``;
 - ``ARMD.nll``, ``ARMD.logits``: one pass over whole texts, any generation order and blocks;
 - ``ARMD.conditional_nll``: any part of a text given any other;
 - ``ARMD.bound``: what objectives without an exact likelihood have instead;
@@ -335,10 +335,10 @@ def _like(tokens: Tensor, given: Tensor | None, default: Tensor, name: str) -> T
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> ARMD:
-    """Load a model folder. ``dtype``: None keeps the stored type. Raises ``InputError`` when the folder is no model."""
+    """Load a model directory. ``dtype``: None keeps the stored type. Raises ``InputError``."""
     folder = Path(path)
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is not a model folder: config.json is missing; make one with tools/convert_ckpt.py")
+        raise InputError(f"{folder} is not a model directory: config.json is missing; export it with `armd export`")
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float64):
         raise InputError(f"a model cannot run in {dtype}: choose torch.float32, torch.bfloat16 or torch.float64")
     device = check_device(device)
@@ -386,7 +386,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name in sorted(files):
         if not (folder / name).is_file():
-            raise InputError(f"{folder} is not a model folder: {name} is missing; make one with tools/convert_ckpt.py")
+            raise InputError(f"{folder} is not a model directory: {name} is missing; export it with `armd export`")
         try:
             weights |= load_file(folder / name)
         except (SafetensorError, OSError) as error:

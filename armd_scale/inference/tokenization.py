@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder as a Hugging Face tokenizer: the tokens of training, BOS first.
+"""The tokenizer of a model directory as a Hugging Face tokenizer: the tokens of training, BOS first.
 
 - ``ARMDTokenizer``: for ``tokenizer.model``, needs sentencepiece;
 - ``ARMDTokenizerFast``: for ``tokenizer.json``.
@@ -14,7 +14,7 @@ try:
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
 except ImportError:
-    pass  # a folder with tokenizer.json does without
+    pass  # a directory with tokenizer.json does without
 
 _SPACE = "\u2581"
 

@@ -1,11 +1,11 @@
-"""The network, or one pipeline stage of it: consecutive layers.
+"""The network, or the contiguous layers of a (virtual) pipeline stage.
 
-The first stage embeds the context rows (stream X) and seeds the targets (stream G). Layers below ``two_stream`` carry
-both streams, the others G alone. The last stage scores the targets. Stages exchange one tensor, [N, 2 B, d]; its second
-half is zero where G is alone.
+The first stage embeds the context rows (X stream) and seeds the target rows (G stream). Layers below ``two_stream``
+carry both streams, the other layers carry G alone. The last stage scores the targets. Stages exchange tensors
+[N, 2 B, d], whose second half is zero where only G exists.
 
-Objectives of one stream have the embeddings of the context rows alone: a causal one predicts from each row the token of
-the next (the shift query), one that sees everything the token that a row masks.
+Single-stream objectives embed the context rows only. A causal objective predicts from each row the token of the next
+row (the shift query); a bidirectional objective predicts the token that the row masks.
 """
 
 from typing import Any
@@ -43,15 +43,15 @@ from armd_scale.rows import Rows
 class Stage(nn.Module):
     """Layers ``first`` to ``last`` (exclusive) of the network.
 
-    ``recompute``: activations that the backward pass computes again: ``none``, ``selective`` (inside attention),
-    ``full`` (inside layers). ``kinds``: linears of the layers, by default the fastest available ones. ``head_batch``:
-    number of texts whose logits exist at the same time; None: all.
+    ``recompute``: what the backward pass recomputes: ``none``, ``selective`` (attention) or ``full`` (layers).
+    ``kinds``: linear modules of the layers, by default the fastest that this device supports. ``head_batch``: number of
+    texts whose logits exist at the same time; None: all.
     """
 
     def __init__(
         self,
-        config: ModelConfig,
-        parallel: TransformerConfig,
+        model_config: ModelConfig,
+        config: TransformerConfig,
         first: int = 0,
         last: int | None = None,
         recompute: str = "none",
@@ -59,55 +59,58 @@ class Stage(nn.Module):
         head_batch: int | None = None,
     ) -> None:
         super().__init__()
-        kinds = kinds or linears(bool(parallel.fp8))
+        kinds = kinds or linears(bool(config.fp8))
         self.head_batch = head_batch
-        last = config.layers if last is None else last
-        self.config = parallel  # Megatron's schedules read ``config`` and ``model_type``
+        last = model_config.layers if last is None else last
+        self.config = config  # Megatron's schedules read config and model_type
         self.model_type = ModelType.encoder_or_decoder
-        self.model_config = config
-        self.is_first, self.is_last = first == 0, last == config.layers
+        self.model_config = model_config
+        self.is_first, self.is_last = first == 0, last == model_config.layers
         self.recompute = recompute
         self._received: Tensor | None = None
-        vocab = config.padded_vocab
-        if self.is_first or (self.is_last and config.tied_head):
+        vocab = model_config.padded_vocab
+        if self.is_first or (self.is_last and model_config.tied_head):
             self.embedding = VocabParallelEmbedding(
-                vocab, config.hidden, init_method=lambda weight: weight, config=parallel
+                vocab, model_config.hidden, init_method=lambda weight: weight, config=config
             )
-            describe(self.embedding.weight, Initial(config.init_std), 0)
-        if self.is_first and config.traits.streams == 2:
-            self.prefix = PrefixAggregation(config, parallel)
-        # Names carry the global layer number, so that checkpoints do not depend on the pipeline layout.
+            describe(self.embedding.weight, Initial(model_config.init_std), 0)
+        if self.is_first and model_config.traits.streams == 2:
+            self.prefix = PrefixAggregation(model_config, config)
+        # Names hold the global layer number, so that checkpoints do not depend on the pipeline layout.
+        recompute_attention = recompute == "selective"
         self.layers = nn.ModuleDict(
             {
-                str(index): Layer(config, parallel, kinds, *streams_of(config, index), recompute == "selective")
+                str(index): Layer(model_config, config, kinds, *streams_of(model_config, index), recompute_attention)
                 for index in range(first, last)
             }
         )
         if self.is_last:
-            self.norm = Norm(config, parallel)
+            self.norm = Norm(model_config, config)
             self.head = ColumnParallelLinear(
-                config.hidden,
+                model_config.hidden,
                 vocab,
-                config=parallel,
+                config=config,
                 init_method=lambda weight: weight,
                 bias=False,
                 gather_output=False,
-                skip_weight_param_allocation=config.tied_head,
+                skip_weight_param_allocation=model_config.tied_head,
             )
-            if not config.tied_head:
-                describe(self.head.weight, Initial(config.init_std), 0)
-            # The table has padding rows; those of this rank get no probability.
+            if not model_config.tied_head:
+                describe(self.head.weight, Initial(model_config.init_std), 0)
+            # The table is padded: rows of this rank beyond the vocabulary get no probability.
             local = self.head.output_size_per_partition
-            assert config.vocab_size is not None
-            self.vocab_rows = min(local, max(0, config.vocab_size - local * self.head.tp_group.rank()))
+            assert model_config.vocab_size is not None
+            self.vocab_rows = min(local, max(0, model_config.vocab_size - local * self.head.tp_group.rank()))
 
     def set_input_tensor(self, received: Tensor | list[Tensor | None] | None) -> None:
-        """Take the activations of the previous stage; called by Megatron's schedules."""
+        """Set the activations received from the previous stage; called by Megatron's schedules."""
         self._received = received[0] if isinstance(received, list) else received
 
     def forward(self, rows: Rows) -> Tensor:
-        """NLL of every target in nats [B, N], generation order, float32, times its weight if rows have weights; on
-        earlier stages, the activations for the next stage."""
+        """NLL of the targets in nats, [B, N] float32 in generation order, times ``rows.weights``.
+
+        Stages before the last return their activations.
+        """
         h = self.hidden(rows)
         if self.is_last:
             nll = self.nll(h, rows.target_tokens)
@@ -127,13 +130,13 @@ class Stage(nn.Module):
         of_context = self._rotary(rows.context_positions)
         of_target = self._rotary(rows.target_positions)
         of_both = of_context.repeat(of_target)
-        # Made once for all layers: ``attention.flex`` caches its block mask by the tensor.
+        # Made once for all layers, as backends cache data derived from a mask with its tensor (see attention.flex).
         seen = rows.visible and (
             rows.visible.target_of_target[None],
             rows.visible.context_of_target[None],
             torch.stack(rows.visible[:2]),
         )
-        update: Tensor | None = None  # added to h by the next norm
+        update: Tensor | None = None  # residual update of the previous layer, not yet added to h
         for layer in self.layers.values():
             if self.model_config.traits.streams == 1:
                 inputs = (of_context, of_context, None)
@@ -144,7 +147,7 @@ class Stage(nn.Module):
             else:
                 inputs = (of_both, of_context, seen and seen[2])
             if self.recompute == "full" and torch.is_grad_enabled():
-                # Sum here, so that one tensor is kept per layer.
+                # The sum is computed here, so that the checkpoint keeps a single tensor per layer.
                 h = torch.add(
                     *checkpoint(self._through, layer, h, None, *inputs, use_reentrant=False, preserve_rng_state=False)
                 )
@@ -153,12 +156,12 @@ class Stage(nn.Module):
         return h if update is None else h + update
 
     def _through(self, layer: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor]:
-        # Around each layer and not around all: recomputation in the backward pass needs the context as well.
+        # The context is entered per layer, as recomputation in the backward pass needs the context too.
         with get_fp8_context(self.config):
             return layer(*inputs)
 
     def logits(self, h: Tensor) -> Tensor:
-        """Logits of this rank's part of the vocabulary, [N, B, V / tensor], float32."""
+        """Logits of each row for the vocabulary part of this rank, [N, B, V / tensor], float32."""
         logits = self._scores(h)
         unused = logits.shape[-1] - self.vocab_rows
         if unused:
@@ -166,7 +169,7 @@ class Stage(nn.Module):
         return logits.float()
 
     def _scores(self, h: Tensor) -> Tensor:
-        """Logits of this rank's rows of the table, padding rows included, in the type of the weights."""
+        """Logits for the table rows of this rank, padding included, in the dtype of the weights."""
         return self.head(self.norm(h)[1], weight=self.embedding.weight if self.model_config.tied_head else None)[0]
 
     def nll(self, h: Tensor, target_tokens_BN: Tensor) -> Tensor:
@@ -185,7 +188,7 @@ class Stage(nn.Module):
     def _nll(self, h: Tensor, target_tokens_BN: Tensor) -> Tensor:
         if self.config.tensor_model_parallel_size == 1 and on_cuda(h):
             return cross_entropy(self._scores(h), target_tokens_BN.t(), self.vocab_rows).t()
-        # Megatron's cross-entropy overwrites the logits.
+        # Megatron's cross-entropy overwrites the logits, which have no other use.
         return vocab_parallel_cross_entropy(self.logits(h), target_tokens_BN.t().contiguous()).t()
 
     def _enter(self, rows: Rows) -> Tensor:

@@ -62,19 +62,19 @@ class PrefixAggregation(nn.Module):
 
     def __init__(self, config: ModelConfig, parallel: TransformerConfig) -> None:
         super().__init__()
-        self.config = config.prefix
+        self.prefix_config = config.prefix
         self.dim = config.prefix_dim
         self.rows = config.length + 1
         dtype = parallel.params_dtype
         self.chunk = rows_of_chunk(config)
-        self.learned = self.config.kernel == "learned"
+        self.learned = self.prefix_config.kernel == "learned"
         # The gradient of a learned table is a sum over all columns.
         self.split = parallel.tensor_model_parallel_size > 1 and not self.learned
         if self.learned:
             self.table = nn.Parameter(torch.empty(self.rows, self.dim, dtype=dtype))
             describe(self.table, Initial(self.dim**-0.5))
         self.target_projection: nn.Parameter | None = None
-        if self.config.target_position:
+        if self.prefix_config.target_position:
             self.target_projection = nn.Parameter(torch.empty(config.hidden, self.dim, dtype=dtype))
             describe(self.target_projection, Initial(config.init_std))
 
@@ -106,7 +106,7 @@ class PrefixAggregation(nn.Module):
         seed_BNd = torch.cat(seeds, dim=1)
         if self.split:
             seed_BNd = gather_from_tensor_model_parallel_region(seed_BNd)
-        seed_BNd = scale_prefix(seed_BNd, visible_BN[..., None], self.config.scale)
+        seed_BNd = scale_prefix(seed_BNd, visible_BN[..., None], self.prefix_config.scale)
         if self.target_projection is not None:
             seed_BNd = seed_BNd + self._embedding(targets_BN, dtype) @ self.target_projection.to(dtype).t()
         return seed_BNd.transpose(0, 1).to(x_NBd.dtype).contiguous()
@@ -124,4 +124,4 @@ class PrefixAggregation(nn.Module):
 
     @property
     def _fixed(self) -> tuple[int, str, int, float]:
-        return self.rows, self.config.kernel, self.dim, self.config.width
+        return self.rows, self.prefix_config.kernel, self.dim, self.prefix_config.width

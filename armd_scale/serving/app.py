@@ -1,10 +1,10 @@
-"""The HTTP interface: completions as OpenAI's clients speak them, health, metrics and a page.
+"""The HTTP interface: OpenAI-compatible completions, health, metrics and a page.
 
-``POST /v1/completions`` takes ``prompt`` (text or tokens, one or several), ``max_tokens``, ``n``, ``temperature``,
-``top_p``, ``stop``, ``seed``, ``echo``, ``stream`` and ``suffix`` (the gap between prompt and suffix is filled), and
-beyond the interface ``top_k``, ``min_p``, ``streams``, ``draft``, ``steps``, ``block``, ``confidence`` and ``order``
-(with ``stream``: every chunk tells which positions a step wrote). A wrong request gets one line, with status 400, 408,
-413, 415 or 429.
+``POST /v1/completions`` takes the OpenAI fields ``prompt`` (text or tokens, or a list of prompts), ``max_tokens``,
+``n``, ``temperature``, ``top_p``, ``stop``, ``seed``, ``echo``, ``stream`` and ``suffix`` (the model fills the gap
+between prompt and suffix). Additional fields are ``top_k``, ``min_p``, ``streams``, ``draft``, ``steps``, ``block``,
+``confidence`` and ``order`` (with ``stream``: every event holds the positions that a step wrote). A bad request gets an
+error message of a line with status 400, 408, 413, 415 or 429.
 """
 
 import asyncio
@@ -30,11 +30,11 @@ from starlette.routing import Route
 from armd_scale.data.tokenizer import Tokenizer
 from armd_scale.decoding.lanes import STRATEGIES
 from armd_scale.inference import ARMD, FREE, Decoding, InputError, Task
-from armd_scale.serving.engine import STOPPING, Busy, Engine, Event, Job, Stopping
+from armd_scale.serving.scheduler import STOPPING, Busy, Event, Job, Scheduler, Stopping
 
 BODY = 1 << 20
-"""Most bytes of a request."""
-_PATIENCE = 30  # seconds that a request may take to arrive
+"""Largest size of a request in bytes."""
+_PATIENCE = 30  # seconds in which a request must arrive
 _PAGE = Path(__file__).with_name("page.html")
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
@@ -46,7 +46,7 @@ _Token = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 
 
 class StreamOptions(BaseModel):
-    """What a stream tells beside the text."""
+    """Options of a stream."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -54,7 +54,7 @@ class StreamOptions(BaseModel):
 
 
 class Completion(BaseModel):
-    """A request."""
+    """The body of a completion request."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -88,7 +88,7 @@ class Completion(BaseModel):
 
     @property
     def stops(self) -> list[str]:
-        """Strings before which the text ends."""
+        """Stop strings; the text ends before the first of them."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @model_validator(mode="before")
@@ -108,18 +108,18 @@ class Refused(Exception):
 
 
 class Text:
-    """Tokens as text, piece by piece: what is given out never changes by what follows, and ends before a stop."""
+    """Decodes tokens to text incrementally. Returned text is final, and ends before a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, before: list[int], stops: list[str]) -> None:
         self._tokenizer, self._stops = tokenizer, stops
-        # Decoded together with the last tokens before it: a character may be spelt in several.
+        # Tokens are decoded together with the tokens before them, as several tokens may encode a character.
         self._tokens = before[-8:]
         self._known = len(tokenizer.decode(self._tokens))
         self._held = ""
         self.stopped = False
 
     def add(self, tokens: list[int], last: bool) -> str:
-        """The text that is certain by ``tokens``; ``last``: nothing follows."""
+        """Add ``tokens`` and return the text that is now final; ``last``: no tokens follow."""
         if self.stopped:
             return ""
         if tokens or last:
@@ -129,45 +129,45 @@ class Text:
                 self._held += text[self._known :]
                 self._tokens = self._tokens[-8:]
                 self._known = len(self._tokenizer.decode(self._tokens))
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
+        offsets = [offset for stop in self._stops if (offset := self._held.find(stop)) >= 0]
+        if offsets:
             self.stopped = True
-            out, self._held = self._held[: min(found)], ""
+            out, self._held = self._held[: min(offsets)], ""
             return out
-        # A stop may have begun.
+        # Hold back the beginning of a possible stop string.
         tail = 0 if last else max((_overlap(self._held, stop) for stop in self._stops), default=0)
         out, self._held = self._held[: len(self._held) - tail], self._held[len(self._held) - tail :]
         return out
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of ``text`` with which ``stop`` begins."""
+    """Number of characters at the end of ``text`` that ``stop`` begins with."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
 
 
 class Server:
-    """Answers requests with one engine."""
+    """Answers HTTP requests with a model and a scheduler."""
 
     def __init__(
-        self, model: ARMD, tokenizer: Tokenizer, name: str, lanes: int = 8, queue: int = 64, width: int = 16
+        self, model: ARMD, tokenizer: Tokenizer, name: str, lanes: int = 8, queue: int = 64, step_tokens: int = 16
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.registry = CollectorRegistry()
-        here = self.registry
-        self._answers = Counter("armd_requests", "Requests by status", ["status"], registry=here)
-        self._tokens = Counter("armd_tokens", "Tokens generated", registry=here)
-        self._steps = Counter("armd_steps", "Decoding steps", registry=here)
+        registry = self.registry
+        self._answers = Counter("armd_requests", "Requests by status", ["status"], registry=registry)
+        self._tokens = Counter("armd_tokens", "Tokens generated", registry=registry)
+        self._steps = Counter("armd_steps", "Decoding steps", registry=registry)
         times = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
-        self._first = Histogram("armd_first_token_seconds", "Until the first text", buckets=times, registry=here)
-        self._seconds = Histogram("armd_request_seconds", "Of accepted requests", buckets=times, registry=here)
+        self._first = Histogram("armd_first_token_seconds", "Until the first text", buckets=times, registry=registry)
+        self._seconds = Histogram("armd_request_seconds", "Of accepted requests", buckets=times, registry=registry)
 
         def count(tokens: int) -> None:
             self._steps.inc()
             self._tokens.inc(tokens)
 
-        self.engine = Engine(model, lanes, queue, width, count)
-        Gauge("armd_waiting", "Texts in the queue", registry=here).set_function(lambda: self.engine.waiting)
-        Gauge("armd_running", "Texts in lanes", registry=here).set_function(lambda: self.engine.running)
+        self.scheduler = Scheduler(model, lanes, queue, step_tokens, count)
+        Gauge("armd_waiting", "Texts in the queue", registry=registry).set_function(lambda: self.scheduler.waiting)
+        Gauge("armd_running", "Texts in lanes", registry=registry).set_function(lambda: self.scheduler.running)
         self._routes = [
             Route("/", self._page),
             Route("/health", self._health),
@@ -177,11 +177,11 @@ class Server:
         ]
 
     def app(self, hosts: list[str] | None = None) -> Starlette:
-        """The ASGI application; ``hosts``: names by which it may be asked for (None: any).
+        """The ASGI application; ``hosts``: accepted Host headers (None: all).
 
-        Without them a foreign page could reach a server on this machine by a name of its own (DNS rebinding).
+        Checking the Host header prevents DNS rebinding, by which a foreign web page could reach a local server.
         """
-        handlers: Any = {HTTPException: self._wrong_path}
+        handlers: Any = {HTTPException: self._http_error}
         guard = Middleware(TrustedHostMiddleware, allowed_hosts=hosts or ["*"], www_redirect=False)
         return Starlette(routes=self._routes, middleware=[guard], exception_handlers=handlers)
 
@@ -190,7 +190,7 @@ class Server:
         return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers=headers)
 
     async def _health(self, _: Request) -> Response:
-        alive = self.engine.alive
+        alive = self.scheduler.alive
         return JSONResponse({"status": "ok" if alive else "stopping"}, status_code=200 if alive else 503)
 
     async def _metrics(self, _: Request) -> Response:
@@ -202,11 +202,9 @@ class Server:
         facts["objective"] = c.objective
         return JSONResponse({"object": "list", "data": [facts]})
 
-    async def _wrong_path(self, _: Request, error: Exception) -> Response:
+    async def _http_error(self, _: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return self._error(
-            error.status_code, f"{error.detail}: there are /v1/completions, /v1/models, /health, /metrics"
-        )
+        return self._error(error.status_code, f"{error.detail}: use /v1/completions, /v1/models, /health or /metrics")
 
     def _error(self, status: int, message: str) -> Response:
         self._answers.labels(status).inc()
@@ -216,27 +214,27 @@ class Server:
 
     async def _completions(self, request: Request) -> Response:
         try:
-            wanted = await self._read(request)
-            tasks = self._tasks(wanted)
-            jobs = self.engine.submit(tasks)
+            completion = await self._read(request)
+            tasks = self._tasks(completion)
+            jobs = self.scheduler.submit(tasks)
         except Refused as error:
             return self._error(error.status, str(error))
         except InputError as error:
             return self._error(400, str(error))
         except Busy:
-            return self._error(429, "too many requests are waiting: try again in a moment")
+            return self._error(429, "the queue is full: retry later")
         except Stopping:
             return self._error(503, STOPPING)
         except ClientDisconnect:
             self._answers.labels(499).inc()
             return Response(status_code=499)
-        texts = [Text(self.tokenizer, self._before(job.task), wanted.stops) for job in jobs]
+        texts = [Text(self.tokenizer, self._before(job.task), completion.stops) for job in jobs]
         head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
         head["object"] = "text_completion"
-        if wanted.stream:
-            chunks = self._chunks(wanted, jobs, texts, head)
-            return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        return await self._whole(request, wanted, jobs, texts, head)
+        if completion.stream:
+            events = self._events(completion, jobs, texts, head)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return await self._whole(request, completion, jobs, texts, head)
 
     async def _read(self, request: Request) -> Completion:
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
@@ -251,70 +249,72 @@ class Server:
         except TimeoutError as error:
             raise Refused(408, f"the request did not arrive within {_PATIENCE} seconds") from error
         try:
-            wanted = Completion.model_validate_json(bytes(body))
+            completion = Completion.model_validate_json(bytes(body))
         except ValidationError as error:
             first = error.errors()[0]
             where = "".join(repr(part)[1:-1][:60] for part in first["loc"][:1] if isinstance(part, str))
-            known = f"; there are {', '.join(Completion.model_fields)}" if first["type"] == "extra_forbidden" else ""
+            known = f"; fields: {', '.join(Completion.model_fields)}" if first["type"] == "extra_forbidden" else ""
             raise Refused(400, f"{where or 'the request'}: {first['msg'].lower()}{known}") from error
-        if wanted.model not in (None, self.name):
-            raise Refused(400, f"model: this server has '{self.name}', not {wanted.model[:100]!r}")
-        if wanted.order and not wanted.stream:
-            raise Refused(400, "order: only a stream tells it; set stream as well")
-        if len(wanted.stops) > 4 or not all(0 < len(stop) <= 256 for stop in wanted.stops):
+        if completion.model not in (None, self.name):
+            raise Refused(400, f"model: this server has '{self.name}', not {completion.model[:100]!r}")
+        if completion.order and not completion.stream:
+            raise Refused(400, "order: needs stream=true")
+        if len(completion.stops) > 4 or not all(0 < len(stop) <= 256 for stop in completion.stops):
             raise Refused(400, "stop: up to 4 strings of 1 to 256 characters")
-        return wanted
+        return completion
 
-    def _tasks(self, wanted: Completion) -> list[Task]:
-        """The texts to complete, ``n`` for each prompt. Raises ``Refused`` and ``InputError``."""
-        prompt: Any = wanted.prompt
+    def _tasks(self, completion: Completion) -> list[Task]:
+        """The tasks of a request, ``n`` for each prompt. Raises ``Refused`` and ``InputError``."""
+        prompt: Any = completion.prompt
         several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
         prompts = prompt if several else [prompt]
         decoding = Decoding(
-            wanted.streams,
-            wanted.draft,
-            wanted.temperature,
-            wanted.top_k,
-            wanted.top_p,
-            wanted.min_p,
-            wanted.steps,
-            wanted.suffix is None,
-            wanted.block,
-            wanted.confidence,
+            completion.streams,
+            completion.draft,
+            completion.temperature,
+            completion.top_k,
+            completion.top_p,
+            completion.min_p,
+            completion.steps,
+            completion.suffix is None,
+            completion.block,
+            completion.confidence,
         )
-        if STRATEGIES[decoding.strategy].targets(decoding) > self.engine.width:
-            raise Refused(400, f"this server decodes up to {self.engine.width} tokens a step (streams, draft, block)")
-        if len(prompts) * wanted.n > self.engine.queue:
-            raise Refused(400, f"a request may ask for up to {self.engine.queue} texts")
-        after = self.tokenizer.encode(wanted.suffix) if wanted.suffix is not None else []
+        if STRATEGIES[decoding.strategy].targets(decoding) > self.scheduler.step_tokens:
+            raise Refused(
+                400, f"this server decodes up to {self.scheduler.step_tokens} tokens a step (streams, draft, block)"
+            )
+        if len(prompts) * completion.n > self.scheduler.queue:
+            raise Refused(400, f"a request may ask for up to {self.scheduler.queue} texts")
+        after = self.tokenizer.encode(completion.suffix) if completion.suffix is not None else []
         rows = []
-        for one in prompts:
-            tokens = self.tokenizer.encode(one) if isinstance(one, str) else list(one)
+        for prompt in prompts:
+            tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
             if any(token < 0 for token in tokens):
                 raise Refused(400, f"prompt: token {min(tokens)} is not in the vocabulary")
-            size = len(tokens) + wanted.max_tokens + len(after)
+            size = len(tokens) + completion.max_tokens + len(after)
             if size > self.model.config.length:
                 raise Refused(
                     400,
-                    f"prompt, suffix and max_tokens are {size} tokens together, this model takes up to "
-                    f"{self.model.config.length}",
+                    f"prompt, suffix and max_tokens are {size} tokens together but this model takes up to "
+                    f"{self.model.config.length}: lower max_tokens",
                 )
-            rows += [tokens + [FREE] * wanted.max_tokens + after] * wanted.n
-        seed = secrets.randbits(62) if wanted.seed is None else wanted.seed
+            rows += [tokens + [FREE] * completion.max_tokens + after] * completion.n
+        seed = secrets.randbits(62) if completion.seed is None else completion.seed
         return self.model.plan(rows, decoding, seed)
 
     def _before(self, task: Task) -> list[int]:
-        """Tokens before the first generated one."""
+        """Tokens before the first generated token."""
         return list(itertools.takewhile(lambda token: token != FREE, task.tokens))
 
     async def _whole(
-        self, request: Request, wanted: Completion, jobs: list[Job], texts: list[Text], head: dict[str, Any]
+        self, request: Request, completion: Completion, jobs: list[Job], texts: list[Text], head: dict[str, Any]
     ) -> Response:
-        async def gone() -> None:
+        async def disconnected() -> None:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
 
-        watcher = asyncio.create_task(gone())
+        watcher = asyncio.create_task(disconnected())
         parts = [asyncio.create_task(self._collect(job, text)) for job, text in zip(jobs, texts, strict=True)]
         together = asyncio.create_task(asyncio.wait(parts))
         try:
@@ -329,22 +329,22 @@ class Server:
         finally:
             for pending in (watcher, together, *parts):
                 pending.cancel()
-            self.engine.cancel(jobs)
+            self.scheduler.cancel(jobs)
         choices = [
-            _choice(index, self._echo(wanted, job) + text, reason)
+            _choice(index, self._echo(completion, job) + text, reason)
             for index, (job, (text, reason, _)) in enumerate(zip(jobs, results, strict=True))
         ]
-        usage = self._usage(wanted, jobs, sum(count for _, _, count in results))
+        usage = self._usage(completion, jobs, sum(count for _, _, count in results))
         self._answers.labels(200).inc()
         self._seconds.observe(time.perf_counter() - jobs[0].submitted)
         return JSONResponse({**head, "choices": choices, "usage": usage})
 
-    def _usage(self, wanted: Completion, jobs: list[Job], made: int) -> dict[str, int]:
-        asked = sum(len(self._before(job.task)) for job in jobs[:: wanted.n])
-        return {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
+    def _usage(self, completion: Completion, jobs: list[Job], count: int) -> dict[str, int]:
+        asked = sum(len(self._before(job.task)) for job in jobs[:: completion.n])
+        return {"prompt_tokens": asked, "completion_tokens": count, "total_tokens": asked + count}
 
     async def _collect(self, job: Job, text: Text) -> tuple[str, str, int]:
-        """A job's text, why it ended, and its tokens. Raises ``RuntimeError`` when it failed."""
+        """Text, finish reason and number of tokens of a job. Raises ``RuntimeError`` if the job failed."""
         out, count = "", 0
         while True:
             event = await job.events.get()
@@ -353,19 +353,19 @@ class Server:
             count += len(event.fresh)
             out += text.add(event.fresh, event.done)
             if event.done or text.stopped:
-                self.engine.cancel([job])
+                self.scheduler.cancel([job])
                 return out, self._reason(job, text), count
 
     def _reason(self, job: Job, text: Text) -> str:
         return "stop" if text.stopped or job.frontier.stopped else "length"
 
-    def _echo(self, wanted: Completion, job: Job) -> str:
-        return self.tokenizer.decode(self._before(job.task)) if wanted.echo else ""
+    def _echo(self, completion: Completion, job: Job) -> str:
+        return self.tokenizer.decode(self._before(job.task)) if completion.echo else ""
 
-    async def _chunks(
-        self, wanted: Completion, jobs: list[Job], texts: list[Text], head: dict[str, Any]
+    async def _events(
+        self, completion: Completion, jobs: list[Job], texts: list[Text], head: dict[str, Any]
     ) -> AsyncIterator[str]:
-        """Server-sent events: pieces of text as their positions become complete."""
+        """Server-sent events with the text that becomes complete in a step."""
         queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
         async def forward(index: int, job: Job) -> None:
@@ -377,11 +377,11 @@ class Server:
 
         readers = [asyncio.create_task(forward(index, job)) for index, job in enumerate(jobs)]
         open_, status = set(range(len(jobs))), 499
-        started, first, made = jobs[0].submitted, True, 0
+        started, first, count = jobs[0].submitted, True, 0
         try:
-            if wanted.echo:
+            if completion.echo:
                 for index, job in enumerate(jobs):
-                    yield _line({**head, "choices": [_choice(index, self._echo(wanted, job), None)]})
+                    yield _line({**head, "choices": [_choice(index, self._echo(completion, job), None)]})
             while open_:
                 index, event = await queue.get()
                 if index not in open_:
@@ -390,22 +390,22 @@ class Server:
                     status = 500
                     yield _line({"error": {"message": event.error, "type": "server_error"}})
                     return
-                made += len(event.fresh)
+                count += len(event.fresh)
                 text = texts[index].add(event.fresh, event.done)
                 over = event.done or texts[index].stopped
                 choice = _choice(index, text, self._reason(jobs[index], texts[index]) if over else None)
-                if wanted.order:
-                    choice["written"] = [[place, self.tokenizer.decode([token])] for place, token in event.written]
+                if completion.order:
+                    choice["written"] = [[pos, self.tokenizer.decode([token])] for pos, token in event.written]
                 if over:
                     open_.discard(index)
-                    self.engine.cancel([jobs[index]])
-                if text or over or wanted.order:
+                    self.scheduler.cancel([jobs[index]])
+                if text or over or completion.order:
                     if first:
                         self._first.observe(time.perf_counter() - started)
                         first = False
                     yield _line({**head, "choices": [choice]})
-            if wanted.stream_options and wanted.stream_options.include_usage:
-                yield _line({**head, "choices": [], "usage": self._usage(wanted, jobs, made)})
+            if completion.stream_options and completion.stream_options.include_usage:
+                yield _line({**head, "choices": [], "usage": self._usage(completion, jobs, count)})
             status = 200
             yield "data: [DONE]\n\n"
         finally:
@@ -413,7 +413,7 @@ class Server:
             self._seconds.observe(time.perf_counter() - started)
             for reader in readers:
                 reader.cancel()
-            self.engine.cancel(jobs)
+            self.scheduler.cancel(jobs)
 
 
 def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""Checkpoints: float32 master weights, moments and moving average of every parameter, free of the layout.
+"""Checkpoints: float32 master weights, moments and moving average of every parameter, independent of the layout.
 
-- ``save``: all ranks write their parts with torch.distributed.checkpoint into a temporary folder, which gets its
-  manifest and then its name;
-- ``begin``: the same from weights alone, to train on from a model;
-- ``load``: reads one under any layout;
-- ``Weights``: whole float32 weights without any process group, one tensor at a time, for export.
+- ``Checkpointer.save``: all ranks write their parts with torch.distributed.checkpoint into a temporary directory, which
+  is then given its manifest and renamed;
+- ``begin``: writes checkpoint 0 of a run from the weights of a model;
+- ``load``: loads a checkpoint under any layout;
+- ``Weights``: reads float32 weights tensor by tensor, without process groups, for export.
 """
 
 import concurrent.futures
@@ -34,22 +34,21 @@ from armd_scale.training import manifest
 
 
 class Checkpointer:
-    """Writes checkpoints beside the training; one at a time."""
+    """Writes checkpoints in a thread beside the training, at most one checkpoint at a time."""
 
     def __init__(self, engine: Engine, run: RunDirectory, keep: int, keep_every: int | None) -> None:
         self.engine, self.run = engine, run
         self._keep, self._keep_every = keep, keep_every
         self._mesh = _mesh(engine)
-        # Its own group: the writer's messages must not mix with those of the training.
+        # A separate group keeps the messages of the writer apart from those of the training.
         self._group = dist.new_group(backend="gloo")
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
 
     def save(self, step: int, updates: int, state: dict[str, Any]) -> None:
-        """Copy the state after ``step`` steps, of which ``updates`` were applied, and let a thread write it; ``state``:
-        facts to keep beside it. Collective.
+        """Copy the state after ``step`` steps, ``updates`` of them applied, and write it in a thread. Collective.
 
-        Waits for the checkpoint before, and for the copies: no more.
+        ``state``: facts that the manifest keeps. Blocks until the previous checkpoint is written and the copies exist.
         """
         self.wait()
         tensors = self._copies()
@@ -57,7 +56,7 @@ class Checkpointer:
         self._pending = step, self._thread.submit(self._write, facts, tensors)
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is written. One that could not be is reported, and the training goes on."""
+        """Wait until the last checkpoint is written. A failed write is logged; training continues."""
         if self._pending is None:
             return
         step, written = self._pending
@@ -67,18 +66,18 @@ class Checkpointer:
         except (OSError, dcp.api.CheckpointException) as error:
             if dist.get_rank() == 0:
                 reason = " ".join(str(error).split())[:500]
-                log.warning("the checkpoint of step %d could not be written, training goes on: %s", step, reason)
+                log.warning("checkpoint of step %d not written, training continues: %s", step, reason)
 
     def close(self) -> None:
-        """Wait, and end the thread."""
+        """Wait for the last checkpoint, and end the thread."""
         self.wait()
         self._thread.shutdown()
 
     def _copies(self) -> dict[str, DTensor]:
-        """Copies in host memory of what this rank writes.
+        """Copy the tensors that this rank writes to host memory.
 
-        Every tensor is gathered over data parallel in turn and kept by one of these ranks, so each holds its
-        share of the whole and never more than one tensor beyond it.
+        The data-parallel ranks gather the tensors in turn, and each tensor is kept by one rank. A rank holds its share
+        of the checkpoint and at most one tensor more.
         """
         engine = self.engine
         engine.link_states()
@@ -113,7 +112,7 @@ class Checkpointer:
         self._on_rank_0(end)
 
     def _on_rank_0(self, work: Callable[[], None]) -> None:
-        """Do it on rank 0; an error of the disk is raised on all ranks, which would wait for each other otherwise."""
+        """Call ``work`` on rank 0, and raise its ``OSError`` on all ranks: the others would wait for rank 0."""
         outcome: list[OSError | None] = [None]
         if dist.get_rank() == 0:
             try:
@@ -126,9 +125,9 @@ class Checkpointer:
 
 
 def begin(run: RunDirectory, weights: Mapping[str, Tensor], state: dict[str, Any], averaged: bool) -> Path:
-    """Write a checkpoint of step 0 from whole float32 weights, in this process; moments are zero.
+    """Write checkpoint 0 from whole float32 weights, in this process, with zero moments.
 
-    ``state``: facts to keep beside it. ``averaged``: with a moving average, which begins as the weights.
+    ``state``: facts that the manifest keeps. ``averaged``: also write a moving average, equal to the weights.
     """
     names = (MASTER, *MOMENTS, *((EMA,) if averaged else ()))
     tensors = {
@@ -140,44 +139,44 @@ def begin(run: RunDirectory, weights: Mapping[str, Tensor], state: dict[str, Any
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that there is no process group; that is the intent
+        warnings.simplefilter("ignore")  # warns that no process group exists, which is intended
         dcp.save(tensors, checkpoint_id=partial, no_dist=True)
     manifest.write(partial, {"step": 0, "updates": 0, "states": names, "state": state})
     return manifest.publish(run, 0)
 
 
 def newest(run: RunDirectory) -> Path | None:
-    """The newest good checkpoint, on all ranks alike; damaged checkpoints are named and passed over. Collective.
+    """The newest undamaged checkpoint, the same on all ranks; damaged checkpoints are logged and skipped. Collective.
 
-    Raises ``UserError`` when there are checkpoints and all are damaged.
+    Raises ``UserError`` if checkpoints exist and all are damaged.
     """
-    found: list[Any] = [None]
+    outcome: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            found = [manifest.newest_good(run)]
+            outcome = [manifest.newest_good(run)]
         except UserError as error:
-            found = [error]
-    dist.broadcast_object_list(found)
-    if isinstance(found[0], UserError):
-        raise found[0]
-    return found[0]
+            outcome = [error]
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
 
 
 def load(engine: Engine, checkpoint: Path) -> dict[str, Any]:
-    """Set the engine to a verified checkpoint; returns its manifest. Collective."""
+    """Load a verified checkpoint into the engine; returns its manifest. Collective."""
     facts = manifest.read(checkpoint)
     facts.setdefault("updates", facts["step"])
     missing = set(engine.state_names) - set(facts["states"])
     if missing:
         raise UserError(
-            f"checkpoint {checkpoint} does not hold {', '.join(sorted(missing))}: it was made with optimizer.ema = 0; "
-            "set it to 0 or start anew"
+            f"checkpoint {checkpoint} does not hold {', '.join(sorted(missing))}, as it was written with "
+            "optimizer.ema = 0: set optimizer.ema=0 or choose another run_dir"
         )
     mesh = _mesh(engine)
 
     def read(param: nn.Parameter, parameter: str, name: str) -> Tensor:
-        # One tensor at a time: the whole state of a large model fits no rank. And each rank for itself: the ranks of
-        # different pipeline stages read different tensors.
+        # Tensor by tensor, as no rank can hold the whole state of a large model, and without collectives, as the ranks
+        # of different pipeline stages read different tensors.
         empty = torch.empty(local_shape(param), dtype=torch.float32, device=engine.device)
         target = {_key(name, parameter): _distributed(empty, param, mesh)}
         _read(target, checkpoint)
@@ -188,9 +187,9 @@ def load(engine: Engine, checkpoint: Path) -> dict[str, Any]:
 
 
 class Weights:
-    """The whole float32 weights of a checkpoint, one tensor at a time, without any process group.
+    """Reads the float32 weights of a checkpoint tensor by tensor, without process groups.
 
-    ``averaged``: the moving average where it is kept, else the master weights.
+    ``averaged``: read the moving average if the checkpoint holds it, else the master weights.
     """
 
     def __init__(self, checkpoint: Path, averaged: bool) -> None:
@@ -204,7 +203,7 @@ class Weights:
         }
 
     def read(self, parameter: str) -> Tensor:
-        """One weight by its global name."""
+        """The weight with this global name."""
         key = _key(self._state, parameter)
         target = {key: torch.empty(self.shapes[parameter], dtype=torch.float32)}
         _read(target, self._checkpoint)
@@ -214,7 +213,7 @@ class Weights:
 def _read(target: dict[str, Any], checkpoint: Path) -> None:
     """Fill the tensors of ``target``, without other processes."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that there is no process group; that is the intent
+        warnings.simplefilter("ignore")  # warns that no process group exists, which is intended
         dcp.load(target, checkpoint_id=checkpoint, no_dist=True)
 
 
@@ -227,7 +226,7 @@ def _mesh(engine: Engine) -> DeviceMesh:
 
 
 def _distributed(local: Tensor, param: nn.Parameter, mesh: DeviceMesh) -> DTensor:
-    """A tensor-parallel part as a view of the whole; the checkpoint then knows global shapes only."""
+    """A tensor-parallel part as a DTensor, so that the checkpoint stores global shapes."""
     dim = partition_dim(param)
     placement = Replicate() if dim is None else Shard(dim)
     return DTensor.from_local(local.contiguous(), mesh, [placement], run_check=False)

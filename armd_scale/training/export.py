@@ -1,9 +1,9 @@
-"""Training checkpoint -> standalone model folder, and back to train on (``to_training``).
+"""Converts a training checkpoint to a model directory, and a model directory to a checkpoint (``to_training``).
 
-The folder holds ``config.json``, the weights in safetensors (in several files, with an index, when they are large), the
-tokenizer, a model card, and the model's code, generated from this project's (``inference.folder``).
+A model directory holds ``config.json``, the weights as safetensors (large models: several files with an index), the
+tokenizer, a model card and the model's code (see ``inference.folder``).
 
-Memory is bounded: one file of weights when writing, one layer when comparing with the training model.
+Memory is bounded: writing holds one file of weights, the comparison with the training model holds one layer.
 """
 
 import itertools
@@ -41,27 +41,27 @@ FILE_BYTES = 2_000_000_000
 
 
 def newest_checkpoint(config: RunConfig) -> Path:
-    """The newest complete checkpoint of a run, verified; ``UserError`` when there is none."""
-    found = config.run_directory.newest_checkpoint()
-    if found is None:
+    """The newest complete checkpoint of a run, verified; ``UserError`` if none exists."""
+    newest = config.run_directory.newest_checkpoint()
+    if newest is None:
         raise UserError(f"{config.directory} has no complete checkpoint to export: train first")
-    manifest.verify(found)
-    return found
+    manifest.verify(newest)
+    return newest
 
 
 def standalone_config(model: ModelConfig, eos_id: int) -> ARMDConfig:
-    """The standalone model's description of a training model: every field of the same name."""
+    """The configuration of the standalone model, which shares its field names with ``ModelConfig``."""
     return ARMDConfig(eos_id=eos_id, **model.exported())
 
 
 def export(
     config: RunConfig, source: Path, out: Path, averaged: bool = True, file_bytes: int = FILE_BYTES
 ) -> dict[str, Any]:
-    """Write the model of checkpoint ``source`` to ``out`` and check it; what ``out`` held is replaced only after that.
+    """Export checkpoint ``source`` to a temporary directory, check it, and move it to ``out``.
 
-    ``averaged``: the moving average of the weights where the checkpoint holds it. ``file_bytes``: most bytes of weights
-    in a file. Returns what was written, and the largest difference of its logits to the training model's. Raises
-    ``UserError``.
+    ``averaged``: export the moving average of the weights if the checkpoint holds it. ``file_bytes``: largest size of a
+    weight file. Returns the number of parameters, the name of the checkpoint and the largest difference between the
+    logits of the exported model and of the training model. Raises ``UserError``.
     """
     manifest.check_identity(source, config)
     out = out.resolve()
@@ -73,9 +73,9 @@ def export(
     partial, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "old"))
     if old.exists() and not out.exists():  # an export died between its two renames
         os.replace(old, out)
-    _check_place(out)
-    for place in (partial, old):
-        shutil.rmtree(place, ignore_errors=True)
+    _check_output(out)
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     weights = checkpoint.Weights(source, averaged)
     parameters = _write_weights(weights, config.model, partial, file_bytes)
@@ -87,8 +87,8 @@ def export(
     difference = largest_difference(config, weights, partial)
     if not difference < TOLERANCE:
         raise UserError(
-            f"the exported model's logits differ from the training model's by {difference:.1e}: "
-            f"nothing was replaced; what was written is in {partial}"
+            f"the logits of the exported model differ from those of the training model by {difference:.1e}: "
+            f"the export stays in {partial} and {out} is unchanged"
         )
     folder.write_config(partial, shape, facts | {"logits_difference": difference})
     facts = {"parameters": parameters, "checkpoint": source.name, "difference": difference}
@@ -103,7 +103,7 @@ def export(
 
 
 def in_memory(config: RunConfig, source: Path, averaged: bool = True) -> tuple[inference.ARMD, Tokenizer]:
-    """The standalone model of checkpoint ``source``, and its tokenizer, without a folder. Raises ``UserError``."""
+    """Load checkpoint ``source`` as a standalone model, with its tokenizer. Raises ``UserError``."""
     manifest.check_identity(source, config)
     tokenizer = tokenizers.load(config.data_directory / "tokenizer", config.model.vocab_size)
     weights = checkpoint.Weights(source, averaged)
@@ -115,24 +115,27 @@ def in_memory(config: RunConfig, source: Path, averaged: bool = True) -> tuple[i
 
 
 def to_training(model_dir: Path, config: RunConfig) -> Path:
-    """Begin the run of ``config`` with the weights of a model folder: its checkpoint of step 0.
+    """Write the weights of a model directory as checkpoint 0 of the run of ``config``.
 
-    The optimiser starts anew. Raises ``UserError`` when model, tokenizer and configuration do not belong together, or
-    the run has checkpoints already.
+    The optimiser state is zero. Raises ``UserError`` if model, tokenizer and configuration do not match, or if the run
+    has checkpoints.
     """
     model = inference.load(model_dir)
-    found, eos_id = model.config, model.config.eos_id
-    tokenizer = tokenizers.load(model_dir, found.vocab_size)
+    source = model.config
+    tokenizer = tokenizers.load(model_dir, source.vocab_size)
     if config.data.tokenizer is None:
-        raise UserError(f"the run would train a tokenizer of its own: set data.tokenizer={model_dir}")
+        raise UserError(f"data.tokenizer is not set, so the run would train its own: set data.tokenizer={model_dir}")
     if tokenizers.digest(tokenizers.load(config.data.tokenizer)) != tokenizers.digest(tokenizer):
         raise UserError(f"{config.data.tokenizer} is not the model's tokenizer: set data.tokenizer={model_dir}")
-    full = configs.with_vocabulary(config, found.vocab_size, found.bos_id)
-    for name, value in vars(standalone_config(full.model, eos_id)).items():
-        if value != getattr(found, name):
-            raise UserError(f"the configuration's model has {name} = {value!r}, {model_dir} {getattr(found, name)!r}")
+    full = configs.with_vocabulary(config, source.vocab_size, source.bos_id)
+    for name, value in vars(standalone_config(full.model, source.eos_id)).items():
+        if value != getattr(source, name):
+            raise UserError(
+                f"the configuration has {name} = {value!r} but {model_dir} has {getattr(source, name)!r}: "
+                "change the configuration"
+            )
     if config.run_directory.complete_checkpoints():
-        raise UserError(f"{config.directory} has checkpoints already: choose another run_dir")
+        raise UserError(f"{config.directory} already has checkpoints: choose another run_dir")
     weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
     for name in weights.keys() & {"embedding.weight", "head.weight"}:
         rows = full.model.padded_vocab - len(weights[name])
@@ -143,13 +146,13 @@ def to_training(model_dir: Path, config: RunConfig) -> Path:
 
 
 def _training_facts(config: RunConfig, source: Path) -> dict[str, Any]:
-    """What the model card says of the training up to a checkpoint."""
+    """Facts about the training up to a checkpoint, for the model card."""
     step = manifest.read(source)["step"]
     objective = objectives.training(config.objective)
     known_by = f"heldout_{objective.heldout[0]}_bits_per_byte"
     scores = [record for record in config.run_directory.metrics() if known_by in record]
     kinds = {label: kind for kind, label in objective.labels(config).items()}
-    newest = max((one for one in scores if one["step"] <= step), key=lambda one: one["step"], default=None)
+    newest = max((score for score in scores if score["step"] <= step), key=lambda score: score["step"], default=None)
     heldout = {kind: newest[f"heldout_{name}_bits_per_byte"] for kind, name in kinds.items()} if newest else {}
     return {
         "tokens": step * config.train.global_batch * config.model.length,
@@ -158,24 +161,24 @@ def _training_facts(config: RunConfig, source: Path) -> dict[str, Any]:
     }
 
 
-def _check_place(out: Path) -> None:
-    """``UserError`` unless ``out`` is free, empty, or a model folder that holds nothing else."""
+def _check_output(out: Path) -> None:
+    """``UserError`` unless ``out`` does not exist, is empty, or holds an exported model and nothing else."""
     if not out.exists():
         return
     names = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
     strange = [name for name in sorted(names) if not folder.FILES.fullmatch(name)]
     if strange or (names and not {"config.json", "modeling_armd.py"} <= names):
-        what = (
+        reason = (
             f"holds {strange[0]}, which no export writes"
             if strange and "config.json" in names
-            else "is no model folder"
+            else "is not a model directory"
         )
-        raise UserError(f"{out} exists and {what}: choose another place")
+        raise UserError(f"{out} exists and {reason}: choose another output directory")
 
 
-def _flush(place: Path) -> None:
-    """Have the files of a folder, and their names, on the disk."""
-    for path in [*place.iterdir(), place]:
+def _flush(directory: Path) -> None:
+    """Flush a directory and its files to the disk."""
+    for path in [*directory.iterdir(), directory]:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -184,14 +187,14 @@ def _flush(place: Path) -> None:
 
 
 def standalone_shapes(weights: checkpoint.Weights, model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of a checkpoint's weights without the padding of the vocabulary."""
+    """Shapes of the weights of a checkpoint without the padding of the vocabulary."""
     assert model.vocab_size is not None
     rows = {"embedding.weight": model.symbols, "head.weight": model.vocab_size}
     return {name: (rows.get(name, shape[0]), *shape[1:]) for name, shape in weights.shapes.items()}
 
 
-def _write_weights(weights: checkpoint.Weights, model: ModelConfig, place: Path, file_bytes: int) -> int:
-    """Write safetensors files named as transformers does; returns the number of parameters."""
+def _write_weights(weights: checkpoint.Weights, model: ModelConfig, directory: Path, file_bytes: int) -> int:
+    """Write safetensors files under the names that transformers expects; returns the number of parameters."""
     shapes = standalone_shapes(weights, model)
     sizes = {name: 4 * int(np.prod(shape)) for name, shape in shapes.items()}
     files: list[list[str]] = [[]]
@@ -199,33 +202,33 @@ def _write_weights(weights: checkpoint.Weights, model: ModelConfig, place: Path,
         if files[-1] and sum(sizes[other] for other in files[-1]) + size > file_bytes:
             files.append([])
         files[-1].append(name)
-    places: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
         tensors = {name: weights.read(name)[: shapes[name][0]].contiguous() for name in names}
-        save_file(tensors, place / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(names, file)
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        file_of |= dict.fromkeys(names, file)
     if len(files) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
-        (place / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return sum(sizes.values()) // 4
 
 
 def largest_difference(config: RunConfig, weights: checkpoint.Weights, out: Path) -> float:
-    """Largest absolute difference between the logits of the training model and of the exported one, both float32.
+    """Largest absolute difference between the float32 logits of the training model and of the exported model.
 
-    The training model is built on one process from the Megatron-Core layers, one layer after the other, and given the
-    weights of the checkpoint; both compute the ``probes`` of the objective on one held-out sample.
+    Builds the Megatron-Core layers in one process, layer by layer, with the weights of the checkpoint. Both models
+    compute the ``probes`` of the objective on one held-out sample.
     """
     model = config.model
     tokens = PackedDataset(config.data_directory / "heldout").read([0])
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     exported = inference.load(out)  # on the CPU, where its weights are mapped files
     probes = objectives.training(config.objective).probes(model, tokens)
-    found = [logits(exported) for _, logits in probes]
+    exported_logits = [logits(exported) for _, logits in probes]
     differences = []
     batches = [rows.to(device) for rows, _ in probes]
-    for logits, trained in zip(found, _trained_logits(model, weights, batches, device), strict=True):
+    for logits, trained in zip(exported_logits, _trained_logits(model, weights, batches, device), strict=True):
         differences.append((logits - trained.cpu()).abs().max())
     return float(torch.stack(differences).max())  # a tensor's maximum keeps a NaN
 
@@ -234,10 +237,10 @@ def largest_difference(config: RunConfig, weights: checkpoint.Weights, out: Path
 def _trained_logits(
     model: ModelConfig, weights: checkpoint.Weights, batches: list[Rows], device: torch.device
 ) -> Iterator[torch.Tensor]:
-    """Logits [N, V] of the first text of every batch."""
+    """Logits [N, V] of the first text of each batch."""
     single = ParallelConfig()
-    with tempfile.TemporaryDirectory() as place:
-        groups.start(single, rank=0, processes=1, rendezvous=f"{place}/store", device=device)
+    with tempfile.TemporaryDirectory() as directory:
+        groups.start(single, rank=0, processes=1, rendezvous=f"{directory}/store", device=device)
         try:
             parallel = groups.transformer_config(model, single, torch.float32)
             received: list[torch.Tensor | None] = [None] * len(batches)

@@ -1,6 +1,6 @@
-"""What keeps a long run alive: signals, a watchdog against hangs, heartbeats, slow ranks, and losses that run away.
+"""Health of a run: signals, a watchdog against hangs, heartbeats, slow ranks and loss spikes.
 
-Every rank looks after itself; what ranks must agree on travels with the loss of a step (``Engine.train_step``).
+Each rank monitors itself. Ranks exchange the flags of signals together with the loss of a step (``Engine.train_step``).
 """
 
 import contextlib
@@ -21,18 +21,19 @@ from armd_scale.config import TrainConfig
 from armd_scale.run_directory import RunDirectory
 
 REQUEUE, STOP = 1, 1 << 20
-"""Flags of a rank that was warned of the end of its time, and of one that was told to end; they can be summed."""
-_WINDOW = 64  # applied steps whose median loss is the measure of a spike
-_LEAST = 16  # steps before which nothing is a spike
-_SLOW = 1.5  # times the median of all ranks
-_SLOW_SECONDS = 0.1  # and so much more than it: less is noise
+"""Flags of a rank that received Slurm's warning before the time limit, and of a rank that was asked to stop. The flags
+of ranks can be summed."""
+_WINDOW = 64  # applied steps whose median loss sets the spike limit
+_LEAST = 16  # applied steps that the spike limit needs
+_SLOW = 1.5  # smallest step time of a slow rank, as a multiple of the median
+_SLOW_SECONDS = 0.1  # smallest excess of a slow rank over the median: less is noise
 _BEAT_SECONDS = 5.0
 
 
 class Signals:
-    """Turns signals into flags that are looked at after a step.
+    """Turns signals into flags that the training loop reads after a step.
 
-    SIGUSR2 is Slurm's warning before the time limit and before preemption, as submitit asks for it; SIGTERM means that
+    SIGUSR2 is Slurm's warning before the time limit and before preemption, as submitit requests it. SIGTERM means that
     the job is cancelled or preempted.
     """
 
@@ -43,10 +44,10 @@ class Signals:
 
 
 class Watchdog:
-    """Writes the stacks of this rank into the run folder and ends it when nothing has finished for too long.
+    """Writes the stacks of this rank into the run directory and ends the process when a step takes too long.
 
-    It runs in a thread of C that needs no lock of Python. A rank that is stopped altogether writes nothing, but its
-    peers wait for it, write and end, and Slurm ends it with them.
+    Runs in a C thread that does not need Python's lock. A rank whose process is stopped writes no stacks, but its peers
+    wait for the rank, write their stacks and end, and Slurm then ends the whole job.
     """
 
     def __init__(self, run: RunDirectory, rank: int, train: TrainConfig) -> None:
@@ -58,21 +59,21 @@ class Watchdog:
         self.arm(10)
 
     def step(self, seconds: float) -> None:
-        """A step has finished after ``seconds``; the next one may take ``hang_factor`` times the median."""
+        """Record that a step took ``seconds``; the next step may take ``hang_factor`` times the median."""
         self._seconds.append(seconds)
         self.go_on()
 
     def go_on(self) -> None:
-        """A step begins."""
+        """Set the limit for the next step."""
         limit = max(self._train.hang_seconds, self._train.hang_factor * statistics.median(self._seconds))
         faulthandler.dump_traceback_later(limit, exit=True, file=self._file)
 
     def arm(self, times: float) -> None:
-        """Something else than a step begins, which may take ``times`` as long as the longest step."""
+        """Set the limit for work other than a step: ``times`` x ``hang_seconds``."""
         faulthandler.dump_traceback_later(times * self._train.hang_seconds, exit=True, file=self._file)
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
         if not self._path.stat().st_size:
@@ -80,7 +81,7 @@ class Watchdog:
 
 
 class Heartbeat:
-    """A small file a rank, written again every few seconds: where the rank is and how far it has come."""
+    """Rewrites a small file every few seconds with the host, the process and the last step of this rank."""
 
     def __init__(self, run: RunDirectory, rank: int) -> None:
         self._path = run.heartbeat_path(rank)
@@ -89,7 +90,7 @@ class Heartbeat:
         self._path.parent.mkdir(parents=True, exist_ok=True)
 
     def beat(self, step: int) -> None:
-        """This rank has finished ``step`` steps."""
+        """Record that this rank has finished ``step`` steps."""
         now = time.monotonic()
         if now - self._written < _BEAT_SECONDS:
             return
@@ -101,17 +102,18 @@ class Heartbeat:
 
 
 class Spikes:
-    """The loss above which a step is not applied: far above those of the last applied steps.
+    """Computes the spike limit: the largest loss with which a step is applied.
 
-    A step begins before the one before it is known, so its limit follows from those before that one, whether others are
-    known by now or not. All ranks see the same losses, so all judge alike. ``state`` belongs into checkpoints.
+    The limit of a step is the median loss of recent applied steps plus ``nats``. Step n + 1 starts before the loss of
+    step n is read, so its limit ignores step n. All ranks see the same losses and compute the same limit. Checkpoints
+    hold ``state``.
     """
 
     def __init__(self, nats: float | None, state: dict[str, Any]) -> None:
         self._nats = nats
         recent = state.get("recent_losses", [])
-        # Up to 0.1.0, checkpoints held the losses without their steps.
-        pairs = [one if isinstance(one, list) else [-1, one] for one in recent]
+        # Checkpoints of version 0.1.0 hold losses without steps.
+        pairs = [entry if isinstance(entry, list) else [-1, entry] for entry in recent]
         self._recent: deque[list[float]] = deque(pairs, maxlen=_WINDOW + 1)
 
     @property
@@ -126,12 +128,12 @@ class Spikes:
         return statistics.median(known) + self._nats
 
     def applied(self, step: int, loss: float) -> None:
-        """A step of this loss was applied."""
+        """Record the loss of an applied step."""
         self._recent.append([step, loss])
 
 
 def slow_ranks(seconds: np.ndarray) -> dict[int, float]:
-    """Ranks whose own work takes much longer than the median's, each with how many times as long."""
+    """Slow ranks: rank -> its step time as a multiple of the median."""
     median = max(float(np.median(seconds)), 1e-9)
     slow = (seconds > _SLOW * median) & (seconds - median > _SLOW_SECONDS)
     return {int(rank): float(seconds[rank] / median) for rank in np.flatnonzero(slow)}

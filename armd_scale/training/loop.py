@@ -1,8 +1,8 @@
 """The training loop of one rank.
 
-``train`` joins the processes of a run, resumes from its newest checkpoint, and steps through the phases.
-Everything that a step does follows from its number: samples, orders, learning rate. So a resumed run does what
-the uninterrupted one would.
+``train`` joins the processes of a run, resumes from the newest checkpoint, and trains the remaining steps. The samples,
+orders and learning rate of a step depend on the step number alone, so a resumed run computes the same steps as an
+uninterrupted run.
 """
 
 import concurrent.futures
@@ -37,23 +37,23 @@ _LN2 = float(np.log(2))
 
 
 def train(config: RunConfig, rank: int, processes: int, local_rank: int, rendezvous: str | Path) -> int:
-    """Train a run to its end as one of ``processes`` processes. Raises ``UserError`` on every rank alike.
+    """Train a run to its last step as one of ``processes`` processes. Raises ``UserError`` on all ranks.
 
-    Returns 0, or ``health.REQUEUE`` or ``health.STOP`` when a signal ended it after a checkpoint.
+    Returns 0, or ``health.REQUEUE`` or ``health.STOP`` after a signal and a final checkpoint.
     """
     logs.configure(rank)
     if processes != config.cluster.processes:
         raise UserError(
-            f"the run is laid out for {config.cluster.processes} processes (cluster.nodes x cluster.tasks_per_node) "
-            f"but {processes} were started"
+            f"cluster.nodes x cluster.tasks_per_node is {config.cluster.processes} processes but {processes} were "
+            "started: start as many processes, or change the cluster section"
         )
     device = torch.device("cuda", local_rank) if config.cluster.gpus_per_node else torch.device("cpu")
     if device.type == "cuda":
         if config.parallel.tensor > 1:
-            # One queue keeps the order in which Megatron hides tensor-parallel messages behind matrix products.
+            # A single queue keeps the order in which Megatron overlaps tensor-parallel messages with matrix products.
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device)
-        # A bfloat16 run has few float32 products (prefix aggregation): the matrix units take them as TF32.
+        # The few float32 products of a bfloat16 run (prefix aggregation) use TF32.
         torch.set_float32_matmul_precision("high" if config.train.dtype == "bfloat16" else "highest")
     else:
         torch.set_num_threads(config.cluster.cpus_per_task)
@@ -83,9 +83,9 @@ class _Trainer:
         kernels.check_fp8(config, device)
         self.engine = Engine(config, device, kernels.attention_kernel(config, device))
         self.step = 0
-        self.updates = 0  # steps that were applied
-        self.grad_norm = math.nan  # of the last step that is known
-        self.skipped: list[int] = []  # steps in a row that were not applied, up to now
+        self.updates = 0  # applied steps
+        self.grad_norm = math.nan  # of the last step whose result was read
+        self.skipped: list[int] = []  # the latest consecutive skipped steps
         log.info(_layout(config))
         self.checkpointer = checkpoint.Checkpointer(
             self.engine, config.run_directory, config.train.keep_checkpoints, config.train.keep_every
@@ -103,39 +103,39 @@ class _Trainer:
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.peak = peak * config.cluster.processes if peak else None
 
-    def _resume(self, found: Path | None) -> None:
-        """Resume from a checkpoint, or start from the beginning."""
+    def _resume(self, source: Path | None) -> None:
+        """Resume from a checkpoint, or start from the beginning (None)."""
         state: dict[str, Any] = {}
-        if found:
-            manifest.check_identity(found, self.config)
-            facts = checkpoint.load(self.engine, found)
+        if source:
+            manifest.check_identity(source, self.config)
+            facts = checkpoint.load(self.engine, source)
             self.step, state = facts["step"], facts["state"]
             self.updates = facts["updates"]
-            log.info("resumed from %s", found)
+            log.info("resumed from %s", source)
         self.losses: list[float] = state.get("losses", [])  # of applied steps since the last record
         self.spikes = Spikes(self.config.train.spike_nats, state)
         for line in self.samples.start(self.step, state):
             log.info(line)
 
     def run(self) -> int:
-        """All steps that are left, with their evaluations and checkpoints.
+        """Train the remaining steps, with validation and checkpoints.
 
         Returns 0, or the flag (``health.REQUEUE``, ``health.STOP``) of a signal after which the state was saved.
         """
         try:
-            for back in range(self.config.train.max_rollbacks + 1):
-                if back:
-                    self._go_back()
+            for rollbacks in range(self.config.train.max_rollbacks + 1):
+                if rollbacks:
+                    self._roll_back()
                 flag = self._run()
                 if flag is not None:
                     break
             else:
-                raise UserError(self._runaway(f"after going back {self.config.train.max_rollbacks} times"))
-        except UserError:  # on all ranks alike: what is being written can still be finished
+                raise UserError(self._runaway(f"after {self.config.train.max_rollbacks} rollbacks"))
+        except UserError:  # raised on all ranks, which can still finish writing the checkpoint
             self.checkpointer.close()
             raise
         except Exception as error:
-            error.step = self.step  # type: ignore[attr-defined]  # for the decision whether to start again
+            error.step = self.step  # type: ignore[attr-defined]  # for the decision whether to restart
             raise
         finally:
             self.watchdog.arm(10)
@@ -146,11 +146,11 @@ class _Trainer:
         return flag
 
     def _run(self) -> int | None:
-        """Steps until the end (0), a signal (its flag), or too many in a row that could not be applied (None)."""
+        """Train until the last step (0), a signal (its flag), or too many consecutive skipped steps (None)."""
         total, train = self.config.total_steps, self.config.train
         marked, steps = time.perf_counter(), 0
         self.skipped = []
-        before: Pending | None = None  # the step that the device works on while the next one is asked for
+        before: Pending | None = None  # the step that the device still computes while the next step is launched
         with concurrent.futures.ThreadPoolExecutor(1) as loader:
             batch = loader.submit(self.batch, self.step)
             while self.step < total:
@@ -174,7 +174,7 @@ class _Trainer:
                 if len(self.skipped) >= train.max_skipped:
                     return None
                 ending = bool(flags) and self.step < total
-                # What is saved amid steps that were not applied would be no place to go back to.
+                # A checkpoint amid skipped steps is no use to a rollback.
                 saving = (saving and (not self.skipped or last_of_phase)) or ending
                 if recording and self.losses:
                     now = time.perf_counter()
@@ -193,11 +193,14 @@ class _Trainer:
                 if ending:
                     return STOP if flags >= STOP else REQUEUE
                 self.watchdog.go_on()
-                marked += time.perf_counter() - paused  # the time of a step is that of training alone
+                marked += time.perf_counter() - paused  # step times exclude validation and checkpoints
         return 0
 
     def _judge(self, step: int, pending: Pending) -> int:
-        """Wait for a step; keep count of one that was applied, or say which samples one saw that was not. Its flags."""
+        """Wait for a step. Records the loss of an applied step, or logs the sample ids of a skipped step.
+
+        Returns the flags of the ranks.
+        """
         result = pending.result()
         self.grad_norm = result.grad_norm
         if self.sample_log:
@@ -209,45 +212,45 @@ class _Trainer:
             self.skipped = []
             return result.flags
         self.skipped.append(step)
-        fine = math.isfinite(result.loss) and result.loss <= self.spikes.limit(step)
-        what = "a gradient is not finite" if fine else f"its loss is {result.loss:.4g}"
+        loss_is_fine = math.isfinite(result.loss) and result.loss <= self.spikes.limit(step)
+        reason = "a gradient is not finite" if loss_is_fine else f"its loss is {result.loss:.4g}"
         batch = self.config.train.global_batch
         ids = self.samples.ids(step * batch, batch)
         if self.rank == 0:
-            log.warning("step %d is not applied: %s; its samples (data set, number): %s", step + 1, what, ids)
+            log.warning("step %d is skipped: %s; its samples (data set, number): %s", step + 1, reason, ids)
         return result.flags
 
     def _log_samples(self, step: int, applied: bool) -> None:
-        """Write down what this rank has trained on in a step."""
+        """Log the sample ids of this rank in a step."""
         assert self.sample_log is not None
         share = self.config.train.global_batch // self.config.data_parallel
         first = step * self.config.train.global_batch + self.engine.data_rank * share
         line = {"step": step, "first": first, "applied": applied, "ids": self.samples.ids(first, share)}
         self.sample_log.write({**line, "time": time.time()})
 
-    def _go_back(self) -> None:
-        """Go back to the newest checkpoint, and leave out the samples of the steps that could not be applied."""
+    def _roll_back(self) -> None:
+        """Roll back to the newest checkpoint, and leave out the samples of the skipped steps."""
         self.watchdog.arm(10)
         self.profiler.close()
         self.checkpointer.wait()
         first, stop = self.skipped[0], self.skipped[-1] + 1
-        found = checkpoint.newest(self.config.run_directory)
-        if found is None:
-            raise UserError(self._runaway("and there is no checkpoint to go back to"))
-        self._resume(found)
+        newest = checkpoint.newest(self.config.run_directory)
+        if newest is None:
+            raise UserError(self._runaway("and no checkpoint exists for a rollback"))
+        self._resume(newest)
         skipped = self.samples.skip(max(first, self.step), stop)
         if self.rank == 0:
-            log.warning("went back to step %d; the samples of these steps are left out: %s", self.step, list(skipped))
+            log.warning("rolled back to step %d; the samples of these steps are left out: %s", self.step, list(skipped))
         self.telemetry.rewind(self.step)
 
     def _runaway(self, why: str) -> str:
         return (
-            f"the loss is not finite after step {self.skipped[0]}, or far too high, {why}: lower optimizer.lr or "
-            f"lengthen the warm-up, and go on from the newest checkpoint in {self.config.run_directory.checkpoints}"
+            f"the loss diverged after step {self.skipped[0]} {why}: lower optimizer.lr or raise "
+            f"optimizer.warmup_steps, and resume from the newest checkpoint in {self.config.run_directory.checkpoints}"
         )
 
     def batch(self, step: int) -> Sequence[Rows]:
-        """This rank's micro-batches of a step, on the device."""
+        """Micro-batches of this rank for a step, on the device."""
         train, config = self.config.train, self.config
         share = train.global_batch // config.data_parallel
         first = self.engine.data_rank * share
@@ -259,23 +262,23 @@ class _Trainer:
         return self.engine.upload(rows)
 
     def evaluate(self) -> dict[str, Any]:
-        """Held-out loss in nats and bits per byte of every kind of the objective, with the averaged weights."""
+        """Held-out loss of every kind of order of the objective in nats and bits per byte, with averaged weights."""
         config, ranks = self.config, self.config.data_parallel
-        # Spread over the split: neighbours come from one document.
+        # Samples are spread over the split, as neighbours come from the same document.
         count = min(len(self.heldout), config.train.eval_samples)
-        places = np.arange(count)[self.engine.data_rank :: ranks]
-        tokens, parts = self.heldout.read(places * len(self.heldout) // count), self._parts(len(places))
+        indices = np.arange(count)[self.engine.data_rank :: ranks]
+        tokens, parts = self.heldout.read(indices * len(self.heldout) // count), self._parts(len(indices))
         record: dict[str, Any] = {}
         with self.engine.averaged_weights():
             for kind in self.objective.heldout:
-                rows = [self.objective.heldout_rows(config, kind, tokens[p], places[p].tolist()) for p in parts]
+                rows = [self.objective.heldout_rows(config, kind, tokens[p], indices[p].tolist()) for p in parts]
                 total, count = self.engine.evaluate(rows)
                 record[f"heldout_{kind}"] = total / count
                 record[f"heldout_{kind}_bits_per_byte"] = total / count / _LN2 / self.heldout.bytes_per_token
         return record
 
     def save(self) -> None:
-        """Start writing a checkpoint of the present step."""
+        """Start writing a checkpoint of the current step."""
         state = {
             "identity": identity(self.config),
             "samples": self.step * self.config.train.global_batch,
@@ -286,12 +289,12 @@ class _Trainer:
         self.checkpointer.save(self.step, self.updates, state)
 
     def _parts(self, count: int) -> list[slice]:
-        """``count`` samples as micro-batches."""
+        """Split ``count`` samples into micro-batches."""
         size = self.config.train.micro_batch
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     def _record(self, done: int, rate: float, seconds: float) -> dict[str, Any]:
-        """The record of the steps since the last one; ``done``: the last of them; collective."""
+        """The record of the steps since the last record, of which ``done`` is the last step. Collective."""
         config, loss = self.config, sum(self.losses) / len(self.losses)
         figures = self.engine.rank_figures(profiling.gpu_memory(self.engine.device))
         slow = slow_ranks(figures[:, 0])
@@ -309,7 +312,7 @@ class _Trainer:
         if slow:
             record["slow_ranks"] = slow
             if self.rank == 0:
-                log.warning("step %d: slow ranks, in times of the median: %s", self.step, slow)
+                log.warning("step %d: slow ranks (multiple of the median step time): %s", self.step, slow)
         record |= profiling.memory_record(figures[:, 1:])
         if self.peak:
             record["mfu"] = self.flops / seconds / self.peak
@@ -317,7 +320,7 @@ class _Trainer:
 
 
 def _layout(config: RunConfig) -> str:
-    """The layout of the processes, and the cut of the layers when there is one."""
+    """The layout of the processes, and the layers of the pipeline stages."""
     parallel = config.parallel
     text = f"{config.cluster.processes} processes: {parallel.describe()} x data {config.data_parallel}"
     text += f" (ZeRO-{parallel.zero})"

@@ -1,7 +1,7 @@
-"""What a checkpoint is: a directory with a manifest, which is good when its files agree with the manifest.
+"""Manifests of checkpoints. A checkpoint is a directory whose files match the sizes and SHA-256 of its manifest.
 
-The manifest holds the step, the names of what is kept for every parameter, and the size and SHA-256 of each file. It is
-written last, into a directory that gets its final name after that. Needs neither torch nor other ranks.
+The manifest also holds the step and the names of the tensors kept for every parameter. The manifest is written last,
+and the directory is then given its final name. This module needs neither torch nor other ranks.
 """
 
 import json
@@ -18,7 +18,7 @@ from armd_scale.run_directory import RunDirectory
 
 
 def write(checkpoint: Path, facts: dict[str, Any]) -> None:
-    """Close a checkpoint: hash its files and write the manifest."""
+    """Hash the files of a checkpoint and write its manifest."""
     files = sorted(path for path in checkpoint.iterdir() if path.is_file())
     with RunDirectory.manifest_path(checkpoint).open("w", encoding="utf-8") as file:
         json.dump({**facts, "files": {path.name: _facts(path) for path in files}}, file, indent=1)
@@ -27,7 +27,7 @@ def write(checkpoint: Path, facts: dict[str, Any]) -> None:
 
 
 def publish(run: RunDirectory, step: int) -> Path:
-    """Give the closed checkpoint of a step its final name, and make it the newest; returns its path."""
+    """Give the checkpoint of a step its final name, and point to it as the newest; returns its path."""
     partial, final = run.partial_checkpoint(step), run.checkpoint(step)
     removed = _remove_from_list(final) if final.exists() else None  # written again after a resume
     os.replace(partial, final)
@@ -43,7 +43,7 @@ def publish(run: RunDirectory, step: int) -> Path:
 
 
 def _remove_from_list(checkpoint: Path) -> Path:
-    """Rename a checkpoint, so that it no longer counts; its files can be removed at any time after that."""
+    """Rename a checkpoint so that it is no longer listed; its files can then be removed at any time."""
     removed = RunDirectory.removed_checkpoint(checkpoint)
     shutil.rmtree(removed, ignore_errors=True)
     os.replace(checkpoint, removed)
@@ -53,9 +53,9 @@ def _remove_from_list(checkpoint: Path) -> Path:
 def retain(run: RunDirectory, last: int, every: int | None) -> None:
     """Remove all but the ``last`` newest checkpoints and those whose step is a multiple of ``every``.
 
-    Checkpoints newer than the one that was written last are damaged and were passed over: they are renamed and do not
-    count. A checkpoint is renamed before its files are removed, so a process that dies in between leaves no damaged
-    checkpoint behind.
+    Checkpoints newer than the last written checkpoint are damaged and were skipped at the resume: they are renamed and
+    do not count. A checkpoint is renamed before its files are removed, so a crash in between leaves no damaged
+    checkpoint.
     """
     good = run.step_of(Path(run.newest_pointer_path.read_text(encoding="utf-8").strip()))
     for checkpoint in run.complete_checkpoints():
@@ -71,21 +71,22 @@ def retain(run: RunDirectory, last: int, every: int | None) -> None:
 
 
 def newest_good(run: RunDirectory) -> Path | None:
-    """The newest checkpoint that agrees with its manifest, None when there is no checkpoint at all.
+    """The newest checkpoint that matches its manifest; None if no checkpoint exists.
 
-    Damaged checkpoints are named and passed over; ``UserError`` when all are damaged.
+    Damaged checkpoints are logged and skipped; ``UserError`` if all are damaged.
     """
-    found = run.complete_checkpoints()
-    for checkpoint in reversed(found):
+    checkpoints = run.complete_checkpoints()
+    for checkpoint in reversed(checkpoints):
         try:
             verify(checkpoint)
         except UserError as error:
-            log.warning("passed over: %s", error)
+            log.warning("skipped: %s", error)
         else:
             return checkpoint
-    if found:
+    if checkpoints:
         raise UserError(
-            f"all {len(found)} checkpoints in {run.checkpoints} are damaged: restore one, or remove them to start anew"
+            f"all {len(checkpoints)} checkpoints in {run.checkpoints} are damaged: restore a checkpoint, or remove "
+            "them to train from the beginning"
         )
     return None
 
@@ -99,13 +100,13 @@ def read(checkpoint: Path) -> dict[str, Any]:
         assert all(facts.keys() >= {"size", "sha256"} for facts in manifest["files"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(
-            f"checkpoint {checkpoint} has no readable {path.name} ({error}): use the checkpoint before it"
+            f"checkpoint {checkpoint} has no readable {path.name} ({error}): use the previous checkpoint"
         ) from error
     return manifest
 
 
 def readable(run: RunDirectory) -> Path | None:
-    """The newest complete checkpoint whose manifest can be read, not verified; None when there is none."""
+    """The newest checkpoint with a readable manifest, without verifying its files; None if none exists."""
     for checkpoint in reversed(run.complete_checkpoints()):
         try:
             read(checkpoint)
@@ -115,11 +116,11 @@ def readable(run: RunDirectory) -> Path | None:
     return None
 
 
-def check_identity(found: Path, config: RunConfig) -> None:
-    """``UserError`` when a checkpoint was made with another model, data, seed or batch than ``config`` asks for."""
-    before, now = read(found).get("state", {}).get("identity", {}), identity(config)
+def check_identity(checkpoint: Path, config: RunConfig) -> None:
+    """``UserError`` if a checkpoint belongs to a run with another model, data, seed or batch than ``config``."""
+    before, now = read(checkpoint).get("state", {}).get("identity", {}), identity(config)
     defaults = identity(RunConfig())
-    # A field that did not exist then has its default.
+    # Fields newer than the checkpoint have their defaults.
     before = {**{name: defaults[name] for name in ("objective", "train.fp8")}, **before}
     for name, values in before.items():
         if isinstance(values, dict):
@@ -127,14 +128,14 @@ def check_identity(found: Path, config: RunConfig) -> None:
     differing = [name for name in now if before.get(name) != now[name]]
     if differing:
         raise UserError(
-            f"{config.directory} holds a run with another '{differing[0]}' (checkpoint {found.name}): "
-            "choose another run_dir or remove the folder"
+            f"{config.directory} holds a run with another '{differing[0]}' (checkpoint {checkpoint.name}): "
+            "choose another run_dir or remove the directory"
         )
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
-    """Check every file against the manifest and return it; ``UserError`` names what is damaged."""
-    cure = "use the checkpoint before it"
+    """Check every file against the manifest, and return the manifest; ``UserError`` names the damaged file."""
+    cure = "use the previous checkpoint"
     manifest = read(checkpoint)
     for name, facts in manifest["files"].items():
         path = checkpoint / name
@@ -146,7 +147,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
                 f"checkpoint {checkpoint} is damaged: {name} has {size} bytes instead of {facts['size']}; {cure}"
             )
         if _facts(path) != facts:
-            raise UserError(f"checkpoint {checkpoint} is damaged: {name} does not have its SHA-256; {cure}")
+            raise UserError(f"checkpoint {checkpoint} is damaged: {name} has another SHA-256; {cure}")
     return manifest
 
 

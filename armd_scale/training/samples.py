@@ -19,7 +19,7 @@ from armd_scale.logs import DATA as log
 
 
 def check(config: RunConfig) -> None:
-    """Check the shards of a run, and write down which of them are left out of it; ``UserError`` names a damaged one.
+    """Check the shards of a run, and record which shards are left out; ``UserError`` names a damaged shard.
 
     Sizes are always checked, hashes with ``data.verify``; held-out shards are never left out.
     """
@@ -27,7 +27,7 @@ def check(config: RunConfig) -> None:
     lost = {}
     for data in open_mixture(config):
         damaged = shards.damaged(data.folder, hashes=config.data.verify)
-        damaged.pop("tail.tar", None)  # is not trained on
+        damaged.pop("tail.tar", None)  # not used for training
         if damaged and config.data.damaged_shards == "stop":
             raise UserError(f"{next(iter(damaged.values()))}, or set data.damaged_shards=leave_out")
         for line in damaged.values():
@@ -45,7 +45,7 @@ def check(config: RunConfig) -> None:
 
 
 class Samples:
-    """Reads the samples of a run by their numbers, step x ``train.global_batch`` + place in the batch."""
+    """Reads the samples of a run by number: step x ``train.global_batch`` + index in the batch."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
@@ -59,34 +59,32 @@ class Samples:
         return self._mixture.bytes_per_token
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens of the sample numbers start..start + count - 1, [count, N] int64."""
+        """Tokens [count, N], int64, of the samples start..start + count - 1."""
         return self._mixture.read(start, count)
 
     def ids(self, start: int, count: int) -> list[list[int]]:
-        """Number of the data set and number in it of the same samples."""
+        """(data set, number in the data set) of the samples start..start + count - 1."""
         return np.stack(self._mixture.locate(start, count), axis=1).tolist()
 
     def skip(self, first: int, last: int) -> Range:
-        """Leave out the samples of the steps [first, last) after a rollback; the range in steps of the whole
-        sequence.
-        """
+        """Leave out the samples of the steps [first, last) after a rollback; returns the range of data steps."""
         left_out, skipped = self.left_out.after_rollback(first, last)
         self._leave_out(left_out)
         return skipped
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """State for a checkpoint."""
         return {"tokenizer_sha256": self._tokenizer, **self.left_out.state()}
 
     def start(self, step: int, state: dict[str, Any]) -> list[str]:
-        """Start or resume at a step, from the ``state`` of a checkpoint ({} at the beginning); lines for the log.
+        """Start or resume at a step, from the ``state`` of a checkpoint ({} at the beginning); returns log lines.
 
-        ``UserError`` when the samples of the steps before would now be others.
+        ``UserError`` if earlier steps would now have other samples.
         """
         if state.get("tokenizer_sha256", self._tokenizer) != self._tokenizer:
             raise UserError(
-                f"the data in {self.datasets[0].folder} was made with another tokenizer than what the run has seen: "
-                "restore it, or start anew in another run_dir"
+                f"the data in {self.datasets[0].folder} was made with another tokenizer than the checkpoint: "
+                "restore the data, or choose another run_dir"
             )
         saved = LeftOut.from_state(state, self._config.train.global_batch)
         self._leave_out(self.left_out.resumed(step, saved, self._damaged_shards()))
@@ -99,6 +97,6 @@ class Samples:
         self._mixture = Mixture(self.datasets, weights, self._config.seed, left_out.samples, left_out.shards)
 
     def _damaged_shards(self) -> list[tuple[int, str]]:
-        """Number of the data set and file name of the shards that ``check`` has found damaged."""
+        """(data set, file name) of the shards that ``check`` has recorded as damaged."""
         names = self._config.run_directory.damaged_shards()
         return [(number, name) for number, data in enumerate(self.datasets) for name in names.get(str(data.folder), [])]

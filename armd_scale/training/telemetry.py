@@ -1,4 +1,4 @@
-"""What a run says about itself: ``metrics.jsonl``, Weights & Biases, and the facts of its environment."""
+"""Telemetry of a run: ``metrics.jsonl``, Weights & Biases, and the software environment."""
 
 import contextlib
 import errno
@@ -32,17 +32,17 @@ _PACKAGES = (
 
 
 def git(*command: str) -> str | None:
-    """What git says of the source tree; None where there is no git or no checkout."""
+    """Output of a git command in the source tree; None without git or outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     try:
-        done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=True)
+        result = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return result.stdout.strip()
 
 
 def environment() -> dict[str, Any]:
-    """Versions of everything that a result depends on, and the state of the source tree."""
+    """Versions of Python and of the packages, and the state of the source tree."""
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -54,7 +54,7 @@ def environment() -> dict[str, Any]:
 
 
 class MetricsReader:
-    """Reads the records that are added to the metrics of a run, without reading the whole file again."""
+    """Reads new records of the metrics of a run, without reading the whole file again."""
 
     def __init__(self, run: RunDirectory) -> None:
         self._path = run.metrics_path
@@ -62,12 +62,12 @@ class MetricsReader:
         self.records: list[dict[str, Any]] = []
 
     def read(self) -> list[dict[str, Any]]:
-        """The records that are new."""
+        """Records since the last call."""
         before: list[dict[str, Any]] = []
         try:
             with self._path.open("rb") as file:
                 number = os.fstat(file.fileno()).st_ino
-                if number != self._file:  # cut back by a run that goes on from a checkpoint
+                if number != self._file:  # replaced by a run that resumed from a checkpoint
                     before, self.records = self.records, []
                     self._file, self._at = number, 0
                 file.seek(self._at)
@@ -81,7 +81,7 @@ class MetricsReader:
 
 
 class Lines:
-    """A file of JSON lines that survives a full disk: what cannot be written is written when there is room again."""
+    """A file of JSON lines that survives a full disk: lines that cannot be written are written later."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -90,17 +90,17 @@ class Lines:
         self._waiting: deque[bytes] = deque(maxlen=_MOST_WAITING)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record, now or later."""
+        """Append a record, or keep it in memory until it can be written."""
         self._waiting.append(json.dumps(record).encode() + b"\n")
         try:
             while self._waiting:
                 if self._file.write(self._waiting[0]) < len(self._waiting[0]):
-                    raise OSError(errno.ENOSPC, "a part of a line was written")
+                    raise OSError(errno.ENOSPC, "only part of a line was written")
                 self._good += len(self._waiting.popleft())
         except OSError as error:
             with contextlib.suppress(OSError):
-                self._file.truncate(self._good)  # no half line stays
-            log.warning("training goes on, but %s cannot be written: %s", self._path, error, extra=ONCE)
+                self._file.truncate(self._good)  # drop the partial line
+            log.warning("%s not written, training continues: %s", self._path, error, extra=ONCE)
 
     def close(self) -> None:
         """Close the file."""
@@ -111,7 +111,7 @@ _MOST_WAITING = 100_000
 
 
 class Telemetry:
-    """Writes the records of a run on rank 0; on other ranks it does nothing."""
+    """Writes the records of a run on rank 0; does nothing on other ranks."""
 
     def __init__(self, config: RunConfig, active: bool, first_step: int) -> None:
         self._wandb: Any = None
@@ -125,7 +125,7 @@ class Telemetry:
             self._wandb = _start_wandb(config)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record; it must hold ``step``."""
+        """Append a record, which must hold ``step``."""
         if self._file is None:
             return
         self._file.write(record)
@@ -135,10 +135,10 @@ class Telemetry:
                 self._wandb.log(numbers, step=record["step"])
             except Exception as error:
                 self._wandb = None
-                log.warning("training goes on, but wandb is lost: %s", error)
+                log.warning("wandb failed, training continues without it: %s", error)
 
     def rewind(self, step: int) -> None:
-        """Drop the records after a step: a run that goes on from a checkpoint repeats them."""
+        """Drop the records after a step, which a run that resumes from this step writes again."""
         if not self._active:
             return
         if self._file is not None:
@@ -148,7 +148,7 @@ class Telemetry:
         self._file = Lines(self._run.metrics_path)
 
     def close(self) -> None:
-        """Finish the files."""
+        """Close the metrics and end the wandb run."""
         if self._file is not None:
             self._file.close()
         if self._wandb is not None:
@@ -156,7 +156,7 @@ class Telemetry:
 
 
 def _start_wandb(config: RunConfig) -> Any:
-    """A wandb run: online when a key is set, else offline in the run folder. Training goes on without it."""
+    """A wandb run: online with a key, else offline in the run directory; None if wandb does not start."""
     try:
         import wandb
 
@@ -169,5 +169,5 @@ def _start_wandb(config: RunConfig) -> Any:
             settings=wandb.Settings(silent=True, console="off"),
         )
     except Exception as error:
-        log.warning("wandb is not available, the run goes on without it: %s", error)
+        log.warning("wandb is not available, training continues without it: %s", error)
         return None

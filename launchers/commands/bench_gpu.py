@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         raise UserError(
             f"not installed: {', '.join(missing)}. Run pip install -c constraints.txt -e '.[bench]', "
-            "or name a folder of wheels with tools/gpu.py --wheels"
+            "or name a directory of wheels with tools/gpu.py --wheels"
         )
     _check_device(args.device)
     from armd_scale.training.telemetry import git  # imports packages that may be missing

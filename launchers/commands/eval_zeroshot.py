@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     for order in args.order or []:
         likelihood.parse_order(order)
     if args.suite and not args.data:
-        raise UserError("--suite needs --data: the folder with its texts, or hub")
+        raise UserError("--suite needs --data: the directory with its texts, or hub")
     if args.repeats < 2 or (args.processes is not None and args.processes < 1):
         raise UserError("--repeats must be at least 2 (the error comes from their spread), --processes at least 1")
     to_stdout = args.json == "-"
@@ -167,7 +167,7 @@ def _suite(args: argparse.Namespace, protocol: "Protocol", say: Callable[[str], 
         return [_Text(text.name, text.hub[0], None, *suites.read_hub(text, protocol)) for text in suites.SETS.values()]
     folder, texts = Path(args.data), []
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}: name the one with the suite's texts, or hub")
+        raise UserError(f"there is no directory {folder}: name the one with the suite's texts, or hub")
     for text in suites.SETS.values():
         split = protocol.wikitext2_split if text.name == "WikiText2" else "test"
         path = suites.find(text, folder, split)

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
         listening = socket.create_server(address[:2], family=family, backlog=1024)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{args.host}:{args.port} cannot be listened on: {reason}") from error
+        raise UserError(f"{args.host}:{args.port} cannot be bound: {reason}: choose another --port") from error
     server = Server(model, tokenizer, name, args.lanes, args.queue, args.width)
     port = listening.getsockname()[1]
     # Asked by its address; on an address for others, by any name.
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         """Lets the texts in lanes end before connections are closed."""
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            await asyncio.to_thread(server.engine.close, _GRACE)
+            await asyncio.to_thread(server.scheduler.close, _GRACE)
             await super().shutdown(sockets)
 
     Draining(config).run(sockets=[listening])

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         config.directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the run directory {config.directory} cannot be written: {error}") from error
-    # A launcher that is told to end must end the processes it has started; two of them must not share a run.
+    # A launcher that gets SIGTERM ends its processes: two launchers must not work on the same run.
     # SIGINT too: started in the background of a script it is ignored, here and in the jobs, which are cancelled by it.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
@@ -65,20 +65,18 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _check(config: "RunConfig", cluster: str, args: argparse.Namespace) -> None:
-    """``UserError`` for what the chosen cluster cannot do."""
+    """``UserError`` if the chosen cluster does not support the configuration or the options."""
     if cluster == "slurm" and not shutil.which("sbatch") and not args.dry_run:
-        raise UserError("--cluster slurm: there is no sbatch on this machine; use --cluster local")
+        raise UserError("--cluster slurm: no sbatch on this machine: use --cluster local")
     if cluster != "slurm" and not args.dry_run and config.cluster.nodes > 1:
         raise UserError(
-            f"cluster.nodes is {config.cluster.nodes} but there is no Slurm on this machine: run it where sbatch is, "
+            f"cluster.nodes is {config.cluster.nodes} but this machine has no Slurm: run on a machine with sbatch, "
             "or set cluster.nodes=1 and a layout that fits"
         )
     if cluster == "debug" and config.cluster.processes > 1:
-        raise UserError(
-            "--cluster debug runs everything in one process: set cluster.tasks_per_node=1 and a layout for it"
-        )
+        raise UserError("--cluster debug runs a single process: set cluster.tasks_per_node=1 and a layout that fits")
     if args.detach and cluster != "slurm":
-        raise UserError("--detach needs Slurm: processes of this machine end with the command that started them")
+        raise UserError("--detach needs Slurm: local processes end with the command that started them")
 
 
 def _dry_run(config: "RunConfig", args: argparse.Namespace) -> None:
@@ -94,5 +92,5 @@ def _dry_run(config: "RunConfig", args: argparse.Namespace) -> None:
     plan = planner.plan(assume_vocabulary(config))
     print("\n" + report.table(plan, {config.parallel.recompute: plan}, config.model.vocab_size is None))
     code = config.run_directory.code.resolve() / "SNAPSHOT"
-    for step in jobs.steps(config, args.only, args.start):
-        print(f"\n--- {step.name}\n{jobs.sbatch_text(config, step, code)}")
+    for spec in jobs.remaining_jobs(config, args.only, args.start):
+        print(f"\n--- {spec.name}\n{jobs.sbatch_text(config, spec, code)}")

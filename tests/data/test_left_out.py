@@ -40,10 +40,10 @@ def test_only_steps_ahead_can_be_skipped(now, fine):
     if fine:
         assert LeftOut.from_config(now, 8).resumed(8, saved, ()).steps == tuple(map(tuple, now))
     else:
-        with pytest.raises(UserError, match=r"data.skip_steps = \[\[4, 6\]\] changes what the run has seen before"):
+        with pytest.raises(UserError, match=r"data.skip_steps = \[\[4, 6\]\]"):
             LeftOut.from_config(now, 8).resumed(8, saved, ())
     passed = LeftOut.from_state({"skip_steps": [[2, 3]]}, 8)
-    with pytest.raises(UserError, match=r"before step 8 \(it was \[\[2, 3\]\]\)"):
+    with pytest.raises(UserError, match=r"before step 8 .*\[\[2, 3\]\]"):
         LeftOut.from_config(now, 8).resumed(8, passed, ())
     LeftOut.from_config(now, 8).resumed(0, passed, ())  # nothing was seen
 

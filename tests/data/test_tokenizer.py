@@ -33,16 +33,16 @@ def test_sentencepiece_gives_the_text_back(piece, text):
 
 
 def test_a_vocabulary_that_the_text_cannot_fill(tmp_path):
-    with pytest.raises(UserError, match="a tokenizer of 5000 pieces cannot be trained on this text"):
+    with pytest.raises(UserError, match="5000 pieces"):
         tokenizers.train(["too little text"], tmp_path / "x.model", 5000)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_tokenizer_folders(tmp_path, piece):
-    with pytest.raises(UserError, match="there is no tokenizer at"):
+    with pytest.raises(UserError, match="no tokenizer at"):
         tokenizers.load(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"junk")
-    with pytest.raises(UserError, match="is not a sentencepiece model"):
+    with pytest.raises(UserError, match="sentencepiece model"):
         tokenizers.load(tmp_path)
     tokenizers.copy(piece, tmp_path)
     assert tokenizers.digest(tokenizers.load(tmp_path)) == tokenizers.digest(piece)
@@ -193,5 +193,5 @@ def test_a_hugging_face_file_that_cuts_and_fills(tmp_path):
     assert loaded.decode(loaded.encode(long)) == long
     assert loaded.eos_id not in loaded.encode(long)
     assert [len(t) for t in loaded.encode_batch(["x", long])] == [1, len(loaded.encode(long))]
-    with pytest.raises(UserError, match="it is not its tokenizer"):
+    with pytest.raises(UserError, match="entries but the model"):
         tokenizers.load(tmp_path, loaded.vocab_size + 1)

@@ -26,11 +26,16 @@ from armd_scale.config import RunConfig
 from armd_scale.data import readers, shards
 from armd_scale.data import tokenizer as tokenizers
 from armd_scale.data.shards import PackedDataset
+from armd_scale.data.stream import Mixture, open_mixture
 from armd_scale.errors import UserError
+from armd_scale.training import samples
 from data_pipeline import documents, inspect, units
 from data_pipeline import prepare as preparing
+from data_pipeline.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "äöü", "你好"]
 
 
@@ -68,7 +73,7 @@ def small_parts(monkeypatch):
 
 
 def content(folder):
-    """All files of a prepared folder but the settings, which name the source."""
+    """All files of a prepared directory but the settings, which name the source."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -106,7 +111,7 @@ def test_the_result_does_not_depend_on_processes_or_pieces(text, tmp_path, monke
 
 
 def test_jobs_share_the_steps(text, tmp_path, small_parts):
-    """Every share by itself, in any order, some of them twice: the same folder."""
+    """Every share by itself, in any order, some of them twice: the same directory."""
     preparing.prepare(config(tmp_path / "one", text, deduplicate=True))
     shared = config(tmp_path / "shared", text, deduplicate=True)
     assert preparing.step(shared, "begin")
@@ -239,7 +244,7 @@ def test_bad_records_are_listed_and_stop_the_run_only_when_many(tmp_path):
     bad = [json.loads(line) for line in (folder / "bad.jsonl").read_text().splitlines()]
     assert [one["place"] for one in bad] == [f"{path} line 151", f"{path} line 302"]
     assert "is not a JSON object" in bad[0]["problem"]
-    with pytest.raises(UserError, match=r"2 of 303 records cannot be used, more than .* the first: .*x.jsonl line 151"):
+    with pytest.raises(UserError, match="2 of 303 records .* data.max_bad_fraction .* line 151"):
         preparing.prepare(config(tmp_path / "strict", path, max_bad_fraction=0.001))
     assert not (tmp_path / "strict").exists()
 
@@ -301,14 +306,14 @@ def test_tar_files_urls_and_row_groups(tmp_path):
     assert list(readers.documents([f"file://{tmp_path}/*.tar"])) == ["a text", "b", "c", "d"]
     with tarfile.open(tmp_path / "b.tar", "w") as archive:
         archive.addfile(tarfile.TarInfo("x.parquet"))
-    with pytest.raises(UserError, match="b.tar/x.parquet is not read inside a tar"):
+    with pytest.raises(UserError, match="b.tar/x.parquet"):
         list(readers.documents([str(tmp_path / "b.tar")]))
     (tmp_path / "b.tar").unlink()
     (tmp_path / "cut.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:1500])
     with pytest.raises(UserError, match="cut.tar cannot be read"):
         list(readers.documents([str(tmp_path / "cut.tar")]))
     for url in ("file:///nowhere/*.txt", "nosuch://x/y.txt"):
-        with pytest.raises(UserError, match="there is no text at|cannot be opened"):
+        with pytest.raises(UserError, match="no text at|opened"):
             list(readers.documents([url]))
     table = pyarrow.table({"text": [f"row {n}" if n % 7 else None for n in range(1000)]})
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet", row_group_size=100)
@@ -363,4 +368,153 @@ def test_a_tokenizer_of_its_own_and_what_is_in_the_data(text, tmp_path, kind):
     assert done.returncode == 2
     assert "shard-000003.tar is damaged" in done.stderr
     assert "Traceback" not in done.stderr
-    assert "is not complete prepared data" in module("data_pipeline.inspect", tmp_path).stderr
+    assert "complete.json" in module("data_pipeline.inspect", tmp_path).stderr
+
+
+def _config(tmp_path, **data):
+    return RunConfig.model_validate(
+        {
+            "run_dir": str(tmp_path / "run"),
+            "model": {"length": 16},
+            "orders": {"rho": 8},
+            "data": {"vocab_size": 300, **data},
+        }
+    )
+
+
+@pytest.fixture
+def prose(tmp_path):
+    path = tmp_path / "prose.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document number {n}, {n * n} words " * 4}) + "\n" for n in range(90)))
+    return str(path)
+
+
+def test_prepare_is_reproducible_and_done_once(tmp_path, prose):
+    first, second = (
+        _config(tmp_path, text=[prose], directory=str(tmp_path / name), heldout_fraction=0.2) for name in ("one", "two")
+    )
+    index = prepare(first)
+    prepare(second)
+    for split in ("train", "heldout"):
+        assert PackedDataset(tmp_path / "one" / split).index == PackedDataset(tmp_path / "two" / split).index
+    shard = tmp_path / "one/train/shard-000000.tar"
+    before = shard.stat().st_mtime_ns
+    assert prepare(first) == index
+    assert shard.stat().st_mtime_ns == before
+    other = _config(tmp_path, text=[prose], directory=str(tmp_path / "one"), heldout_fraction=0.3)
+    with pytest.raises(UserError, match="heldout_fraction"):
+        prepare(other)
+
+
+def test_splits_do_not_overlap(tmp_path, prose):
+    config = _config(tmp_path, text=[prose], heldout_fraction=0.2)
+    index = prepare(config)
+    heldout = PackedDataset(config.data_directory / "heldout").index
+    assert index["documents"] + heldout["documents"] == 90
+    assert heldout["documents"] > 5
+    total = sum(len(text.encode()) for text in readers.documents([prose]))
+    assert index["bytes"] + heldout["bytes"] == total
+
+
+def test_interrupted_preparation_starts_again(tmp_path, prose):
+    """What was being written lies beside the final place and counts for nothing."""
+    config = _config(tmp_path, text=[prose], heldout_fraction=0.2)
+    partial = config.data_directory.with_name(".data.partial")
+    (partial / "tokenizer").mkdir(parents=True)
+    (partial / "tokenizer/tokenizer.json").write_text("{}")
+    index = prepare(config)
+    assert not partial.exists()
+    assert [p.name for p in (config.data_directory / "tokenizer").iterdir()] == ["tokenizer.model"]
+    assert prepare(config) == index
+
+
+def test_a_failed_preparation_leaves_nothing_behind(tmp_path, prose):
+    """Its tokenizer, above all, must not be taken for that of the next try."""
+    with pytest.raises(UserError, match="held-out text .* 0 tokens"):
+        prepare(_config(tmp_path, text=[prose], heldout_fraction=0.0))
+    index = prepare(_config(tmp_path, text=[prose], heldout_fraction=0.2))
+    tokenizer = tokenizers.load(tmp_path / "run/data/tokenizer")
+    assert tokenizers.digest(tokenizer) == index["tokenizer_sha256"]
+
+
+def test_damage_is_found_when_a_run_goes_on(tmp_path, prose):
+    config = _config(tmp_path, text=[prose], heldout_fraction=0.2)
+    prepare(config)
+    shard = config.data_directory / "train/shard-000000.tar"
+    good = shard.read_bytes()
+    shard.write_bytes(good[:1000] + bytes([good[1000] ^ 1]) + good[1001:])
+    fields = {"text": [prose], "heldout_fraction": 0.2}
+    with pytest.raises(UserError, match="shard-000000.tar .* data.damaged_shards=leave_out"):
+        samples.check(config)
+    samples.check(_config(tmp_path, **fields, verify=False))
+    shard.write_bytes(good[:1000])
+    with pytest.raises(UserError, match="shard-000000.tar .* 1000 bytes"):
+        samples.check(_config(tmp_path, **fields, verify=False))
+    with pytest.raises(UserError, match="every shard"):
+        samples.check(_config(tmp_path, **fields, damaged_shards="leave_out"))
+    shard.write_bytes(good)
+    samples.check(config)
+    next((config.data_directory / "heldout").glob("*.tar")).unlink()
+    with pytest.raises(UserError, match="heldout/.* is missing"):
+        samples.check(_config(tmp_path, **fields, damaged_shards="leave_out"))
+
+
+def test_text_that_has_changed_is_noticed(tmp_path, prose):
+    config = _config(tmp_path, text=[prose], heldout_fraction=0.2)
+    index = prepare(config)
+    with open(prose, "a") as file:
+        file.write('{"text": "one more"}\n')
+    with pytest.raises(UserError, match=r"\(text\)"):
+        prepare(config)
+    Path(prose).unlink()  # the shards are enough once they are there
+    assert prepare(config) == index
+
+
+def test_mixtures_must_fit_together(tmp_path, prose):
+    own = _config(tmp_path, text=[prose], directory=str(tmp_path / "one"), heldout_fraction=0.2)
+    prepare(own)
+    tokenizer = str(tmp_path / "one/tokenizer")
+    prepare(_config(tmp_path, text=[prose], directory=str(tmp_path / "two"), heldout_fraction=0.4, tokenizer=tokenizer))
+    prepare(_config(tmp_path, text=[prose], directory=str(tmp_path / "odd"), heldout_fraction=0.2, vocab_size=290))
+    fields = own.model_dump()
+    fields["data"]["mixture"] = [{"directory": str(tmp_path / "two"), "weight": 0.5}]
+    mixed = RunConfig.model_validate(fields)
+    samples.check(mixed)
+    datasets = open_mixture(mixed)
+    sources, _ = Mixture(datasets, [1.0, 0.5], 0).assign(np.arange(300))
+    assert (sources == 1).sum() == pytest.approx(100, abs=2)
+    for other, line in (("odd", "another tokenizer"), ("absent", "not a complete data set")):
+        fields["data"]["mixture"] = [{"directory": str(tmp_path / other)}]
+        with pytest.raises(UserError, match=line):
+            samples.check(RunConfig.model_validate(fields))
+
+
+def test_a_folder_of_other_things_is_not_overwritten(tmp_path, prose):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="choose another data.directory"):
+        prepare(_config(tmp_path, text=[prose], directory=str(tmp_path / "mine"), heldout_fraction=0.2))
+    assert (tmp_path / "mine/thesis.tex").read_text() == "years of work"
+
+
+def test_held_out_text_is_not_trained_on(tmp_path, prose):
+    with pytest.raises(UserError, match="share files"):
+        prepare(_config(tmp_path, text=[prose], heldout_text=[prose]))
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ({"text": ["/nowhere/*.txt"]}, "/nowhere"),
+        ({"text": ["EMPTY"]}, "trained|0 tokens"),
+        ({"text": ["PROSE"], "heldout_fraction": 0.0}, "held-out text .* 0 tokens"),
+        ({"text": ["PROSE"], "tokenizer": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_text_that_cannot_be_used(tmp_path, prose, data, line):
+    (tmp_path / "empty.txt").write_text("")
+    places = {"EMPTY": str(tmp_path / "empty.txt"), "PROSE": prose}
+    data = {**data, "text": [places.get(name, name) for name in data["text"]]}
+    with pytest.raises(UserError, match=line):
+        prepare(_config(tmp_path, **data))
+    assert not (tmp_path / "run/data/complete.json").exists()

@@ -70,12 +70,12 @@ def test_judges(model_dir, gpt2_dir):
                 expected -= float(logits.double().log_softmax(-1)[token])
     [(nats, count)] = judge.nll([text])
     assert (nats, count) == (pytest.approx(expected, rel=1e-5), len(text))
-    with pytest.raises(UserError, match="there is no judge in"):
+    with pytest.raises(UserError, match="holds no judge"):
         generation.load_judge(model_dir / "nothing")
 
 
 def test_the_judge_beside_a_model(tmp_path):
-    """The best finished left-to-right run in the same folder; another objective or an unfinished run is none."""
+    """The best finished left-to-right run in the same directory; another objective or an unfinished run is none."""
     runs = {"a": ("ar", 2.0, True), "b": ("ar", 1.5, True), "c": ("armd", 1.0, True), "d": ("ar", 1.2, False)}
     for name, (objective, score, finished) in runs.items():
         checkpoint = tmp_path / name / "checkpoints" / "step-00000001"

@@ -1,4 +1,4 @@
-"""Baselines end to end: trained on several processes, scored from the checkpoint and from the exported folder alike."""
+"""Baselines end to end: trained on several processes, scored from the checkpoint and from the model directory."""
 
 import subprocess
 import sys
@@ -15,8 +15,8 @@ from armd_scale.errors import UserError
 from armd_scale.evaluation.models import open_model
 from armd_scale.objectives.interface import training
 from tests.conftest import run_processes
+from tests.runs import run, start
 from tests.training.test_export import _export
-from tests.training.test_runs import data, run, start  # noqa: F401  (data is a fixture)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ from tests.training.test_runs import data, run, start  # noqa: F401  (data is a 
         ("card", {"tensor": 2, "sequence": True}),
     ],
 )
-def test_a_checkpoint_is_scored_as_it_is(data, tmp_path, objective, parallel):  # noqa: F811
+def test_a_checkpoint_is_scored_as_it_is(data, tmp_path, objective, parallel):
     """The model of the newest checkpoint, of any layout, is the exported one, and the one that was trained."""
     fields = run(data, data / "text.jsonl", tmp_path / "run", 2, 1).model_dump()
     fields |= {"objective": objective}

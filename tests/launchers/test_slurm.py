@@ -51,7 +51,7 @@ def about(slurm, command, run, *words):
 
 @pytest.fixture(scope="module")
 def calm(slurm, tmp_path_factory, text):  # noqa: F811
-    """From text to report on two nodes, the data prepared by an array of jobs; config file and run folder."""
+    """From text to report on two nodes, the data prepared by an array of jobs; config file and run directory."""
     folder = tmp_path_factory.mktemp("calm")
     values = yaml.safe_load(SMALL.format(run_dir=folder / "run", text=text))
     values["data"] |= {"jobs": 2, "directory": str(folder / "data")}

@@ -14,7 +14,8 @@ from armd_scale.config import RunConfig
 from armd_scale.objectives import armd, mdm
 from armd_scale.objectives.interface import training
 from armd_scale.traits import TRAITS
-from tests.conftest import PAPER, tiny_distribution
+from tests import reference
+from tests.conftest import BASELINES, PAPER, standalone, tiny_distribution
 
 V, N = 3, 4
 
@@ -78,6 +79,8 @@ def test_times_are_uniform():
 
 
 TOKENS = np.random.default_rng(0).integers(0, 50, (4, 16))
+
+
 SLOTS = [1, 2, 5, 7]
 
 
@@ -150,3 +153,20 @@ def test_a_window_is_shuffled_and_nothing_else(length, data):
     assert sorted(order) == list(range(1, length + 1))
     moved = np.flatnonzero(order != np.arange(1, length + 1))
     assert len(moved) == 0 or moved[-1] - moved[0] < count
+
+
+@pytest.mark.parametrize("kind", BASELINES)
+@pytest.mark.parametrize("length", [16, 7])
+def test_equals_the_reference(kind, length):
+    model = standalone(BASELINES[kind])
+    vocab = model.config.vocab_size
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, vocab, (2, length)))
+    if model.config.traits.exact:
+        got, seen = model.logits(tokens), tokens
+    else:
+        seen = tokens.masked_fill(torch.rand(2, length, generator=torch.Generator().manual_seed(1)) < 0.4, vocab)
+        got = model.predict(model.denoise(seen))
+    natural = range(1, length + 1)
+    for row in range(2):
+        logp = reference.log_probabilities(model.state_dict(), model.config, seen[row].tolist(), natural, natural)
+        torch.testing.assert_close(got[row].log_softmax(-1), logp, atol=2e-5, rtol=1e-5)

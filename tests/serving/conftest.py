@@ -1,4 +1,4 @@
-"""A model folder to serve."""
+"""A model directory to serve."""
 
 import os
 from pathlib import Path

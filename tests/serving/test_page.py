@@ -116,7 +116,7 @@ def test_the_page_shows_the_streams(tmp_path, model_dir):
             line = await browser.wait(
                 "document.getElementById('state').className == 'error' && document.getElementById('state').textContent"
             )
-            assert "tokens together, this model takes up to" in str(line)
+            assert "takes up to" in str(line)
 
     with serving(model_dir) as server:
         asyncio.run(visit(server.port))

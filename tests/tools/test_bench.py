@@ -52,9 +52,9 @@ def test_bad_words_are_refused(tmp_path):
     assert "b: step 2, loss 3.0000 (+0.0000 to the first line), 2 runs, 3.0000 to 3.0000" in done.stdout
     assert (tmp_path / "x.png").stat().st_size > 1000
     for words, line in (
-        (["tools/bench.py", "train", "--hidden", 65], "--hidden must be a multiple of 64"),
-        (["tools/bench.py", "train", "--fp8", "--length", 24], "multiples of 16, but model.length = 24"),
-        (["tools/bench.py", "train", "--length", 8, 16, "--plot", tmp_path / "x.foo"], "pictures are .png, .pdf, .svg"),
+        (["tools/bench.py", "train", "--hidden", 65], "--hidden"),
+        (["tools/bench.py", "train", "--fp8", "--length", 24], "model.length = 24"),
+        (["tools/bench.py", "train", "--length", 8, 16, "--plot", tmp_path / "x.foo"], ".png, .pdf, .svg"),
         (
             ["tools/plan.py", "--config", "configs/125m.yaml", "--along", "parallel.recompute=none,full"],
             "wants numbers",
@@ -62,10 +62,10 @@ def test_bad_words_are_refused(tmp_path):
         (["tools/plan.py", "--config", "configs/125m.yaml", "--along", "model.length=8,16", "train.seed=1"], "as many"),
         (["tools/curves.py", "--out", tmp_path / "x.png", "a"], "is not NAME=RUN"),
         (["tools/curves.py", "--out", tmp_path / "x.png", f"a={tmp_path}"], "has no metrics.jsonl"),
-        (["tools/curves.py", "--out", tmp_path / "x.png", f"a={run}", f"a={run}"], "there are two lines 'a'"),
+        (["tools/curves.py", "--out", tmp_path / "x.png", f"a={run}", f"a={run}"], "'a'"),
         (["tools/curves.py", "--out", tmp_path / "x.png", "--figure", "phase", f"a={run}"], "has a number 'phase'"),
-        (["tools/bench.py", "train", "--plot", tmp_path / "x.png"], "give several values of one of"),
-        (["tools/bench.py", "train", "--length", 8, 16, "--batch", 1, 2], "give several values of one of"),
+        (["tools/bench.py", "train", "--plot", tmp_path / "x.png"], "several values of"),
+        (["tools/bench.py", "train", "--length", 8, 16, "--batch", 1, 2], "several values of"),
     ):
         done = run_tool(*words)
         assert done.returncode == 2

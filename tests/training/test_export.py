@@ -1,4 +1,4 @@
-"""From a checkpoint of any layout to a model folder: in several files, and in little memory."""
+"""From a checkpoint of any layout to a model directory: in several files, and in little memory."""
 
 import json
 import os
@@ -16,13 +16,13 @@ from armd_scale.data.shards import fill_vocabulary
 from armd_scale.errors import UserError
 from armd_scale.inference import InputError
 from tests.conftest import run_processes
-from tests.training.test_runs import data, run, start  # noqa: F401  (data is a fixture)
+from tests.runs import run, start
 
 MB = 1_000_000
 
 
 @pytest.fixture(scope="module")
-def trained(data, tmp_path_factory):  # noqa: F811
+def trained(data, tmp_path_factory):
     """One step of a model of 100 MB in float32, saved by tensor 2 x pipeline 2 (interleaved)."""
     folder = tmp_path_factory.mktemp("wide") / "run"
     fields = run(data, data / "text.jsonl", folder, 4, 2).model_dump()
@@ -115,7 +115,7 @@ def test_what_is_there_is_not_lost(trained, tmp_path):
     out.mkdir()
     (out / "config.json").write_text("{}")
     (out / "thesis.txt").write_text("years of work")
-    for held, line in (("thesis.txt", "holds thesis.txt, which no export writes"), (None, "is no model folder")):
+    for held, line in (("thesis.txt", "thesis.txt"), (None, "is not a model directory")):
         if held is None:
             (out / "thesis.txt").unlink()
         assert line in run_processes(1, _export_again, trained, source, out)[0]
@@ -126,7 +126,7 @@ def test_what_is_there_is_not_lost(trained, tmp_path):
     fields["run_dir"] = str(other)
     configs.save(RunConfig.model_validate(fields), other / "config.yaml")
     line = run_processes(1, _export_again, RunConfig.model_validate(fields), source, tmp_path / "new")[0]
-    assert "holds a run with another 'model'" in line
+    assert "another 'model'" in line
     assert not (tmp_path / "new").exists()
     # died after the first rename: the old model is under another name, and comes back before anything else happens
     (tmp_path / ".model.old").mkdir()

@@ -10,7 +10,7 @@ import torch.multiprocessing
 from armd_scale import config as configs
 from armd_scale.run_directory import RunDirectory
 from armd_scale.training import manifest
-from tests.training.test_runs import data, figures, run  # noqa: F401  (data is a fixture)
+from tests.runs import figures, run
 
 KILLS = int(os.environ.get("ARMD_KILLS", "20"))
 
@@ -32,7 +32,7 @@ def _start(path, store):
     return torch.multiprocessing.start_processes(_worker, (path, store), nprocs=2, start_method="fork", join=False)
 
 
-def _prepare(data, folder):  # noqa: F811
+def _prepare(data, folder):
     config = run(
         data, data / "text.jsonl", folder, 2, 2, steps=120, checkpoint_every=3, eval_every=60, keep_checkpoints=2
     )
@@ -46,7 +46,7 @@ def _finish(group):
         pass
 
 
-def test_kill_at_random_moments(data, tmp_path):  # noqa: F811
+def test_kill_at_random_moments(data, tmp_path):
     """Both ranks killed, again and again: every restart finds a good checkpoint, the end is that of the calm run."""
     calm = _prepare(data, tmp_path / "calm")
     _finish(_start(calm.directory / "config.yaml", tmp_path / "store-calm"))

@@ -8,10 +8,10 @@ import torch
 
 from armd_scale.config import RunConfig, identity
 from armd_scale.training import profiling
-from tests.training.test_runs import data, figures, run, start  # noqa: F401  (data is a fixture)
+from tests.runs import figures, run, start
 
 
-def test_a_profile_of_some_steps(data, tmp_path):  # noqa: F811
+def test_a_profile_of_some_steps(data, tmp_path):
     """Two pipeline stages of two ranks: the first rank of each writes its trace, and the losses stay."""
 
     def config(name, **train):

@@ -1,16 +1,14 @@
-"""Left-to-right and masked-diffusion models on the standalone network: against the reference, and by enumeration."""
+"""Masked-diffusion models on the standalone network: by enumeration."""
 
 import collections
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from armd_scale import orders
 from armd_scale.decoding.lanes import STRATEGIES
 from armd_scale.inference import FREE, Decoding, InputError
 from armd_scale.objectives.mdm import ancestral_blocks
@@ -18,99 +16,12 @@ from tests import reference
 from tests.conftest import BASELINES, standalone, tiny_distribution
 
 V, N = 3, 3
+
+
 TEXTS = list(itertools.product(range(V), repeat=N))
+
+
 MASK = V
-
-
-@pytest.mark.parametrize("kind", BASELINES)
-@pytest.mark.parametrize("length", [16, 7])
-def test_equals_the_reference(kind, length):
-    model = standalone(BASELINES[kind])
-    vocab = model.config.vocab_size
-    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, vocab, (2, length)))
-    if model.config.traits.exact:
-        got, seen = model.logits(tokens), tokens
-    else:
-        seen = tokens.masked_fill(torch.rand(2, length, generator=torch.Generator().manual_seed(1)) < 0.4, vocab)
-        got = model.predict(model.denoise(seen))
-    natural = range(1, length + 1)
-    for row in range(2):
-        logp = reference.log_probabilities(model.state_dict(), model.config, seen[row].tolist(), natural, natural)
-        torch.testing.assert_close(got[row].log_softmax(-1), logp, atol=2e-5, rtol=1e-5)
-
-
-# Left to right ---------------------------------------------------------------------------------------------------
-
-
-def test_left_to_right_is_a_distribution():
-    """The probabilities of all texts sum to 1, and each is the token-by-token product."""
-    model = tiny_distribution(V, N, objective="ar", two_stream_layers=0)
-    nll = model.nll(torch.tensor(TEXTS))
-    assert float((-nll.sum(1)).exp().sum()) == pytest.approx(1, abs=1e-12)
-    for text in ([0, 1, 2], [2, 2, 0]):
-        parts = [model.conditional_nll(text[: n + 1], [n + 1], range(1, n + 1))[0, 0] for n in range(N)]
-        torch.testing.assert_close(torch.stack(parts), model.nll(torch.tensor([text]))[0], atol=1e-12, rtol=0)
-
-
-def test_left_to_right_is_causal_bit_for_bit():
-    model = standalone(BASELINES["ar modern"])
-    tokens = torch.arange(16)[None] % 50
-    before = model.logits(tokens)
-    for changed in range(16):
-        other = tokens.clone()
-        other[0, changed] = 49
-        assert torch.equal(model.logits(other)[0, : changed + 1], before[0, : changed + 1])
-
-
-@pytest.mark.parametrize("kind", ["ar", "ar modern"])
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(0, 99))
-def test_cached_decoding_is_the_one_pass_forward(kind, sizes, seed):
-    """Prompts of any length side by side; the likeliest token of the whole pass is the one written."""
-    model = standalone(BASELINES[kind])
-    draw = np.random.default_rng(seed)
-    prompts = [draw.integers(0, 50, size).tolist() for size in sizes]
-    texts = model.generate(prompts, 12, Decoding(temperature=0))
-    sampled = model.generate(prompts, 12, seed=list(range(len(prompts))))
-    for row, prompt in enumerate(prompts):
-        expected = model.logits(texts[row][None])[0].argmax(-1)[len(prompt) :]
-        assert texts[row].tolist() == prompt + expected.tolist()
-        alone = model.generate([prompt], 12, seed=[row])
-        assert torch.equal(sampled[row], alone[0])
-
-
-def test_left_to_right_sampling_follows_the_model():
-    model = tiny_distribution(V, N, objective="ar", two_stream_layers=0)
-    count = 3000
-    found = collections.Counter(map(tuple, model.generate(batch=count, seed=5).tolist()))
-    expected = (-model.nll(torch.tensor(TEXTS)).sum(1)).exp() * count
-    _chi_square([found[text] for text in TEXTS], expected.tolist())
-
-
-LEFT_TO_RIGHT_REFUSES = {
-    "an order": (lambda model, tokens: model.nll(tokens, _order(orders.shuffled(8, 8, 1))[0]), "left to right only"),
-    "blocks": (lambda model, tokens: model.nll(tokens, *_order(orders.strided(8, 2))), "left to right only"),
-    "a later token as context": (lambda model, tokens: model.conditional_nll(tokens, [1], [2]), "left to right only"),
-    "streams": (lambda model, tokens: model.generate(decoding=Decoding(streams=2)), "streams"),
-    "draft": (lambda model, tokens: model.generate(decoding=Decoding(draft=2)), "draft"),
-    "steps": (lambda model, tokens: model.generate(decoding=Decoding(steps=4)), "steps"),
-    "gaps": (lambda model, tokens: model.fill([1, FREE, 2]), "gaps"),
-    "an order of decoding": (lambda model, tokens: model.fill([1, FREE, FREE], order=[3, 2]), "order"),
-    "a bound": (lambda model, tokens: model.bound(tokens), "nll"),
-}
-
-
-def _order(layout):
-    return [torch.from_numpy(np.array(field)) for field in layout]
-
-
-@pytest.mark.parametrize("request_", LEFT_TO_RIGHT_REFUSES)
-def test_left_to_right_refuses(request_):
-    call, part = LEFT_TO_RIGHT_REFUSES[request_]
-    with pytest.raises(InputError, match=part):
-        call(standalone(BASELINES["ar"]), torch.zeros(1, 8, dtype=torch.long))
-
-
-# Masked diffusion ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +89,7 @@ def test_ancestral_sampling_follows_its_law(diffusion, steps):
     found = collections.Counter(
         map(tuple, diffusion.generate(batch=count, seed=3, decoding=Decoding(steps=steps)).tolist())
     )
-    _chi_square([found[text] for text in TEXTS], (_law(diffusion, steps) * count).tolist())
+    reference.chi_square([found[text] for text in TEXTS], (_law(diffusion, steps) * count).tolist())
 
 
 def test_a_token_a_step_in_a_given_order(diffusion):
@@ -190,7 +101,7 @@ def test_a_token_a_step_in_a_given_order(diffusion):
         left.remove(position - 1)
     texts = diffusion.fill([[FREE] * N] * count, seed=8, order=order)
     found = collections.Counter(map(tuple, texts.tolist()))
-    _chi_square([found[text] for text in TEXTS], ((-nll).exp() * count).tolist())
+    reference.chi_square([found[text] for text in TEXTS], ((-nll).exp() * count).tolist())
 
 
 @given(st.integers(1, 40), st.integers(1, 60), st.integers(0, 9))
@@ -244,10 +155,3 @@ def test_masked_diffusion_refuses(request_):
 def test_other_objectives_refuse_steps():
     with pytest.raises(InputError, match="steps .* streams or draft"):
         tiny_distribution(V, N).generate(decoding=Decoding(steps=4))
-
-
-def _chi_square(found, expected):
-    """Sampled counts against expected ones, at about five standard deviations of the statistic."""
-    statistic = sum((a - b) ** 2 / b for a, b in zip(found, expected, strict=True))
-    freedom = len(expected) - 1
-    assert statistic < freedom + 5 * math.sqrt(2 * freedom), statistic

@@ -1,7 +1,8 @@
-"""Requests from many clients, decoded side by side by one thread (continuous batching).
+"""Continuous batching: decodes the requests of many clients together, in a thread.
 
-A job is a text to complete. It waits in a bounded queue, gets a lane, and reports what each step wrote; a job whose
-client has gone is dropped at the next step. Jobs of a strategy share their steps, whatever their settings.
+A job is a text to complete. A job waits in a bounded queue, gets a lane, and reports the tokens of each step. A job
+whose client has disconnected is dropped before the next step. Jobs of the same strategy share steps, whatever their
+settings.
 """
 
 import asyncio
@@ -25,24 +26,24 @@ class Busy(Exception):
 
 
 class Stopping(Exception):
-    """Nothing is taken any more."""
+    """The server accepts no more jobs."""
 
 
 class Event(NamedTuple):
-    """What a step did for a job."""
+    """The result of a step for a job."""
 
     written: list[tuple[int, int]]
-    """Positions (from 1) and tokens, in the order of generation."""
+    """Positions (from 1) and tokens that the step wrote, in generation order."""
     fresh: list[int]
-    """Tokens that are now complete, by position."""
+    """Tokens that now follow the complete beginning of the text, by position."""
     done: bool
     """Whether the text is complete."""
     error: str = ""
-    """Why it never will be."""
+    """Why the job failed."""
 
 
 class Job:
-    """A text on its way; ``events`` are read by the task that submitted it."""
+    """A text to complete. The asyncio task that submitted the job reads ``events``."""
 
     def __init__(self, task: Task, eos_id: int, loop: asyncio.AbstractEventLoop) -> None:
         self.task = task
@@ -53,25 +54,31 @@ class Job:
         self._loop = loop
 
     def put(self, event: Event) -> None:
-        """Report from the engine's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
+        """Report an event from the thread of the scheduler."""
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
             self._loop.call_soon_threadsafe(self.events.put_nowait, event)
 
 
-class Engine:
-    """Decodes jobs in ``lanes`` lanes for each strategy; ``queue``: most jobs that wait; ``width``: of a step.
+class Scheduler:
+    """Decodes jobs in ``lanes`` lanes for each strategy.
 
-    ``on_step`` is called after each step with the number of tokens written.
+    ``queue``: largest number of waiting jobs; ``step_tokens``: largest number of tokens that a step writes in a lane;
+    ``on_step``: called after each step with the number of tokens written.
     """
 
     def __init__(
-        self, model: ARMD, lanes: int, queue: int, width: int, on_step: Callable[[int], None] = lambda tokens: None
+        self,
+        model: ARMD,
+        lanes: int,
+        queue: int,
+        step_tokens: int,
+        on_step: Callable[[int], None] = lambda tokens: None,
     ) -> None:
-        self.model, self.lanes, self.queue, self.width = model, lanes, queue, width
+        self.model, self.lanes, self.queue, self.step_tokens = model, lanes, queue, step_tokens
         self._on_step = on_step
         self._waiting: collections.deque[Job] = collections.deque()
         self._running: dict[str, dict[int, Job]] = {strategy: {} for strategy in STRATEGIES}
-        self._places: dict[str, Lanes] = {}
+        self._lanes_of: dict[str, Lanes] = {}
         self._wake = threading.Condition()
         self._draining = self._stopping = False
         self._thread = threading.Thread(target=self._work, name="decoding", daemon=True)
@@ -79,21 +86,21 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether jobs are being decoded."""
+        """Whether the scheduler accepts jobs."""
         return self._thread.is_alive() and not self._draining
 
     @property
     def waiting(self) -> int:
-        """Jobs without a lane."""
+        """Number of jobs without a lane."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Jobs in lanes."""
+        """Number of jobs in lanes."""
         return sum(map(len, self._running.values()))
 
     def submit(self, tasks: list[Task]) -> list[Job]:
-        """Jobs for tasks, all or none; from within an event loop. Raises ``Busy`` and ``Stopping``."""
+        """Queue all tasks as jobs, from within an event loop. Raises ``Busy`` or ``Stopping`` and then queues none."""
         loop = asyncio.get_running_loop()
         jobs = [Job(task, self.model.config.eos_id, loop) for task in tasks]
         with self._wake:
@@ -106,17 +113,17 @@ class Engine:
         return jobs
 
     def cancel(self, jobs: list[Job]) -> None:
-        """Forget jobs, wherever they are."""
+        """Remove jobs from the queue, and from their lanes before the next step."""
         with self._wake:
             for job in jobs:
                 job.cancelled = True
-            gone = [job for job in self._waiting if job.cancelled]
-            for job in gone:
+            cancelled = [job for job in self._waiting if job.cancelled]
+            for job in cancelled:
                 self._waiting.remove(job)
             self._wake.notify()
 
     def close(self, grace: float) -> None:
-        """Take no more jobs, end the thread when all are done or after ``grace`` seconds; what is left fails."""
+        """Accept no more jobs, and end the thread when all jobs are done. Fails jobs not done in ``grace`` seconds."""
         self._draining = True
         end = time.perf_counter() + grace
         while (self._waiting or self.running) and time.perf_counter() < end:
@@ -140,15 +147,15 @@ class Engine:
                 try:
                     self._admit(strategy)
                     self._step(strategy)
-                except Exception as error:  # one strategy's jobs fail, the server goes on
+                except Exception as error:  # the jobs of this strategy fail, the server continues
                     self._fail(strategy, self._running[strategy], error)
-                    self._places.pop(strategy, None)  # whatever state it was in
+                    self._lanes_of.pop(strategy, None)  # their state is unknown
 
     def _admit(self, strategy: str) -> None:
         """Free the lanes of cancelled jobs, and fill free lanes from the queue."""
         running = self._running[strategy]
         for lane in [lane for lane, job in running.items() if job.cancelled]:
-            self._places[strategy].release(lane)
+            self._lanes_of[strategy].release(lane)
             del running[lane]
         free = [lane for lane in range(self.lanes) if lane not in running]
         fresh: dict[int, Job] = {}
@@ -160,40 +167,40 @@ class Engine:
             running.update(fresh)
         if not fresh:
             return
-        if strategy not in self._places:
+        if strategy not in self._lanes_of:
             slots = self.model.config.length + 1
-            self._places[strategy] = STRATEGIES[strategy](self.model, self.lanes, slots, self.width)
+            self._lanes_of[strategy] = STRATEGIES[strategy](self.model, self.lanes, slots, self.step_tokens)
         try:
-            self._places[strategy].admit({lane: job.task for lane, job in fresh.items()})
-        except Exception as error:  # those in other lanes go on
+            self._lanes_of[strategy].admit({lane: job.task for lane, job in fresh.items()})
+        except Exception as error:  # jobs in other lanes continue
             self._fail(strategy, fresh, error)
             return
         for lane, job in fresh.items():
-            if job.frontier.ended:  # nothing was free
+            if job.frontier.ended:  # the text has no free position
                 self._report(strategy, lane, [], [])
 
     def _step(self, strategy: str) -> None:
         running = self._running[strategy]
         if not running:
             return
-        step = self._places[strategy].step()
+        step = self._lanes_of[strategy].step()
         rows = zip(step.positions.tolist(), step.tokens.tolist(), strict=True)
         self._on_step(sum(self._report(strategy, lane, *row) for lane, row in enumerate(rows) if lane in running))
 
     def _report(self, strategy: str, lane: int, positions: list[int], tokens: list[int]) -> int:
-        """Tell a job what was written; frees its lane at the end of its text. Returns the number of tokens."""
+        """Report written tokens to a job, and free its lane at the end of its text. Returns the number of tokens."""
         job = self._running[strategy][lane]
         written = [(p, t) for p, t in zip(positions, tokens, strict=True) if p]
         fresh = job.frontier.push(positions, tokens)
         done = job.frontier.ended
         if done:
-            self._places[strategy].release(lane)
+            self._lanes_of[strategy].release(lane)
             del self._running[strategy][lane]
         job.put(Event(written, fresh, done))
         return len(written)
 
     def _fail(self, strategy: str, jobs: dict[int, Job], error: Exception) -> None:
-        """Tell jobs that they failed, and forget them."""
+        """Report an error to jobs, and remove them."""
         reason = "decoding failed: " + " ".join(str(error).split())[:300]
         for lane, job in list(jobs.items()):
             job.put(Event([], [], False, reason))

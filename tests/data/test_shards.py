@@ -1,0 +1,72 @@
+"""Packed samples in shards, and damaged shards."""
+
+import tarfile
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from armd_scale.data import shards
+from armd_scale.data import tokenizer as tokenizers
+from armd_scale.data.shards import PackedDataset
+from armd_scale.errors import UserError
+
+
+@given(st.integers(1, 30), st.integers(1, 300), st.sampled_from([np.uint16, np.uint32]))
+def test_a_shard_is_what_the_writer_of_webdataset_makes(tmp_path_factory, count, length, dtype):
+    folder = tmp_path_factory.mktemp("s")
+    tokens = np.random.default_rng(0).integers(0, 60000, count * length).astype(dtype)
+    shards.write_shard(folder, shards.Place("shard.tar", 0, len(tokens)), tokens, length)
+    with webdataset.TarWriter(str(folder / "whole.tar"), mtime=0) as tar:
+        for number, sample in enumerate(tokens.reshape(count, length)):
+            tar.write({"__key__": f"{number:08d}", "npy": sample})
+    assert (folder / "shard.tar").read_bytes() == (folder / "whole.tar").read_bytes()
+
+
+def _write(folder, tokens, length, per_shard, vocab=100):
+    """All shards of a stream of tokens, and their index."""
+    tokens = tokens.astype(tokenizers.token_type(vocab))
+    places = shards.cut(len(tokens), length, per_shard)
+    assert [place.start for place in places[1:]] == [place.stop for place in places[:-1]]
+    written = [shards.write_shard(folder, place, tokens[place.start : place.stop], length) for place in places]
+    shards.write_index(folder, written, length, {"tokens": len(tokens), "vocab_size": vocab, "bytes": 1})
+
+
+@given(st.integers(0, 40), st.integers(1, 12), st.integers(1, 7), st.sampled_from([300, 70_000]), st.randoms())
+def test_shards_hold_the_samples(tmp_path_factory, count, length, per_shard, vocab, random):
+    folder = tmp_path_factory.mktemp("shards")
+    tokens = np.array([random.randrange(vocab) for _ in range(count * length + random.randrange(length))])
+    _write(folder, tokens, length, per_shard, vocab)
+    data = PackedDataset(folder)
+    shards.verify(folder)
+    assert len(data) == count
+    numbers = np.array([random.randrange(count) for _ in range(10)]) if count else np.array([], dtype=int)
+    assert np.array_equal(data.read(numbers), tokens[: count * length].reshape(count, length)[numbers])
+    assert np.array_equal(data.tail(), tokens[count * length :])
+    # any WebDataset reader sees the same
+    names = [str(folder / shard["name"]) for shard in data.index["shards"]]
+    if names:
+        streamed = [s["npy"] for s in webdataset.WebDataset(names, shardshuffle=False).decode()]
+        assert np.array_equal(np.stack(streamed), tokens[: count * length].reshape(count, length))
+
+
+def test_damaged_shards_are_named(tmp_path):
+    _write(tmp_path, np.arange(80), 8, 4)
+    shard = tmp_path / "shard-000001.tar"
+    good = shard.read_bytes()
+    with tarfile.open(shard) as tar:
+        assert len(tar.getnames()) == 4
+    shard.write_bytes(good[:-1])
+    with pytest.raises(UserError, match="shard-000001.tar is damaged"):
+        PackedDataset(tmp_path).read([5])
+    shard.write_bytes(good[:700] + b"x" + good[701:])
+    with pytest.raises(UserError, match="shard-000001.tar .* SHA-256"):
+        shards.verify(tmp_path)
+    shard.unlink()
+    with pytest.raises(UserError, match="shard-000001.tar is missing"):
+        PackedDataset(tmp_path).read([5])
+    (tmp_path / "index.json").unlink()
+    with pytest.raises(UserError, match="not a complete data set"):
+        PackedDataset(tmp_path)
