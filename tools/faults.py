@@ -44,7 +44,7 @@ def arm(*_):
         out = run(self, micro_batches, loss, forward_only)
         if not forward_only:
             engine.Engine._run = run
-            self.zero.gradient(next(self.chunks.parameters())).view(-1)[0] = float("nan")
+            self.zero.gradient(next(self.stages.parameters())).view(-1)[0] = float("nan")
         return out
     engine.Engine._run = once
 

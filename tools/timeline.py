@@ -86,9 +86,9 @@ def _draw_processes(config: RunConfig, ranks: list[dict[str, Any]], path: Path) 
     """A box for every rank: a column of boxes for each pipeline stage, a row for each data-parallel copy."""
     from matplotlib.figure import Figure
 
-    from armd_scale.model.flops import run_edges
+    from armd_scale.model.flops import stage_edges
 
-    parallel, edges = config.parallel, run_edges(config)
+    parallel, edges = config.parallel, stage_edges(config)
     width = parallel.tensor * parallel.pipeline
     figure = Figure(figsize=(1.5 + 1.3 * width, 1.6 + 0.8 * config.data_parallel), layout="constrained")
     axes = figure.subplots()

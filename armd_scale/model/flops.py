@@ -43,23 +43,23 @@ def head_macs(config: ModelConfig) -> float:
     return config.hidden * config.padded_vocab
 
 
-def cut_by_cost(config: ModelConfig, runs: int) -> list[int]:
-    """First layers of runs 1.. when the network is cut into ``runs`` runs whose costliest one is as cheap as possible.
+def balanced_cuts(config: ModelConfig, stages: int) -> list[int]:
+    """First layers of all stages but the first, such that the most expensive of ``stages`` stages costs least.
 
-    The first run also seeds the targets, the last one also has the head. Every run has a layer.
+    The first stage also seeds the targets, the last stage also has the head. Every stage has a layer.
     """
     layers = _costs(config)
     before = [0.0, *itertools.accumulate(layers)]
-    # best[stop]: (cost of the costliest run, starts of the runs) when layers 0..stop-1 are in the runs so far
+    # best[stop]: (cost of the most expensive stage, first layers) of layers 0..stop-1 in the stages so far
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
-    for run in range(1, runs + 1):
+    for count in range(1, stages + 1):
         best = {
             stop: min(
                 (max(cost, before[stop] - before[start]), [*starts, start])
                 for start, (cost, starts) in best.items()
                 if start < stop
             )
-            for stop in range(run, config.layers - (runs - run) + 1)
+            for stop in range(count, config.layers - (stages - count) + 1)
         }
     return best[config.layers][1][1:]
 
@@ -72,19 +72,19 @@ def _costs(config: ModelConfig) -> list[float]:
     return layers
 
 
-def run_edges(config: RunConfig) -> list[int]:
-    """First layer of every run of layers of a layout, then the number of layers."""
+def stage_edges(config: RunConfig) -> list[int]:
+    """First layer of every (virtual) pipeline stage, then the number of layers."""
     parallel = config.parallel
     cut = parallel.cut
     if cut is None:
-        cut = cut_by_cost(config.model, parallel.pipeline * parallel.chunks)
+        cut = balanced_cuts(config.model, parallel.pipeline * parallel.chunks)
     return [0, *cut, config.model.layers]
 
 
-def run_costs(config: RunConfig) -> list[float]:
-    """Share of every run of layers in the FLOPs of a token."""
+def stage_costs(config: RunConfig) -> list[float]:
+    """Share of every (virtual) pipeline stage in the FLOPs of a token."""
     layers = _costs(config.model)
-    return [sum(layers[a:b]) / sum(layers) for a, b in itertools.pairwise(run_edges(config))]
+    return [sum(layers[a:b]) / sum(layers) for a, b in itertools.pairwise(stage_edges(config))]
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -23,7 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from armd_scale.config import RunConfig
-from armd_scale.model.flops import run_edges
+from armd_scale.model.flops import stage_edges
 from armd_scale.model.layers import Attention
 from armd_scale.model.network import Stage
 from armd_scale.parallel import zero
@@ -74,43 +74,43 @@ class Engine:
         self._parallel = transformer_config(
             config.model, config.parallel, getattr(torch, config.train.dtype), config.train.fp8
         )
-        self.chunks = nn.ModuleList(self._build_chunks())
-        for module in self.chunks.modules():
+        self.stages = nn.ModuleList(self._build_stages())
+        for module in self.stages.modules():
             if isinstance(module, Attention):
                 module.kernel = attention_kernel
-        initialise(self.chunks, config.seed)
-        self.chunks.to(device)
-        self.zero = zero.build(config, self.chunks)
+        initialise(self.stages, config.seed)
+        self.stages.to(device)
+        self.zero = zero.build(config, self.stages)
         self._spans: deque[tuple[Any, Any]] = deque(maxlen=1000)  # begin and end of the passes of a step
         self._schedule = get_forward_backward_func()
         self._uploads = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def _build_chunks(self) -> list[Stage]:
-        """This rank's runs of layers: one, or several when stages are interleaved."""
+    def _build_stages(self) -> list[Stage]:
+        """This rank's pipeline stage; with interleaving, its virtual stages."""
         model, parallel = self.config.model, self.config.parallel
-        edges = run_edges(self.config)
+        edges = stage_edges(self.config)
         rank = parallel_state.get_pipeline_model_parallel_rank()
-        chunks = []
-        for chunk in range(parallel.chunks):
-            run = chunk * parallel.pipeline + rank
+        stages = []
+        for virtual in range(parallel.chunks):
+            number = virtual * parallel.pipeline + rank
             stage = Stage(
                 model,
                 self._parallel,
-                edges[run],
-                edges[run + 1],
+                edges[number],
+                edges[number + 1],
                 parallel.recompute,
                 head_batch=self.config.train.head_batch,
             )
-            stage.vp_stage = chunk if parallel.chunks > 1 else None  # read by Megatron's schedules
+            stage.vp_stage = virtual if parallel.chunks > 1 else None  # read by Megatron's schedules
             if stage.is_last and not stage.is_first and model.tied_head:
                 stage.embedding.weight.pipeline_copy = True
-            chunks.append(stage)
-        return chunks
+            stages.append(stage)
+        return stages
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters under their global names."""
-        for chunk in self.chunks:
-            yield from chunk.named_parameters()
+        for stage in self.stages:
+            yield from stage.named_parameters()
 
     @property
     def data_rank(self) -> int:
@@ -172,7 +172,7 @@ class Engine:
         rank's contribution to ``Step.flags``.
         """
         self.zero.set_learning_rate(learning_rate)
-        self.chunks.train()
+        self.stages.train()
         with self.zero.accumulate():
             started = self._now()
             # The schedule divides the loss in place, so the logged loss is a copy.
@@ -200,7 +200,7 @@ class Engine:
 
     def evaluate(self, micro_batches: Sequence[Rows]) -> tuple[float, int]:
         """Sum of the NLL in nats and number of tokens over the micro-batches of all data-parallel ranks."""
-        self.chunks.eval()
+        self.stages.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         if micro_batches:
             # Stages exchange full micro-batches, interleaved stages a multiple of their number; padding is not counted.
@@ -258,8 +258,8 @@ class Engine:
 
         return self._schedule(
             forward_step_func=forward_step,
-            data_iterator=[iter(micro_batches) for _ in self.chunks],
-            model=list(self.chunks),
+            data_iterator=[iter(micro_batches) for _ in self.stages],
+            model=list(self.stages),
             num_microbatches=len(micro_batches),
             seq_length=self.config.model.length,
             micro_batch_size=self.config.train.micro_batch * self.config.model.streams,  # of what stages exchange
@@ -271,13 +271,13 @@ class Engine:
         if self.config.parallel.tensor == 1:
             return
         group = parallel_state.get_tensor_model_parallel_group()
-        for param in filter(is_partial, self.chunks.parameters()):
+        for param in filter(is_partial, self.stages.parameters()):
             dist.all_reduce(self.zero.gradient(param), group=group)
 
     def _sum_tied_gradients(self) -> None:
         """The embedding and the head are one weight on two stages: both copies get the gradient of both uses."""
         if self.config.parallel.pipeline == 1 or not self.config.model.tied_head:
             return
-        for chunk in self.chunks:
-            if chunk.is_first or chunk.is_last:
-                dist.all_reduce(self.zero.gradient(chunk.embedding.weight), group=parallel_state.get_embedding_group())
+        for stage in self.stages:
+            if stage.is_first or stage.is_last:
+                dist.all_reduce(self.zero.gradient(stage.embedding.weight), group=parallel_state.get_embedding_group())

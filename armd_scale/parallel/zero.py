@@ -48,11 +48,11 @@ BUCKET = 40_000_000
 """Largest number of gradients that DeepSpeed collects into one reduction."""
 
 
-def build(config: RunConfig, chunks: nn.ModuleList) -> "ZeroStage":
+def build(config: RunConfig, modules: nn.ModuleList) -> "ZeroStage":
     """The ZeRO stage of a run, for this rank's initialised modules on their device. Collective."""
     first = Zero1BFloat16 if config.train.dtype == "bfloat16" else Zero1
     kinds: dict[int, type[ZeroStage]] = {0: Zero0, 1: first, 2: Zero2, 3: Zero3}
-    return kinds[config.parallel.zero](config, chunks)
+    return kinds[config.parallel.zero](config, modules)
 
 
 def local_shape(param: Tensor) -> tuple[int, ...]:
@@ -76,21 +76,21 @@ class ZeroStage(ABC):
     deepspeed_clips: ClassVar[bool] = False
     """Whether DeepSpeed's step computes the global gradient norm and clips, instead of ``squares`` and ``update``."""
 
-    def __init__(self, config: RunConfig, chunks: nn.ModuleList) -> None:
-        self._chunks = chunks
+    def __init__(self, config: RunConfig, modules: nn.ModuleList) -> None:
+        self._modules = modules
         self._clip = config.optimizer.clip
-        self._device = next(chunks.parameters()).device
+        self._device = next(modules.parameters()).device
         # The optimiser that DeepSpeed steps on its float32 tensors.
-        self._optimizer = optimizers.build(chunks, config.optimizer)
+        self._optimizer = optimizers.build(modules, config.optimizer)
         deepspeed.ops.__compatible_ops__ = {}  # DeepSpeed would probe a compiler for its operations at every start
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # DeepSpeed would log a line in every step
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         # The wrapper is DeepSpeed's ZeRO optimiser around ours; ZeRO-0 has none.
         self._engine, self._wrapper, _, _ = deepspeed.initialize(
-            model=chunks,
+            model=modules,
             optimizer=self._optimizer,
             mpu=MegatronTopology(count_by_tensor_rank=self.deepspeed_clips),
-            config=self._settings(config, sum(param.numel() for param in chunks.parameters())),
+            config=self._settings(config, sum(param.numel() for param in modules.parameters())),
         )
         self._engine.enable_backward_allreduce = False  # ``accumulate`` reduces
 
@@ -229,10 +229,10 @@ class Zero0(ZeroStage):
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
         yield
-        _average(map(self.gradient, self._chunks.parameters()))
+        _average(map(self.gradient, self._modules.parameters()))
 
     def squares(self) -> Tensor:
-        pairs = ((self.gradient(param), param) for param in self._chunks.parameters())
+        pairs = ((self.gradient(param), param) for param in self._modules.parameters())
         return _squares(pairs, self._device) / parallel_state.get_data_parallel_world_size()
 
     def read_state(self, param: nn.Parameter, name: str) -> Tensor:
@@ -282,8 +282,8 @@ class Zero1BFloat16(Zero1):
 
     compute_grad_norm = True  # BF16_Optimizer refuses False; ``_step`` does not compute the norm
 
-    def __init__(self, config: RunConfig, chunks: nn.ModuleList) -> None:
-        super().__init__(config, chunks)
+    def __init__(self, config: RunConfig, modules: nn.ModuleList) -> None:
+        super().__init__(config, modules)
         assert isinstance(self._wrapper, BF16_Optimizer)
         groups = zip(self._wrapper.bf16_groups, self._wrapper.fp32_groups_gradients, strict=True)
         self._sums: dict[nn.Parameter, Tensor] = {
@@ -318,7 +318,7 @@ class Zero1BFloat16(Zero1):
         return self._sums[param]
 
     def squares(self) -> Tensor:
-        pairs = ((self.gradient(param), param) for param in self._chunks.parameters())
+        pairs = ((self.gradient(param), param) for param in self._modules.parameters())
         return _squares(pairs, self._device) / parallel_state.get_data_parallel_world_size()
 
     def _step(self) -> None:
@@ -354,12 +354,12 @@ class Zero3(ZeroStage):
     managed = True
     deepspeed_clips = True
 
-    def __init__(self, config: RunConfig, chunks: nn.ModuleList) -> None:
+    def __init__(self, config: RunConfig, modules: nn.ModuleList) -> None:
         if config.model.tied_head:
             # The head uses the weight of the embedding outside of the embedding's forward.
-            for chunk in chunks:
-                deepspeed.zero.register_external_parameter(chunk, chunk.embedding.weight)
-        super().__init__(config, chunks)
+            for module in modules:
+                deepspeed.zero.register_external_parameter(module, module.embedding.weight)
+        super().__init__(config, modules)
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:

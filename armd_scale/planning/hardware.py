@@ -43,7 +43,7 @@ MEMORY = 0.80
 COMMUNICATION = 0.75
 """Share of a link's rate that collectives reach."""
 LAUNCH = 3e-6
-"""Shortest time of a kernel in seconds, launched from a queue that never runs dry."""
+"""Minimum time of a kernel in seconds if the launch queue is never empty."""
 RESERVED = 4e9
 """Bytes of a GPU that the CUDA context, NCCL's buffers and fragmentation take."""
 

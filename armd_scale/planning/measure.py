@@ -1,10 +1,10 @@
-"""One micro-batch through a run of layers, with real shapes and no memory: torch's fake tensors on a fake group.
+"""Measures a micro-batch in a pipeline stage with real shapes and no memory: torch's fake tensors on a fake group.
 
-The real ``Stage`` runs forward and backward as one rank of up to thousands; nothing is computed and nothing is sent.
+The real ``Stage`` runs forward and backward as one of up to thousands of ranks. Nothing is computed or sent.
 Every operation that PyTorch dispatches is seen, with its tensors: what stays alive, the largest amount alive at once,
 floating-point operations, bytes moved, and what is sent over the tensor-parallel group.
 
-All layers of a kind cost the same, so a run is measured with at most two of each kind, and the rest is extrapolated.
+Layers of the same kind cost the same: a stage is measured with at most two layers of each kind and extrapolated.
 """
 
 import contextlib
@@ -70,8 +70,8 @@ def add_up(passes: list[Pass]) -> Pass:
 
 
 @dataclass
-class Chunk:
-    """A run of layers on one rank."""
+class StageCost:
+    """Costs of a (virtual) pipeline stage on one rank."""
 
     matrices: float = 0.0
     """Weights with two dimensions or more, before ZeRO cuts them."""
@@ -94,18 +94,18 @@ class Chunk:
 
 
 class Meter:
-    """Measures runs of layers for one kind of GPU, each shape once."""
+    """Measures stages for one kind of GPU; stages of the same shape are measured once."""
 
     def __init__(self, gpu: GPU) -> None:
         self.gpu = gpu
-        self._known: dict[str, Chunk] = {}
+        self._known: dict[str, StageCost] = {}
 
-    def chunks(self, config: RunConfig, edges: list[int]) -> list[Chunk]:
-        """The runs of layers between neighbouring ``edges``, for a configuration with a known vocabulary."""
+    def stages(self, config: RunConfig, edges: list[int]) -> list[StageCost]:
+        """Costs of the stages between consecutive ``edges``, for a configuration with a known vocabulary."""
         with fake_ranks(config):
-            return [self._chunk(config, first, last) for first, last in itertools.pairwise(edges)]
+            return [self._stage_cost(config, first, last) for first, last in itertools.pairwise(edges)]
 
-    def _chunk(self, config: RunConfig, first: int, last: int) -> Chunk:
+    def _stage_cost(self, config: RunConfig, first: int, last: int) -> StageCost:
         kinds = [streams_of(config.model, index) for index in range(first, last)]
         counts = [min(2, kinds.count(kind)) for kind in _KINDS]
         ends = first == 0, last == config.model.layers
@@ -118,8 +118,10 @@ class Meter:
                 total = _add(total, base, self._shrunk(config, fewer, *ends), more)
         return total
 
-    def _shrunk(self, config: RunConfig, counts: list[int], has_first: bool, has_last: bool) -> Chunk:
-        """A run with so many layers of each kind, inside a model that has a layer before and after where it has one."""
+    def _shrunk(self, config: RunConfig, counts: list[int], has_first: bool, has_last: bool) -> StageCost:
+        """Cost of a stage with ``counts`` layers of each kind, in a model with a layer before or after it if it is not the
+        first or last stage.
+        """
         both, turning, single = counts
         before, after = int(not has_first), int(not has_last)
         if both + turning == 0:
@@ -136,7 +138,7 @@ class Meter:
         known = repr((shape, layout, train, has_first, has_last))
         if known not in self._known:
             small = config.model_copy(update={"model": shape})
-            self._known[known] = run(small, before, before + length, self.gpu)
+            self._known[known] = measure_stage(small, before, before + length, self.gpu)
         return self._known[known]
 
 
@@ -144,7 +146,7 @@ _KINDS = ((2, 2), (2, 1), (1, 1))
 """Streams into and out of a layer."""
 
 
-def _add(total: Chunk, base: Chunk, fewer: Chunk, times: int) -> Chunk:
+def _add(total: StageCost, base: StageCost, fewer: StageCost, times: int) -> StageCost:
     """``total`` and ``times`` the difference of ``base`` to ``fewer``; what there is once stays as it is."""
 
     def add(a: Any, b: Any, c: Any) -> Any:
@@ -160,8 +162,8 @@ def _add(total: Chunk, base: Chunk, fewer: Chunk, times: int) -> Chunk:
     return add(total, base, fewer)
 
 
-def run(config: RunConfig, first: int, last: int, gpu: GPU) -> Chunk:
-    """Layers ``first`` to ``last`` (exclusive) as they are, inside ``fake_ranks``."""
+def measure_stage(config: RunConfig, first: int, last: int, gpu: GPU) -> StageCost:
+    """Cost of layers ``first`` to ``last`` (exclusive), measured directly inside ``fake_ranks``."""
     dtype = getattr(torch, config.train.dtype)
     length, batch, model = config.model.length, config.train.micro_batch, config.model
     watch = _Watch(gpu, low=dtype is torch.bfloat16)
@@ -212,7 +214,7 @@ def run(config: RunConfig, first: int, last: int, gpu: GPU) -> Chunk:
             )
     finally:
         _forget_tensors()
-    return Chunk(matrices, sum(sizes) - matrices, whole, max(sizes), gathered.nbytes, kept, forward, backward)
+    return StageCost(matrices, sum(sizes) - matrices, whole, max(sizes), gathered.nbytes, kept, forward, backward)
 
 
 def _forget_tensors() -> None:

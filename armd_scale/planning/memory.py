@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from armd_scale.config import RunConfig
 from armd_scale.parallel.zero import BUCKET
-from armd_scale.planning.measure import Chunk
+from armd_scale.planning.measure import StageCost
 from armd_scale.planning.schedule import operations
 
 _GATHERED = 1_000_000_000
@@ -32,18 +32,18 @@ class Memory:
         return sum(asdict(self).values())
 
 
-def rank_memory(config: RunConfig, rank: int, chunks: list[Chunk]) -> Memory:
+def rank_memory(config: RunConfig, rank: int, stages: list[StageCost]) -> Memory:
     """The largest moment of a pipeline rank: in the passes, in the reduction, or in the update."""
     zero, ranks = config.parallel.zero, config.data_parallel
     low = config.train.dtype == "bfloat16"
-    states = sum(chunk.parameters for chunk in chunks)
-    largest = max(chunk.largest for chunk in chunks)
+    states = sum(stage.parameters for stage in stages)
+    largest = max(stage.largest for stage in stages)
     width = 2 if low else 4
     shard = states / (ranks if zero else 1)
     kinds = (2 if zero == 0 else 3) + (config.optimizer.ema > 0)
     optimizer = 4 * kinds * shard
     bucket = min(BUCKET, states)
-    shared = max(chunk.shared for chunk in chunks)
+    shared = max(stage.shared for stage in stages)
     weights, resident, gathered = width * states, 0.0, 0.0
     if zero == 3:
         weights = width * shard
@@ -61,7 +61,7 @@ def rank_memory(config: RunConfig, rank: int, chunks: list[Chunk]) -> Memory:
     filling = 4 * bucket if zero == 1 and not low else 0  # the bucket is there from the first gradient on
     # What the optimiser reads beside its states: gradients of its part, flattened.
     update = {0: grads, 1: 0 if low else 8 * shard, 2: (4 if low else 8) * shard, 3: 4 * shard}[zero]
-    activations = _in_flight(config, rank, chunks)
+    activations = _in_flight(config, rank, stages)
     moments = [
         # With ZeRO-3 the gradients of a layer come when its gathered weights go.
         Memory(weights + gathered, resident + (0 if zero == 3 else grads), optimizer, activations, shared + filling),
@@ -71,16 +71,16 @@ def rank_memory(config: RunConfig, rank: int, chunks: list[Chunk]) -> Memory:
     return max(moments, key=lambda memory: memory.total)
 
 
-def _in_flight(config: RunConfig, rank: int, chunks: list[Chunk]) -> float:
+def _in_flight(config: RunConfig, rank: int, stages: list[StageCost]) -> float:
     """Most bytes that the micro-batches in flight on a rank keep, with the largest working set of a pass."""
     parallel = config.parallel
     alive = most = 0.0
     for operation in operations(rank, parallel.pipeline, parallel.chunks, config.micro_batches):
-        chunk = chunks[operation.chunk]
+        stage = stages[operation.chunk]
         if operation.backward:
-            alive -= chunk.kept
-            most = max(most, alive + chunk.backward.peak)
+            alive -= stage.kept
+            most = max(most, alive + stage.backward.peak)
         else:
-            most = max(most, alive + chunk.forward.peak)
-            alive += chunk.kept
+            most = max(most, alive + stage.forward.peak)
+            alive += stage.kept
     return most

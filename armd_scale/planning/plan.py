@@ -12,9 +12,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from armd_scale.config import RunConfig, with_vocabulary
-from armd_scale.model.flops import run_edges, training_flops_per_token
+from armd_scale.model.flops import stage_edges, training_flops_per_token
 from armd_scale.planning.hardware import COMMUNICATION, GPU, MEMORY, RESERVED
-from armd_scale.planning.measure import Chunk, Meter, Pass, add_up
+from armd_scale.planning.measure import StageCost, Meter, Pass, add_up
 from armd_scale.planning.memory import Memory, rank_memory
 from armd_scale.planning.schedule import bubble, simulate
 
@@ -30,9 +30,9 @@ class Plan:
     flops_per_token: float
     """Of matrix products and attention, forward and backward, without recomputation."""
     edges: list[int]
-    """First layer of each run of layers, and the number of layers."""
+    """First layer of each (virtual) stage, and the number of layers."""
     costs: list[float]
-    """Share of each run in the time of a micro-batch."""
+    """Share of each stage in the time of a micro-batch."""
     memory: list[Memory]
     """Of each pipeline rank."""
     bubble: float
@@ -68,7 +68,7 @@ class Plan:
 
 
 class Planner:
-    """Plans layouts of one model; remembers what runs of layers cost."""
+    """Plans layouts of a model; caches the costs of stages."""
 
     def __init__(self, gpu: GPU) -> None:
         self.gpu = gpu
@@ -77,11 +77,11 @@ class Planner:
     def plan(self, config: RunConfig) -> Plan:
         """The plan of a configuration with a known vocabulary."""
         parallel, model = config.parallel, config.model
-        edges = run_edges(config)
-        chunks = self._meter.chunks(config, edges)
-        times = [(self._pass(config, chunk.forward), self._pass(config, chunk.backward)) for chunk in chunks]
-        ranks = [chunks[rank :: parallel.pipeline] for rank in range(parallel.pipeline)]
-        states = max(sum(chunk.parameters for chunk in rank) for rank in ranks)
+        edges = stage_edges(config)
+        stages = self._meter.stages(config, edges)
+        times = [(self._pass(config, stage.forward), self._pass(config, stage.backward)) for stage in stages]
+        ranks = [stages[rank :: parallel.pipeline] for rank in range(parallel.pipeline)]
+        states = max(sum(stage.parameters for stage in rank) for rank in ranks)
         stage = parallel.tensor * config.data_parallel
         transfers = [self._link(config, sent, parallel.pipeline, stage) for sent in _boundaries(config, edges)]
         spans = simulate(parallel.pipeline, parallel.chunks, config.micro_batches, times, transfers)
@@ -90,15 +90,15 @@ class Planner:
         reduction = self._link(config, traffic["data parallel"], config.data_parallel, parallel.tensor)
         reduction += self._link(config, traffic["tied embedding"], 2, stage)
         share = states / (config.data_parallel if parallel.zero else 1)
-        sums = [add_up([one for chunk in rank for one in (chunk.forward, chunk.backward)]) for rank in ranks]
+        sums = [add_up([one for stage in rank for one in (stage.forward, stage.backward)]) for rank in ranks]
         return Plan(
             config=config,
             gpu=self.gpu,
-            parameters=sum(chunk.whole for chunk in chunks),
+            parameters=sum(stage.whole for stage in stages),
             flops_per_token=training_flops_per_token(model),
             edges=edges,
             costs=[sum(pair) / sum(map(sum, times)) for pair in times],
-            memory=[rank_memory(config, rank, chunks) for rank, chunks in enumerate(ranks)],
+            memory=[rank_memory(config, rank, stages) for rank, stages in enumerate(ranks)],
             bubble=bubble(spans),
             traffic=traffic,
             work=max(sums, key=lambda work: work.seconds),
@@ -149,7 +149,7 @@ def with_recompute(config: RunConfig, recompute: str) -> RunConfig:
 
 
 def _boundaries(config: RunConfig, edges: list[int]) -> list[float]:
-    """Bytes of a micro-batch between each run of layers and the next, in either direction."""
+    """Bytes of a micro-batch between consecutive stages, in either direction."""
     parallel, model = config.parallel, config.model
     rows = model.length / (parallel.tensor if parallel.sequence else 1)
     stream = rows * config.train.micro_batch * model.hidden * _width(config)
@@ -161,23 +161,23 @@ def _width(config: RunConfig) -> int:
     return 4 if config.train.dtype == "float32" else 2
 
 
-def _traffic(config: RunConfig, ranks: list[list[Chunk]], edges: list[int]) -> dict[str, float]:
+def _traffic(config: RunConfig, ranks: list[list[StageCost]], edges: list[int]) -> dict[str, float]:
     """Bytes that the busiest rank sends in a step, by group."""
     parallel, size, model = config.parallel, config.data_parallel, config.model
-    weights = max(sum(chunk.parameters for chunk in rank) for rank in ranks)
+    weights = max(sum(stage.parameters for stage in rank) for rank in ranks)
     # Over a ring each of the n ranks sends (n - 1) / n of the data once to reduce and once to gather it. DeepSpeed
     # reduces whole gradients with ZeRO-2 as well; with ZeRO-3 each rank gets its part alone.
     reduced = 4 * weights * (1 if parallel.zero == 3 else 2)
     gathered = _width(config) * weights * (0, 1, 1, 2 * config.micro_batches)[parallel.zero]
     between = [0.0, *_boundaries(config, edges), 0.0]
     hops = [
-        sum(between[run] + between[run + 1] for run in range(rank, len(edges) - 1, parallel.pipeline))
+        sum(between[stage] + between[stage + 1] for stage in range(rank, len(edges) - 1, parallel.pipeline))
         for rank in range(parallel.pipeline)
     ]
     tied = model.tied_head and parallel.pipeline > 1
     return {
         "tensor parallel": config.micro_batches
-        * max(sum(chunk.forward.sent + chunk.backward.sent for chunk in rank) for rank in ranks),
+        * max(sum(stage.forward.sent + stage.backward.sent for stage in rank) for rank in ranks),
         "pipeline": config.micro_batches * max(hops),
         "data parallel": (reduced + gathered) * (size - 1) / size,
         "tied embedding": 4 * model.padded_vocab * model.hidden / parallel.tensor if tied else 0.0,

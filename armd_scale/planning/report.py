@@ -47,8 +47,8 @@ def table(plan: Plan, recomputed: dict[str, Plan], assumed_vocabulary: bool) -> 
         "",
         "  stage  layers   share of the passes",
     ]
-    for run, (first, last) in enumerate(zip(plan.edges, plan.edges[1:], strict=False)):
-        lines.append(f"  {run % config.parallel.pipeline:>5}  {f'{first}-{last - 1}':<7}  {plan.costs[run]:7.1%}")
+    for stage, (first, last) in enumerate(zip(plan.edges, plan.edges[1:], strict=False)):
+        lines.append(f"  {stage % config.parallel.pipeline:>5}  {f'{first}-{last - 1}':<7}  {plan.costs[stage]:7.1%}")
     kinds = ("weights", "gradients", "optimizer", "activations", "buffers")
     lines += [
         "",

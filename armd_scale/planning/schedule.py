@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Operation(NamedTuple):
-    """A forward or backward pass of one micro-batch through one run of layers of a rank."""
+    """A forward or backward pass of one micro-batch through one virtual stage of a rank."""
 
     backward: bool
     chunk: int
@@ -53,9 +53,9 @@ def simulate(
     durations: Sequence[tuple[float, float]],
     transfers: Sequence[float] | None = None,
 ) -> list[list[Span]]:
-    """Spans of every rank. ``durations``: (forward, backward) of each run of layers, run chunk * pipeline + rank;
-    ``transfers``: time to send the output of each run of layers but the last to the next one, or a gradient back."""
-    runs = pipeline * chunks
+    """Spans of every rank. ``durations``: (forward, backward) of virtual stage chunk * pipeline + rank; ``transfers``:
+    time to send the output of each virtual stage but the last to the next, or a gradient back."""
+    stages = pipeline * chunks
     waiting = [deque(operations(rank, pipeline, chunks, micro_batches)) for rank in range(pipeline)]
     spans: list[list[Span]] = [[] for _ in range(pipeline)]
     done: dict[tuple[bool, int, int], float] = {}
@@ -64,18 +64,18 @@ def simulate(
         for rank, queue in enumerate(waiting):
             while queue:
                 op = queue[0]
-                run = op.chunk * pipeline + rank
-                before = run + 1 if op.backward else run - 1
+                stage = op.chunk * pipeline + rank
+                before = stage + 1 if op.backward else stage - 1
                 ready = 0.0
-                if 0 <= before < runs:
+                if 0 <= before < stages:
                     ended = done.get((op.backward, before, op.micro_batch))
                     if ended is None:
                         break
-                    ready = ended + (transfers[min(run, before)] if transfers else 0.0)
+                    ready = ended + (transfers[min(stage, before)] if transfers else 0.0)
                 start = max(ready, spans[rank][-1].stop if spans[rank] else 0.0)
-                stop = start + durations[run][op.backward]
+                stop = start + durations[stage][op.backward]
                 spans[rank].append(Span(op, start, stop))
-                done[op.backward, run, op.micro_batch] = stop
+                done[op.backward, stage, op.micro_batch] = stop
                 queue.popleft()
                 progress = True
         assert progress, "a schedule that waits for itself"

@@ -23,7 +23,7 @@ from armd_scale.config import RunConfig, identity, with_vocabulary
 from armd_scale.data.shards import PackedDataset
 from armd_scale.errors import UserError
 from armd_scale.logs import TRAIN as log
-from armd_scale.model.flops import peak_flops, run_costs, run_edges, training_flops_per_token
+from armd_scale.model.flops import peak_flops, stage_costs, stage_edges, training_flops_per_token
 from armd_scale.objectives import interface as objectives
 from armd_scale.parallel import groups
 from armd_scale.parallel.engine import Engine, Pending
@@ -326,9 +326,9 @@ def _layout(config: RunConfig) -> str:
     text += f" (ZeRO-{parallel.zero})"
     if parallel.pipeline == 1:
         return text
-    runs = zip(itertools.pairwise(run_edges(config)), run_costs(config), strict=True)
+    stages = zip(itertools.pairwise(stage_edges(config)), stage_costs(config), strict=True)
     parts = [
-        f"stage {run % parallel.pipeline}: layers {first}-{last - 1} ({cost:.0%})"
-        for run, ((first, last), cost) in enumerate(runs)
+        f"stage {stage % parallel.pipeline}: layers {first}-{last - 1} ({cost:.0%})"
+        for stage, ((first, last), cost) in enumerate(stages)
     ]
     return f"{text}; cut{' by FLOPs' if parallel.cut is None else ''}: {', '.join(parts)}"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from armd_scale import orders
 from armd_scale.config import ModelConfig, ParallelConfig
 from armd_scale.model.flops import (
-    cut_by_cost,
+    balanced_cuts,
     embedding_macs,
     head_macs,
     layer_macs,
@@ -212,7 +212,7 @@ def test_the_cut_is_the_cheapest(layers, two_stream, runs, vocab):
     def worst(starts):
         return max(sum(cost[a:b]) for a, b in itertools.pairwise([0, *starts, layers]))
 
-    got = cut_by_cost(c, runs)
+    got = balanced_cuts(c, runs)
     assert len(got) == runs - 1
     assert worst(got) == pytest.approx(min(worst(s) for s in itertools.combinations(range(1, layers), runs - 1)))
 

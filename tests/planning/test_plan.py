@@ -37,9 +37,9 @@ def test_a_run_of_layers_is_extrapolated(first, last, recompute):
     """Two layers of a kind tell what nine cost; but the moment of the peak can lie elsewhere in a longer run."""
     model = MODERN.model_copy(update={"layers": 9, "two_stream_layers": 4})
     config = on_gpus(model, tensor=2, sequence=True, recompute=recompute)
-    [short] = measure.Meter(H100).chunks(config, [first, last])
+    [short] = measure.Meter(H100).stages(config, [first, last])
     with measure.fake_ranks(config):
-        whole = measure.run(config, first, last, H100)
+        whole = measure.measure_stage(config, first, last, H100)
     for one, two in ((short, whole), (short.forward, whole.forward), (short.backward, whole.backward)):
         for name, value in vars(one).items():
             if isinstance(value, int | float):
@@ -56,8 +56,8 @@ def test_dispatched_flops_are_those_of_the_formula(model, tensor):
     """MFU's formula counts what PyTorch is really asked to multiply."""
     model = model.model_copy(update={"hidden": 256, "ffn": None, "length": 256, "vocab_size": 3000})
     config = on_gpus(model, tensor=tensor)
-    [chunk] = measure.Meter(H100).chunks(config, [0, model.layers])
-    counted = tensor * (chunk.forward.flops + chunk.backward.flops) / model.length
+    [stage] = measure.Meter(H100).stages(config, [0, model.layers])
+    counted = tensor * (stage.forward.flops + stage.backward.flops) / model.length
     assert counted == pytest.approx(training_flops_per_token(config.model), rel=0.03)
 
 

@@ -80,7 +80,7 @@ def _train_on_poison(rank, processes, rendezvous, config, bad, kind):
         hit = any(np.sort(text).tobytes() in known for rows in micro_batches for text in rows.target_tokens.numpy())
         if hit and not forward_only:
             if kind == "gradient":
-                self.zero.gradient(next(self.chunks.parameters())).view(-1)[0] = torch.inf
+                self.zero.gradient(next(self.stages.parameters())).view(-1)[0] = torch.inf
             else:
                 results[0] = results[0] + (torch.inf if kind == "loss" else 50.0)
         return results
