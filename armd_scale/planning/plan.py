@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from armd_scale.config import RunConfig, with_vocabulary
 from armd_scale.model.flops import stage_edges, training_flops_per_token
 from armd_scale.planning.hardware import COMMUNICATION, GPU, MEMORY, RESERVED
-from armd_scale.planning.measure import StageCost, Meter, Pass, add_up
+from armd_scale.planning.measure import Meter, Pass, StageCost, add_up
 from armd_scale.planning.memory import Memory, rank_memory
 from armd_scale.planning.schedule import bubble, simulate
 
