@@ -119,8 +119,8 @@ class Meter:
         return total
 
     def _shrunk(self, config: RunConfig, counts: list[int], has_first: bool, has_last: bool) -> StageCost:
-        """Cost of a stage with ``counts`` layers of each kind, in a model with one more layer before it (unless it is the
-        first stage) and behind it (unless it is the last).
+        """Cost of a stage with ``counts`` layers of each kind, in a model with one more layer before it (unless it is
+        the first stage) and behind it (unless it is the last).
         """
         both, turning, single = counts
         before, after = int(not has_first), int(not has_last)
