@@ -11,8 +11,9 @@ from armd_scale.files import write_atomically
 PAGE = "performance.md"
 HEAD = """# Performance on a GPU
 
-`armd bench gpu --report docs/results` writes this page from the results files in `docs/results/gpu/`, one per GPU and
-date. [cpu.md](cpu.md#targets-for-one-h100) has the targets, and what `armd plan` predicts.
+`armd bench gpu --report docs/results` writes this page from the results files in `docs/results/gpu/`,
+one per GPU and date. [cpu.md](cpu.md#targets-for-one-h100) has the targets, and what `armd plan`
+predicts.
 
 ```sh
 armd bench gpu --seconds 540 --json docs/results/gpu/h100-DATE.json --trace traces
@@ -20,9 +21,9 @@ armd bench gpu --list --seconds 540
 armd bench gpu --report docs/results
 ```
 
-Each measurement runs in its own process with a time limit. The results file is rewritten after every figure, so a run
-that is stopped keeps its figures. Measurements that do not fit the time budget are skipped and named. `--device cpu
---quick` runs the measurements at toy sizes without a GPU.
+Each measurement runs in its own process with a time limit. The results file is rewritten after every
+figure, so a run that is stopped keeps its figures. Measurements that do not fit the time budget are
+skipped and named. `--device cpu --quick` runs the measurements at toy sizes without a GPU.
 
 To add a measurement, write a generator of `Figure` objects in `armd_scale/benchmarks/gpu_speed.py` or
 `gpu_correctness.py`, and register it:
@@ -34,8 +35,9 @@ def long_prefill(context: Context) -> Iterator[Figure]:
     yield Figure("prefill, 32,768 tokens", seconds, "s", limit=2.0)
 ```
 
-On a machine with PyTorch, transformers and numpy but no network, `python tools/gpu.py --wheels DIR` installs the other
-packages first and takes the same options. The wheels must be made for the Python version of that machine, here 3.12:
+On a machine with PyTorch, transformers and numpy but no network, `python tools/gpu.py --wheels DIR`
+installs the other packages first and takes the same options. The wheels must be made for the Python
+version of that machine, here 3.12:
 
 ```sh
 pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp --platform manylinux_2_28_x86_64 \\
