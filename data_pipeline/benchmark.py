@@ -1,4 +1,4 @@
-"""Speed of preparing and streaming data on a core, compared with Hugging Face datasets, Megatron and WebDataset."""
+"""Speed of preparing and streaming data on one core, compared with datasets, Megatron-Core and WebDataset."""
 
 import importlib.metadata
 import json
@@ -9,23 +9,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from armd_scale.benchmarks.process import one, resident
+from armd_scale.benchmarks.process import resident, run_in_process
 
 LENGTH = 1024
 """Number of tokens of a sample."""
-
 
 SHARDS = 10_000
 """Number of shards in the start-up measurement."""
 
 
 def measure(text: list[str], vocab: int, tokenizer: str | None) -> dict[str, Any]:
+    """Print all comparisons on ``text`` and return them; ``tokenizer``: a Hugging Face tokenizer to measure too."""
     from armd_scale.data import readers
     from armd_scale.data import tokenizer as tokenizers
     from data_pipeline.prepare import paragraphs
 
     facts: dict[str, Any] = {"versions": _versions(), "cpu": platform.processor() or platform.machine()}
-    print("one core each; " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
+    print("one core per measurement; " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
     with tempfile.TemporaryDirectory() as folder:
         jsonl, size = Path(folder) / "text.jsonl", 0
         with jsonl.open("w", encoding="utf-8") as file:
@@ -41,25 +41,25 @@ def measure(text: list[str], vocab: int, tokenizer: str | None) -> dict[str, Any
             rows = {}
             for work in ("armd_scale", "datasets_map", "megatron"):
                 out = f"{folder}/{work}-{Path(path).name}"
-                seconds, tokens = one(
+                seconds, tokens = run_in_process(
                     f"data_pipeline.benchmark.prepare_{work}", text=str(jsonl), tokenizer=path, out=out
                 )
                 rows[work] = {"seconds": seconds, "megabytes_per_second": size / seconds / 1e6, "tokens": tokens}
             _table(rows, "megabytes_per_second", "MB/s")
             facts[f"prepare {name}"] = rows
         prepared = f"{folder}/armd_scale-sentencepiece"
-        print("\nstreaming the packed samples once")
+        print("\nstreaming one epoch of packed samples")
         rows = {}
         for work in ("armd_scale", "webdataset"):
-            seconds, tokens = one(f"{__name__}.stream_{work}", folder=prepared)
+            seconds, tokens = run_in_process(f"{__name__}.stream_{work}", folder=prepared)
             rows[work] = {"seconds": seconds, "megatokens_per_second": tokens / seconds / 1e6}
         _table(rows, "megatokens_per_second", "M tokens/s")
         facts["stream"] = rows
-        start, resume, before, after = one(f"{__name__}.start_up", folder=f"{folder}/many")
+        start, resume, before, after = run_in_process(f"{__name__}.start_up", folder=f"{folder}/many")
         facts["start-up"] = {"open": start, "resume": resume, "rss_before": before, "rss_after": after}
         print(
-            f"\n{SHARDS:,} shards: first batch after {start:.2f} s, of step 1,000,000 after a restart {resume:.2f} s; "
-            f"memory {before / 1e6:.0f} MB, after 20,000 samples {after / 1e6:.0f} MB"
+            f"\n{SHARDS:,} shards: first batch after {start:.2f} s, resume at step 1,000,000 in {resume:.2f} s; "
+            f"memory {before / 1e6:.0f} MB, {after / 1e6:.0f} MB after 20,000 samples"
         )
     return facts
 
@@ -77,6 +77,7 @@ def _table(rows: dict[str, dict[str, float]], key: str, unit: str) -> None:
 
 
 def prepare_armd_scale(text: str, tokenizer: str, out: str) -> tuple[float, int]:
+    """Seconds and tokens of ``data_pipeline.prepare``."""
     from armd_scale.config import RunConfig
     from data_pipeline.prepare import prepare
 
@@ -88,14 +89,14 @@ def prepare_armd_scale(text: str, tokenizer: str, out: str) -> tuple[float, int]
 
 
 def prepare_datasets_map(text: str, tokenizer: str, out: str) -> tuple[float, int]:
-    """Hugging Face datasets: tokenise in batches, concatenate and split, as in its language modelling examples."""
+    """Hugging Face datasets: tokenise in batches, then concatenate and chunk, as in its language modelling examples."""
     import datasets
 
     from armd_scale.data import tokenizer as tokenizers
 
     datasets.disable_progress_bars()
     loaded = tokenizers.load(tokenizer)
-    encode = _usual_encoder(loaded)
+    encode = _library_encoder(loaded)
 
     def tokenise(batch: dict[str, list[str]]) -> dict[str, Any]:
         return {"input_ids": [[*ids, loaded.eos_id] for ids in encode(batch["text"])]}
@@ -114,7 +115,7 @@ def prepare_datasets_map(text: str, tokenizer: str, out: str) -> tuple[float, in
 
 
 def prepare_megatron(text: str, tokenizer: str, out: str) -> tuple[float, int]:
-    """Megatron: tokenise line by line into an indexed dataset, which is packed when it is read."""
+    """Megatron-Core: tokenise line by line into an indexed dataset, which is packed at training time."""
     import numpy as np
     import torch
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -122,7 +123,7 @@ def prepare_megatron(text: str, tokenizer: str, out: str) -> tuple[float, int]:
     from armd_scale.data import tokenizer as tokenizers
 
     loaded = tokenizers.load(tokenizer)
-    encode, count = _usual_encoder(loaded), 0
+    encode, count = _library_encoder(loaded), 0
     started = time.perf_counter()
     builder = IndexedDatasetBuilder(f"{out}.bin", dtype=DType.optimal_dtype(loaded.vocab_size))
     for line in _lines(text):
@@ -138,8 +139,8 @@ def _lines(path: str) -> Iterator[str]:
         yield from file
 
 
-def _usual_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
-    """The usual call of the library of a tokenizer."""
+def _library_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
+    """The encode call of the tokenizer's own library."""
     if tokenizer.path.name == "tokenizer.json":
         import transformers
 
@@ -152,6 +153,7 @@ def _usual_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
 
 
 def stream_armd_scale(folder: str) -> tuple[float, int]:
+    """Seconds and tokens of one epoch of ``SampleStream``."""
     import numpy as np
 
     from armd_scale.data.shards import PackedDataset
@@ -166,6 +168,7 @@ def stream_armd_scale(folder: str) -> tuple[float, int]:
 
 
 def stream_webdataset(folder: str) -> tuple[float, int]:
+    """Seconds and tokens of one epoch of WebDataset over the same shards."""
     import webdataset
 
     from armd_scale.data.shards import PackedDataset
@@ -179,6 +182,7 @@ def stream_webdataset(folder: str) -> tuple[float, int]:
 
 
 def start_up(folder: str) -> tuple[float, float, int, int]:
+    """Seconds to the first batch and to a batch after a resume; resident bytes before and after streaming."""
     import numpy as np
 
     from armd_scale.data import shards
@@ -187,12 +191,12 @@ def start_up(folder: str) -> tuple[float, float, int, int]:
 
     Path(folder).mkdir()
     per_shard, tokens = 4, np.arange(4 * 64, dtype=np.uint16)
-    places = shards.cut(SHARDS * len(tokens), 64, per_shard)
-    template = shards.write_shard(Path(folder), places[0], tokens, 64)
-    content = (Path(folder) / places[0].name).read_bytes()
-    for place in places[1:]:
-        (Path(folder) / place.name).write_bytes(content)
-    written = [{**template, "name": place.name} for place in places]
+    layout = shards.cut(SHARDS * len(tokens), 64, per_shard)
+    template = shards.write_shard(Path(folder), layout[0], tokens, 64)
+    content = (Path(folder) / layout[0].name).read_bytes()
+    for shard in layout[1:]:
+        (Path(folder) / shard.name).write_bytes(content)
+    written = [{**template, "name": shard.name} for shard in layout]
     shards.write_index(Path(folder), written, 64, {"tokens": SHARDS * len(tokens), "vocab_size": 1000, "bytes": 1})
 
     def first_batch(step: int) -> float:

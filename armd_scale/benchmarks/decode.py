@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from armd_scale.benchmarks.process import one
+from armd_scale.benchmarks.process import run_in_process
 from armd_scale.errors import UserError
 
 
@@ -40,7 +40,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for name, way in [("transformers GPT-2", None), *ways]:
             work = "decode.transformers" if way is None else "decode.armd_scale"
             arguments: dict[str, Any] = common if way is None else {**common, "way": way}
-            row = one(work, args.threads, **arguments)
+            row = run_in_process(work, args.threads, **arguments)
             rows[name] = row
             rate, peer = row["tokens_per_second"], rows["transformers GPT-2"]["tokens_per_second"]
             first = next((r["tokens_per_second"] for n, r in rows.items() if n == ways[0][0]), None)

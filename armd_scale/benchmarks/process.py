@@ -1,4 +1,4 @@
-"""Measurements in processes of their own: ``one`` starts them, and this file is what they run."""
+"""Measurements in separate processes: ``run_in_process`` starts a process that runs this module."""
 
 import ctypes
 import importlib
@@ -13,8 +13,8 @@ from typing import Any
 from armd_scale.errors import UserError
 
 
-def one(work: str, threads: int = 1, sees_gpu: bool = True, **arguments: Any) -> Any:
-    """What the function ``work`` ("package.module.function") returns, on as many cores as it has threads."""
+def run_in_process(work: str, threads: int = 1, sees_gpu: bool = True, **arguments: Any) -> Any:
+    """Call the function ``work`` ("package.module.function") on ``threads`` cores of their own; return its result."""
     cores = sorted(os.sched_getaffinity(0))[:threads]
     environment = {**os.environ, "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": str(threads)}
     environment["TOKENIZERS_PARALLELISM"] = "false"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from armd_scale.benchmarks.process import one, resident
+from armd_scale.benchmarks.process import resident, run_in_process
 from armd_scale.errors import UserError
 
 KINDS: dict[str, dict[str, Any] | None] = {
@@ -44,7 +44,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     versions = {
         name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed", "megatron-core")
     }
-    limit = one(f"{__name__}.matrix_products", args.threads, device=args.device, dtype=args.dtype)
+    limit = run_in_process(f"{__name__}.matrix_products", args.threads, device=args.device, dtype=args.dtype)
     facts: dict[str, Any] = {"versions": versions, "cpu": platform.processor(), "limit": limit, "rows": []}
     facts |= {name: getattr(args, name) for name in ("layers", "vocab", "device", "dtype", "threads", "norm", "mlp")}
     print(
@@ -60,16 +60,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for name, kind in KINDS.items():
             if kind is None:
                 row = {
-                    **one(f"{__name__}.transformers", args.threads, steps=args.steps, **common, **size),
+                    **run_in_process(f"{__name__}.transformers", args.threads, steps=args.steps, **common, **size),
                     "planned": 0.0,
                 }
             else:
                 words = f"{name} hidden {size['hidden']} {size['batch']}x{size['length']}"
                 trace = str(args.trace / f"{re.sub('[^A-Za-z0-9]+', '-', words)}.json") if args.trace else None
                 run = {**common, **own, **size, **kind}
-                row = one(f"{__name__}.armd_scale", args.threads, steps=args.steps, trace=trace, **run)
+                row = run_in_process(f"{__name__}.armd_scale", args.threads, steps=args.steps, trace=trace, **run)
                 gpu = limit["name"]
-                row["planned"] = one(f"{__name__}.planned", sees_gpu=False, gpu=gpu, **run) if gpu else 0.0
+                row["planned"] = run_in_process(f"{__name__}.planned", sees_gpu=False, gpu=gpu, **run) if gpu else 0.0
             left_to_right = left_to_right or row["seconds"]  # AR comes first
             row |= {"kind": name, **size, "ratio": row["seconds"] / left_to_right}
             facts["rows"].append(row)
