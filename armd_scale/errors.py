@@ -1,7 +1,7 @@
-"""The one way in which a mistake of the user is reported.
+"""Reporting of bad input.
 
-- ``UserError``: input that cannot be used; its text says what is wrong and what to do.
-- ``cli``: runs a command line; a ``UserError`` becomes one line on stderr and exit code 2.
+- ``UserError``: bad input; the message says what is wrong and what to do.
+- ``cli``: runs a command line; a ``UserError`` becomes a line on stderr and exit code 2.
 """
 
 import os
@@ -11,12 +11,12 @@ from typing import NoReturn
 
 
 class UserError(ValueError):
-    """Bad input of any kind: one line, what is wrong and what to do about it."""
+    """Bad input; the message is one line that says what is wrong and what to do."""
 
 
 def is_bad_input(error: BaseException) -> bool:
-    """Whether an error is the user's to mend: bad input, or a file that cannot be read or written."""
-    # The standalone model may not import this module: it marks its own errors.
+    """Whether the user can fix an error: bad input, or a file that cannot be read or written."""
+    # The standalone model cannot import this module and marks its errors by an attribute.
     return isinstance(error, UserError | OSError) or getattr(error, "bad_input", False)
 
 
@@ -27,7 +27,7 @@ def cli(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main() or 0
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of a pipe has gone
+    except BrokenPipeError:  # the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except (ValueError, OSError) as error:

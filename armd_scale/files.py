@@ -1,4 +1,4 @@
-"""Files that are never half-written, and directories that one process works in at a time."""
+"""Atomic writes, checks of output paths, and lock files."""
 
 import contextlib
 import fcntl
@@ -13,7 +13,7 @@ _PICTURES = (".png", ".pdf", ".svg")
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file by ``text``; a reader sees the old one or the new one, whatever happens."""
+    """Replace the content of a file; a reader sees the old or the new content, even after a crash."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -33,29 +33,28 @@ def sha256(path: Path) -> str:
 
 
 def check_writable(path: Path) -> None:
-    """``UserError`` unless a file can be written there, found out before the work whose result it will hold."""
+    """``UserError`` unless ``path`` can be written; called before the work that produces the file."""
     if not path.parent.is_dir():
-        raise UserError(f"{path} cannot be written: there is no directory {path.parent}")
+        raise UserError(f"{path} cannot be written: there is no folder {path.parent}; create it first")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(
-            f"{path} cannot be written: {'it is a directory' if path.is_dir() else 'its parent is read-only'}"
-        )
+        reason = "it is a directory" if path.is_dir() else "its directory is read-only"
+        raise UserError(f"{path} cannot be written: {reason}; choose another path")
 
 
 def check_picture(path: Path) -> None:
     """``UserError`` unless a picture can be written at ``path``."""
     if path.suffix not in _PICTURES:
-        raise UserError(f"{path}: pictures are {', '.join(_PICTURES)}")
+        raise UserError(f"{path} has no picture format: pictures are {', '.join(_PICTURES)}")
     check_writable(path)
 
 
 @contextlib.contextmanager
 def exclusive(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file ``path``; ``UserError`` when another process has it. ``what``: what it stands for."""
+    """Hold the lock file ``path``; ``UserError`` when another process holds the lock. ``what``: the locked object."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"another process works on {what}: wait for it, or stop it") from error
+            raise UserError(f"another process works on {what}: wait for that process or stop it") from error
         yield

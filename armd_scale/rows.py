@@ -1,10 +1,10 @@
-"""What the network reads: the rows of a batch, gathered into generation order.
+"""Input of the network: the rows of a batch in generation order.
 
-- context rows 0..N-1: BOS, then the tokens of the order but the last; they feed the causal stream X;
-- target rows 1..N: the tokens to predict; they live in the strictly causal stream G;
-- positions of both, always the original ones; and how many rows each row may see.
+- context rows 0..N-1: BOS and all tokens of the order but the last, the input of the X stream;
+- target rows 1..N: the tokens to predict, the rows of the G stream;
+- positions in the text of both kinds of rows, and the number of rows that a row sees.
 
-``arrange`` makes them for orders, ``corrupt`` for masked diffusion, whose context rows are the text itself.
+``arrange`` makes rows for generation orders, ``corrupt`` for masked diffusion, whose context rows are the masked text.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from armd_scale.orders import Layout
 
 
 class Visible(NamedTuple):
-    """Length of the prefix that a row sees, [B, N] each; B(i) is the block of row i (masks M^c and M^sc)."""
+    """Length of the prefix that a row sees, as tensors [B, N]; B(i) is the block of row i (masks M^c and M^sc)."""
 
     context_of_context: Tensor
     """X over X: context rows i with B(i) <= B(n)."""
@@ -36,12 +36,12 @@ class Rows(NamedTuple):
     target_tokens: Tensor
     target_positions: Tensor
     visible: Visible | None
-    """None with one token a block: every mask is then the ordinary causal one."""
+    """None with one token per block: all masks are then the ordinary causal mask."""
     weights: Tensor | None = None
     """Factors of the NLL of the targets, [B, N] float32; None: all 1."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Rows":
-        """The rows with every tensor changed."""
+        """The rows with ``change`` applied to every tensor."""
         visible = self.visible and Visible(*map(change, self.visible))
         tokens = {name: change(getattr(self, name)) for name in self._fields[:4]}
         return Rows(**tokens, visible=visible, weights=None if self.weights is None else change(self.weights))
@@ -51,7 +51,7 @@ class Rows(NamedTuple):
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def fill(self, batch: int) -> "Rows":
-        """The rows repeated from the first on until there are ``batch`` texts."""
+        """The rows repeated cyclically to ``batch`` texts."""
         index = torch.arange(batch) % len(self.target_tokens)
         return self.map(lambda tensor: tensor[index])
 
@@ -81,8 +81,9 @@ def arrange(tokens_BN: np.ndarray, layout: Layout, bos_id: int) -> Rows:
 
 
 def corrupt(tokens_BN: np.ndarray, masked_BN: np.ndarray, weight_B: np.ndarray, mask_id: int) -> Rows:
-    """Texts in which some tokens are masked, to be predicted from all others; the NLL of a masked token counts
-    ``weight_B`` times, that of the others not at all.
+    """Rows of masked diffusion: masked tokens are predicted from the unmasked tokens.
+
+    The NLL of a masked token has the weight ``weight_B``, the NLL of an unmasked token the weight 0.
     """
     positions = np.broadcast_to(np.arange(1, tokens_BN.shape[1] + 1), tokens_BN.shape)
     return Rows(
