@@ -1,6 +1,6 @@
-"""What the GPUs can do, and how much of it is assumed to be reached.
+"""Peak rates of GPUs, and the assumed shares of the peaks that kernels reach.
 
-Peaks are the makers' data sheets. The shares are assumptions, in one place, to be replaced by what is measured.
+The peaks come from the manufacturers' data sheets. The shares are assumptions.
 """
 
 from dataclasses import dataclass
@@ -11,28 +11,28 @@ from armd_scale.model.flops import PEAKS
 
 @dataclass(frozen=True)
 class GPU:
-    """A device and its links. Rates are a second and in one direction."""
+    """A device and its links. Rates are per second and in one direction."""
 
     name: str
     memory: float
-    """Bytes that a process can have."""
+    """Bytes of device memory."""
     flops: float
     """Dense bfloat16 peak."""
     flops_tf32: float
-    """TensorFloat-32 peak: what a bfloat16 run uses for its few float32 products."""
+    """TensorFloat-32 peak, the rate of float32 products in a bfloat16 run."""
     flops_float32: float
-    """Float32 peak outside the matrix units: what a float32 run uses."""
+    """Float32 peak outside the tensor cores, the rate of a float32 run."""
     bandwidth: float
-    """Bytes of device memory read or written."""
+    """Bytes read from or written to device memory."""
     link: float
     """Bytes to the other GPUs of a node."""
     network: float
-    """Bytes to other nodes, of each GPU."""
+    """Bytes to other nodes, per GPU."""
     cuda: bool = True
-    """False: plan for processes on CPU; memory only, since no rate of a CPU is known."""
+    """False: processes on CPU, for which only memory is planned."""
 
     def operation(self, flops: float, moved: float, rate: float) -> float:
-        """Seconds of one kernel: arithmetic or memory traffic, whichever is longer, but no less than a launch."""
+        """Seconds of a kernel: the maximum of arithmetic, memory traffic and launch (roofline)."""
         return max(flops / (rate * ARITHMETIC), moved / (self.bandwidth * MEMORY), LAUNCH)
 
 
@@ -67,7 +67,7 @@ GPUS = {
 
 
 def find(name: str) -> GPU:
-    """A GPU by its name in ``GPUS``; ``UserError`` names the known ones."""
+    """A GPU by its name in ``GPUS``."""
     if name.lower() not in GPUS:
-        raise UserError(f"no figures are known for the GPU '{name}'; known: {', '.join(GPUS)}")
+        raise UserError(f"the GPU '{name}' is unknown: choose one of {', '.join(GPUS)}")
     return GPUS[name.lower()]

@@ -37,9 +37,9 @@ from armd_scale.planning.hardware import GPU
 from armd_scale.rows import Rows
 
 _REDUCED = {"allreduce_": 2.0, "_allgather_base_": 1.0, "_reduce_scatter_base_": 1.0}
-"""Passes of the data over a ring, per collective of c10d."""
+"""Passes of the data over a ring, by c10d collective."""
 _ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
-"""Operations that move nothing."""
+"""Operations without memory traffic."""
 
 
 @dataclass
@@ -47,11 +47,11 @@ class Pass:
     """A forward or a backward pass of one micro-batch."""
 
     peak: float = 0.0
-    """Most bytes of this micro-batch alive at once."""
+    """Peak bytes of this micro-batch."""
     flops: float = 0.0
     """Floating-point operations of matrix products and attention."""
     seconds: float = 0.0
-    """Sum over the operations of the longer of its arithmetic and its memory traffic."""
+    """Sum of ``GPU.operation`` over all operations."""
     moved: float = 0.0
     """Bytes that the operations read and write."""
     sent: float = 0.0
@@ -65,8 +65,8 @@ class Pass:
 
 
 def add_up(passes: list[Pass]) -> Pass:
-    """The sums of all fields."""
-    return Pass(**{one.name: sum(getattr(each, one.name) for each in passes) for one in fields(Pass)})
+    """The sum of several passes, field by field."""
+    return Pass(**{f.name: sum(getattr(single, f.name) for single in passes) for f in fields(Pass)})
 
 
 @dataclass
@@ -74,17 +74,17 @@ class StageCost:
     """Costs of a (virtual) pipeline stage on one rank."""
 
     matrices: float = 0.0
-    """Weights with two dimensions or more, before ZeRO cuts them."""
+    """Number of weights in tensors of two or more dimensions, before ZeRO shards them."""
     vectors: float = 0.0
-    """The other weights."""
+    """Number of weights in vectors."""
     whole: float = 0.0
-    """Weights of all tensor-parallel ranks together, without the head's copy of the embedding."""
+    """Number of weights of all tensor-parallel ranks, without the head's copy of the embedding."""
     largest: float = 0.0
-    """Elements of the largest weight."""
+    """Number of elements of the largest tensor."""
     shared: float = 0.0
-    """Bytes of the buffer that sequence parallelism gathers activations into, one for all layers of a rank."""
+    """Bytes of the buffer into which sequence parallelism gathers activations, shared by all layers of a rank."""
     kept: float = 0.0
-    """Bytes alive between the two passes of a micro-batch."""
+    """Bytes alive between the forward and the backward pass of a micro-batch."""
     forward: Pass = field(default_factory=Pass)
     backward: Pass = field(default_factory=Pass)
 
@@ -135,8 +135,8 @@ class Meter:
         parallel = config.parallel
         layout = parallel.tensor, parallel.sequence, parallel.recompute, parallel.pipeline > 1
         train = config.train.dtype, config.train.micro_batch, config.train.head_batch
-        known = repr((shape, layout, train, has_first, has_last))
-        if known not in self._known:
+        key = repr((shape, layout, train, has_first, has_last))
+        if key not in self._known:
             small = config.model_copy(update={"model": shape})
             self._known[known] = measure_stage(small, before, before + length, self.gpu)
         return self._known[known]
@@ -167,7 +167,7 @@ def measure_stage(config: RunConfig, first: int, last: int, gpu: GPU) -> StageCo
     dtype = getattr(torch, config.train.dtype)
     length, batch, model = config.model.length, config.train.micro_batch, config.model
     watch = _Watch(gpu, low=dtype is torch.bfloat16)
-    # On CUDA, regions of element-wise work are kernels of their own.
+    # On CUDA, a region of element-wise work is one kernel.
     kernels = intercepted(functools.partial(_Kernel.apply, watch)) if gpu.cuda else contextlib.nullcontext()
     _forget_tensors()
     try:
@@ -202,7 +202,7 @@ def measure_stage(config: RunConfig, first: int, last: int, gpu: GPU) -> StageCo
             with watch:
                 loss.backward(torch.empty_like(loss))
             backward = watch.turn()
-            if gpu.cuda:  # Megatron drops what it has sent; the graph keeps its shape alone
+            if gpu.cuda:  # Megatron frees sent activations and keeps only their shape
                 kept, backward.peak = kept - sent, backward.peak - sent
             sizes = [param.numel() for param in stage.parameters()]
             matrices = sum(param.numel() for param in stage.parameters() if param.dim() > 1)
@@ -218,7 +218,7 @@ def measure_stage(config: RunConfig, first: int, last: int, gpu: GPU) -> StageCo
 
 
 def _forget_tensors() -> None:
-    """Drop what outlives a pass: tensors of one fake mode mean nothing outside it."""
+    """Clear cached tensors: a tensor of a fake mode is invalid outside this mode."""
     prefix.fixed_table.cache_clear()
     prefix.fixed_kernel.cache_clear()
     parallel_state.destroy_global_memory_buffer()
@@ -227,7 +227,7 @@ def _forget_tensors() -> None:
 
 @contextlib.contextmanager
 def fake_ranks(config: RunConfig) -> Iterator[None]:
-    """Megatron-Core's groups of a layout as its rank 0 sees them, with nobody else there."""
+    """Megatron-Core's process groups of a layout as on rank 0, without other processes."""
     megatron_cpu.install()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.cluster.processes)
     try:
@@ -249,7 +249,7 @@ def _storages(tree: Any) -> set[torch.UntypedStorage]:
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the tensors that operations inside have made and that are still there; the peak of them."""
+    """Counts the live bytes of tensors that operations inside the mode create, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -274,7 +274,7 @@ class Live(TorchDispatchMode):
 
 
 class _Watch(Live):
-    """Counts what the operations of a pass do as well."""
+    """Counts the work of the operations of a pass too."""
 
     def __init__(self, gpu: GPU, low: bool) -> None:
         super().__init__()
@@ -284,16 +284,16 @@ class _Watch(Live):
         self._inside = False
 
     def kernel(self, work: Callable[[], Any], inputs: Iterable[Tensor]) -> list[Tensor]:
-        """What ``work`` makes, as one kernel does: reading ``inputs`` and writing the results, and nothing else."""
+        """Results of ``work``, counted as one kernel that reads ``inputs`` and writes the results."""
         self._inside = True
-        made = [leaf for leaf in tree_leaves(work()) if isinstance(leaf, Tensor)]
+        results = [leaf for leaf in tree_leaves(work()) if isinstance(leaf, Tensor)]
         self._inside = False
         read = sum(tensor.nbytes for tensor in inputs)
-        self.counts.regions += self._count(0.0, read + sum(tensor.nbytes for tensor in made), self.gpu.flops)
-        return [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in made]
+        self.counts.regions += self._count(0.0, read + sum(tensor.nbytes for tensor in results), self.gpu.flops)
+        return [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in results]
 
     def _count(self, flops: float, moved: float, rate: float) -> float:
-        """Count an operation; its seconds."""
+        """Count an operation and return its seconds."""
         seconds = self.gpu.operation(flops, moved, rate)
         self.counts.flops += flops
         self.counts.moved += moved
@@ -301,7 +301,7 @@ class _Watch(Live):
         return seconds
 
     def turn(self) -> Pass:
-        """End of a pass: its counts. What is alive stays known."""
+        """End a pass and return its counts; live tensors stay counted."""
         done, self.counts = self.counts, Pass()
         done.peak, self.peak = self.peak, self.alive
         return done
@@ -334,9 +334,9 @@ class _Watch(Live):
             backward = name.endswith("_backward")
             query, key = args[1 if backward else 0], args[2 if backward else 1]
             batch, heads, rows, width = query.shape
-            place = 7 if backward else 4
-            causal = args[place] if len(args) > place else kwargs.get("is_causal", False)
-            # Two products forward, five backward; of causal attention over the half of the scores that is not masked.
+            index = 7 if backward else 4
+            causal = args[index] if len(args) > index else kwargs.get("is_causal", False)
+            # Two products forward, five backward; causal attention computes half of the scores.
             flops = (5 if backward else 2) * 2 * batch * heads * rows * key.shape[2] * width / (2 if causal else 1)
         moved = sum(tensor.nbytes for tensor in inputs) + sum(tensor.nbytes for tensor in outputs)
         seconds = self._count(flops, moved, self._rate(inputs))
@@ -352,23 +352,23 @@ class _Watch(Live):
 
 
 class _Kernel(torch.autograd.Function):
-    """A fused region of the network: a kernel forward, a kernel backward, and what it keeps between them."""
+    """A fused region of the network: one kernel forward, one kernel backward, and the saved tensors."""
 
     @staticmethod
     def forward(ctx: Any, watch: _Watch, region: Region, *inputs: Any) -> Any:
-        tensors = [one for one in inputs if isinstance(one, Tensor)]
-        made = watch.kernel(lambda: region.function(*inputs), tensors)
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        outputs = watch.kernel(lambda: region.function(*inputs), tensors)
         ctx.watch = watch
         ctx.shapes = [
-            (one.shape, one.dtype) for one, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needed
+            (value.shape, value.dtype) for value, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needed
         ]
-        ctx.save_for_backward(*region.keeps(tensors, made))
-        return made[0] if len(made) == 1 else tuple(made)
+        ctx.save_for_backward(*region.keeps(tensors, outputs))
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        made = ctx.watch.kernel(
+        computed = ctx.watch.kernel(
             lambda: [torch.empty(shape, dtype=dtype) for shape, dtype in ctx.shapes], [*ctx.saved_tensors, *gradients]
         )
-        one = iter(made)
-        return None, None, *(next(one) if needed else None for needed in ctx.needs_input_grad[2:])
+        remaining = iter(computed)
+        return None, None, *(next(remaining) if needed else None for needed in ctx.needs_input_grad[2:])

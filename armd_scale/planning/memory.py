@@ -1,7 +1,7 @@
-"""Memory of a rank: what the optimiser and DeepSpeed hold, and what the micro-batches in flight keep.
+"""Memory of a rank: weights, gradients, optimiser states, buffers, and activations of the micro-batches in flight.
 
-The activations are measured on the real network. What DeepSpeed 0.19 allocates beside the weights is written down here;
-``tests/planning`` compares the sum with what real runs allocate.
+The activations are measured on the real network (``measure``). The other terms model the allocations of DeepSpeed 0.19;
+``tests/planning`` compares the sum with the allocations of real runs.
 """
 
 from dataclasses import asdict, dataclass
@@ -12,12 +12,12 @@ from armd_scale.planning.measure import StageCost
 from armd_scale.planning.schedule import operations
 
 _GATHERED = 1_000_000_000
-"""Weights that ZeRO-3 keeps gathered at most: DeepSpeed's stage3_max_live_parameters."""
+"""Most weights that ZeRO-3 keeps gathered: DeepSpeed's stage3_max_live_parameters."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank by kind at the moment when their sum is largest."""
+    """Bytes of a rank by kind at the peak of their sum."""
 
     weights: float
     gradients: float
@@ -25,7 +25,7 @@ class Memory:
     """Float32 master weights, moments and moving average."""
     activations: float
     buffers: float
-    """Of collectives."""
+    """Buffers of collectives."""
 
     @property
     def total(self) -> float:
@@ -47,10 +47,10 @@ def rank_memory(config: RunConfig, rank: int, stages: list[StageCost]) -> Memory
     weights, resident, gathered = width * states, 0.0, 0.0
     if zero == 3:
         weights = width * shard
-        resident = 4 * shard + 4 * bucket  # gradients of this rank's part, and the bucket, from the start
+        resident = 4 * shard + 4 * bucket  # gradients of this rank's shard, and the bucket, allocated at the start
         gathered = width * min(states, _GATHERED)
     if low and zero == 1:
-        resident = 4 * states  # gradients are summed in float32 as they come
+        resident = 4 * states  # gradients accumulate in float32
     grads = width * states if not (low and zero == 1) else width * largest
     reduction = {
         0: 16 * largest,  # squares in float64
@@ -58,12 +58,12 @@ def rank_memory(config: RunConfig, rank: int, stages: list[StageCost]) -> Memory
         2: 6 * bucket + 4 * shard if low else 4 * shard,
         3: 4 * bucket if low else 0,
     }[zero]
-    filling = 4 * bucket if zero == 1 and not low else 0  # the bucket is there from the first gradient on
-    # What the optimiser reads beside its states: gradients of its part, flattened.
+    filling = 4 * bucket if zero == 1 and not low else 0  # the bucket exists from the first gradient on
+    # Input of the optimiser beside its states: the flattened gradients of its shard.
     update = {0: grads, 1: 0 if low else 8 * shard, 2: (4 if low else 8) * shard, 3: 4 * shard}[zero]
     activations = _in_flight(config, rank, stages)
     moments = [
-        # With ZeRO-3 the gradients of a layer come when its gathered weights go.
+        # With ZeRO-3 the gradients of a layer replace its gathered weights.
         Memory(weights + gathered, resident + (0 if zero == 3 else grads), optimizer, activations, shared + filling),
         Memory(weights, resident + grads, optimizer, 0.0, shared + reduction),
         Memory(weights, resident + update, optimizer, 0.0, shared),
@@ -74,7 +74,7 @@ def rank_memory(config: RunConfig, rank: int, stages: list[StageCost]) -> Memory
 def _in_flight(config: RunConfig, rank: int, stages: list[StageCost]) -> float:
     """Most bytes that the micro-batches in flight on a rank keep, with the largest working set of a pass."""
     parallel = config.parallel
-    alive = most = 0.0
+    alive = peak = 0.0
     for operation in operations(rank, parallel.pipeline, parallel.chunks, config.micro_batches):
         stage = stages[operation.chunk]
         if operation.backward:

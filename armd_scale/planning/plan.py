@@ -1,7 +1,7 @@
-"""A layout before it is paid for: memory of the fullest rank, time of a step, communication, and better layouts.
+"""Predicts memory, step time and communication of a layout, and searches for faster layouts.
 
-Shapes, the bytes that a micro-batch keeps, FLOPs and tensor-parallel messages come from the real network
-(``measure``), the order of passes from the schedule. Times are estimates: see ``hardware`` for what they assume.
+Shapes, bytes per micro-batch, FLOPs and tensor-parallel messages come from the real network (``measure``), the order of
+passes from the pipeline schedule. Times are estimates with the assumptions of ``hardware``.
 """
 
 import itertools
@@ -21,28 +21,28 @@ from armd_scale.planning.schedule import bubble, simulate
 
 @dataclass(frozen=True)
 class Plan:
-    """What one layout of a run costs."""
+    """Predicted costs of a layout of a run."""
 
     config: RunConfig
     gpu: GPU
     parameters: float
-    """Of the whole model."""
+    """Number of parameters of the model."""
     flops_per_token: float
-    """Of matrix products and attention, forward and backward, without recomputation."""
+    """FLOPs of matrix products and attention, forward and backward, without recomputation."""
     edges: list[int]
     """First layer of each (virtual) stage, and the number of layers."""
     costs: list[float]
     """Share of each stage in the time of a micro-batch."""
     memory: list[Memory]
-    """Of each pipeline rank."""
+    """Memory by pipeline rank."""
     bubble: float
-    """Share of the passes in which a rank waits for others."""
+    """Share of the time of the passes in which ranks wait."""
     traffic: dict[str, float]
     """Bytes that a rank sends in a step, by group."""
     seconds: dict[str, float]
-    """Parts of a step."""
+    """Seconds of a step by part."""
     work: Pass
-    """Forward and backward of a micro-batch on the rank that takes longest for it."""
+    """Forward and backward pass of a micro-batch on the slowest rank."""
 
     @property
     def step(self) -> float:
@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def peak(self) -> Memory:
-        """Of the fullest rank."""
+        """Memory of the rank with the highest peak."""
         return max(self.memory, key=lambda memory: memory.total)
 
     @property
@@ -109,13 +109,13 @@ class Planner:
             },
         )
 
-    def _pass(self, config: RunConfig, one: Pass) -> float:
-        return one.seconds + self._link(config, one.sent, config.parallel.tensor, 1)
+    def _pass(self, config: RunConfig, work: Pass) -> float:
+        return work.seconds + self._link(config, work.sent, config.parallel.tensor, 1)
 
     def _link(self, config: RunConfig, sent: float, size: int, stride: int) -> float:
-        """Seconds to send so many bytes inside a group of ``size`` ranks, each ``stride`` from the next.
+        """Seconds to send ``sent`` bytes in a group of ``size`` ranks with distance ``stride``.
 
-        Across nodes a group uses the network cards of all its ranks in a node.
+        Across nodes, a group uses the network cards of all its ranks in a node.
         """
         node = config.cluster.tasks_per_node
         if node % (size * stride) == 0:
@@ -125,7 +125,7 @@ class Planner:
 
 
 def _updated(config: RunConfig, weights: float, share: float) -> float:
-    """Bytes that the update moves on a rank with so many weights and optimiser states of ``share`` of them."""
+    """Bytes that the update moves on a rank with ``weights`` weights and the optimiser states of ``share`` weights."""
     moved = 8 * 4.0  # AdamW reads and writes master weight, gradient and two moments
     if config.optimizer.ema:
         moved += 3 * 4  # average and master weight read, average written
@@ -136,15 +136,15 @@ def _updated(config: RunConfig, weights: float, share: float) -> float:
 
 
 def assume_vocabulary(config: RunConfig, size: int = 50257) -> RunConfig:
-    """The configuration with a vocabulary: its own, that of the tokenizer it trains, or one of ``size`` entries."""
+    """The configuration with a vocabulary size: configured, of the tokenizer to train, or ``size``."""
     if config.model.vocab_size is not None:
         return config
-    found = config.data.vocab_size if config.data.tokenizer is None else size
-    return with_vocabulary(config, found, config.model.bos_id or 0)
+    assumed = config.data.vocab_size if config.data.tokenizer is None else size
+    return with_vocabulary(config, assumed, config.model.bos_id or 0)
 
 
 def with_recompute(config: RunConfig, recompute: str) -> RunConfig:
-    """The same run with other activations computed again."""
+    """The configuration with another ``parallel.recompute``."""
     return config.model_copy(update={"parallel": config.parallel.model_copy(update={"recompute": recompute})})
 
 
@@ -153,7 +153,7 @@ def _boundaries(config: RunConfig, edges: list[int]) -> list[float]:
     parallel, model = config.parallel, config.model
     rows = model.length / (parallel.tensor if parallel.sequence else 1)
     stream = rows * config.train.micro_batch * model.hidden * _width(config)
-    return [stream * model.streams for _ in edges[1:-1]]  # tensors of one size, see Stage
+    return [stream * model.streams for _ in edges[1:-1]]  # all tensors have one size, see Stage
 
 
 def _width(config: RunConfig) -> int:
@@ -185,10 +185,10 @@ def _traffic(config: RunConfig, ranks: list[list[StageCost]], edges: list[int]) 
 
 
 def alternatives(planner: Planner, config: RunConfig) -> Iterator[Plan]:
-    """Plans of the configured and of other layouts of the same run on the same GPUs, those that fit in memory.
+    """Plans of the configured layout and of other layouts of the same run and GPUs that fit in memory.
 
-    Left out, since they can hardly be faster: recomputation where it is not needed, and more than four times as many
-    model-parallel ranks as the smallest layout that fits without it.
+    The search skips layouts that are rarely faster: recomputation that is not needed, and more than four times the
+    model-parallel ranks of the smallest layout that fits without recomputation.
     """
     zeros = (1,) if config.parallel.zero < 2 else (1, config.parallel.zero)
     sizes = sorted(itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16)), key=lambda size: (size[0] * size[1], size))
@@ -228,7 +228,7 @@ def _changed(config: RunConfig, layout: dict[str, Any], micro_batch: int) -> Run
 
 
 def _least_memory(config: RunConfig) -> float:
-    """A lower bound without looking: weights, gradients and states of the layers on the average rank."""
+    """A lower bound without measurement: weights, gradients and optimiser states of the average rank."""
     model, zero = config.model, config.parallel.zero
     per_layer = 2 * model.hidden**2 + 2 * model.hidden * model.key_heads * model.head_dim
     per_layer += (3 if model.mlp == "swiglu" else 2) * model.hidden * model.ffn_width

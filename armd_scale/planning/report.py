@@ -1,4 +1,4 @@
-"""A plan in words."""
+"""Text reports and plots of plans."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from armd_scale.planning.plan import Plan
 
 
 def derived(plan: Plan) -> dict[str, Any]:
-    """Figures that follow from a plan: of a step and of the whole run."""
+    """Figures of a step and of the whole run."""
     config = plan.config
     seconds = plan.step * config.total_steps
     facts: dict[str, Any] = {"fits": plan.fits, "peak_bytes": plan.peak.total}
@@ -33,17 +33,17 @@ def layout(plan: Plan) -> str:
 
 
 def table(plan: Plan, recomputed: dict[str, Plan], assumed_vocabulary: bool) -> str:
-    """All that is known about a plan; ``recomputed``: the plans of the same layout for each kind of recomputation."""
+    """The full report of a plan; ``recomputed``: plans of the same layout by kind of recomputation."""
     config, gpu = plan.config, plan.gpu
     tokens = config.train.global_batch * config.model.length
     unit, name = (1e9, "GB") if plan.peak.total >= 1e9 else (1e6, "MB")
-    place = "GPU" if gpu.cuda else "process"
+    device = "GPU" if gpu.cuda else "process"
     nodes = f"{config.cluster.nodes} node" + "s" * (config.cluster.nodes > 1)
     lines = [
         f"{config.name}: {plan.parameters:,.0f} parameters, {plan.flops_per_token:.3g} FLOPs per token in training",
         f"  {config.cluster.processes} x {gpu.name} on {nodes}: {layout(plan)}",
         f"  a step: {config.train.global_batch:,} sequences = {tokens:,} tokens, "
-        f"{config.micro_batches} micro-batches a rank",
+        f"{config.micro_batches} micro-batches per rank",
         "",
         "  stage  layers   share of the passes",
     ]
@@ -52,14 +52,14 @@ def table(plan: Plan, recomputed: dict[str, Plan], assumed_vocabulary: bool) -> 
     kinds = ("weights", "gradients", "optimizer", "activations", "buffers")
     lines += [
         "",
-        f"  memory of a {place} at its fullest moment, {name}",
+        f"  peak memory of a {device}, {name}",
         "  stage  " + "".join(f"{k:>13}" for k in kinds),
     ]
     lines[-1] += f"{'total':>10}"
     for rank, memory in enumerate(plan.memory):
         row = "".join(f"{getattr(memory, kind) / unit:13.2f}" for kind in kinds)
         lines.append(f"  {rank:>5}  {row}{memory.total / unit:10.2f}")
-    lines += ["", "  of which activations, and the total, with"]
+    lines += ["", "  activations and total by recomputation"]
     for kind, other in recomputed.items():
         most = max(memory.activations for memory in other.memory)
         time = f", a step of {other.step:.2f} s" if gpu.cuda else ""
@@ -86,26 +86,26 @@ def table(plan: Plan, recomputed: dict[str, Plan], assumed_vocabulary: bool) -> 
         f"  assumed, not measured: matrix products reach {ARITHMETIC:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s, other "
         f"kernels {MEMORY:.0%} of the memory bandwidth,",
         f"  collectives {COMMUNICATION:.0%} of {gpu.link / 1e9:.0f} GB/s in a node and {gpu.network / 1e9:.0f} GB/s "
-        f"between nodes and GPU; nothing of them is hidden behind computing;",
-        f"  {RESERVED / 1e9:.0f} GB of a GPU are left for CUDA, NCCL and fragmentation; one token a block; "
-        "no time for evaluation and checkpoints",
+        f"between nodes and GPU; no overlap with computation;",
+        f"  {RESERVED / 1e9:.0f} GB of a GPU are reserved for CUDA, NCCL and fragmentation; one token per block; "
+        "evaluation and checkpoints take no time",
     ]
     if config.train.fp8:
         lines.append("  FP8 is planned as bfloat16")
     if assumed_vocabulary:
-        lines.append(f"  the vocabulary is not known before the data is prepared: {config.model.vocab_size:,} assumed")
+        lines.append(f"  the vocabulary is unknown before the data is prepared: {config.model.vocab_size:,} assumed")
     return "\n".join(lines)
 
 
 def _work(plan: Plan) -> list[str]:
-    """Where the passes of a micro-batch spend their time, beside what the GPU could do at best."""
+    """Time of the passes of a micro-batch by kind of work, and the lower bounds at the GPU's peaks."""
     work, gpu = plan.work, plan.gpu
     rest = work.seconds - work.products - work.attention - work.regions
     kinds = {
         "matrix products": work.products,
         "attention": work.attention,
         "fused element-wise regions": work.regions,
-        "the rest": rest,
+        "other": rest,
     }
     parts = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in kinds.items())
     floors = f"{1e3 * work.flops / gpu.flops:.1f} and {1e3 * work.moved / gpu.bandwidth:.1f} ms"
@@ -117,7 +117,7 @@ def _work(plan: Plan) -> list[str]:
 
 
 def comparison(plan: Plan, others: list[Plan]) -> str:
-    """The fastest layouts beside the configured one."""
+    """Table of the fastest layouts; ``others`` is sorted by step time."""
     if not others:
         return "\n  no layout of this run fits on these GPUs"
     lines = ["", "  step, s    MFU       GB   fastest layouts that fit"]
@@ -125,12 +125,12 @@ def comparison(plan: Plan, others: list[Plan]) -> str:
         lines.append(f"  {other.step:8.2f} {other.mfu:6.1%} {other.peak.total / 1e9:8.1f}   {layout(other)}")
     faster = plan.step / others[0].step - 1
     if plan.fits and faster > 0.02:
-        lines.append(f"  the first would be {faster:.0%} faster than the configured one")
+        lines.append(f"  the first layout is {faster:.0%} faster than the configured layout")
     return "\n".join(lines)
 
 
 def draw_growth(rows: list[dict[str, Any]], along: str, path: Path) -> None:
-    """A picture of what a token costs along one size; rows have kind, place, seconds, batch, length, ratio, memory."""
+    """Plot time and memory along one size; rows have kind, place, seconds, batch, length, ratio, memory."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -139,16 +139,16 @@ def draw_growth(rows: list[dict[str, Any]], along: str, path: Path) -> None:
     figure, panels = pyplot.subplots(1, 3, figsize=(13, 4), dpi=120)
     for kind in dict.fromkeys(row["kind"] for row in rows):
         group = [row for row in rows if row["kind"] == kind]
-        places = [row["place"] for row in group]
+        sizes = [row["place"] for row in group]
         micro = [1e6 * row["seconds"] / row["batch"] / row["length"] for row in group]
         drawn = micro, [row["ratio"] for row in group], [row["memory"] / 1e9 for row in group]
         for axes, values in zip(panels, drawn, strict=True):
-            axes.plot(places, values, "o-", ms=4, lw=1.2, label=kind)
-    for axes, title in zip(panels, ("microseconds a token", "times AR's step", "memory, GB"), strict=True):
+            axes.plot(sizes, values, "o-", ms=4, lw=1.2, label=kind)
+    for axes, title in zip(panels, ("microseconds per token", "step time over AR", "memory, GB"), strict=True):
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(along)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(places, [f"{place:,}" for place in places])
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axes.minorticks_off()
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.2)

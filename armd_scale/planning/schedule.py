@@ -1,9 +1,9 @@
-"""Megatron-Core's pipeline schedules as lists of operations, and how long they take.
+"""Megatron-Core's pipeline schedules as lists of operations, and a simulation of their time.
 
-- ``operations``: what one pipeline rank does in a step, in order: 1F1B (arXiv 2104.04473, figure 4) and interleaved;
-- ``simulate``: when everything ends if each operation starts as soon as its rank is free and its input is there.
+- ``operations``: the passes of a pipeline rank in a step, in order: 1F1B (arXiv 2104.04473, figure 4) and interleaved;
+- ``simulate``: start and end of all passes; a pass starts when its rank is idle and its input has arrived.
 
-``tests/planning`` compares the lists with what real ranks did.
+``tests/planning`` compares the lists with the passes of real ranks.
 """
 
 from collections import deque
@@ -20,7 +20,7 @@ class Operation(NamedTuple):
 
 
 class Span(NamedTuple):
-    """An operation and when it ran, in the unit of its durations."""
+    """An operation with its start and end, in the unit of the durations."""
 
     operation: Operation
     start: float
@@ -78,12 +78,12 @@ def simulate(
                 done[op.backward, stage, op.micro_batch] = stop
                 queue.popleft()
                 progress = True
-        assert progress, "a schedule that waits for itself"
+        assert progress, "deadlock in the schedule"
     return spans
 
 
 def bubble(spans: list[list[Span]]) -> float:
-    """Share of the ranks' time from the first start to the last end in which they compute nothing."""
+    """Idle share of the ranks' time between the first start and the last end."""
     start = min(rank[0].start for rank in spans)
     stop = max(span.stop for rank in spans for span in rank)
     busy = sum(span.stop - span.start for rank in spans for span in rank)
