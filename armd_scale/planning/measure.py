@@ -138,8 +138,8 @@ class Meter:
         key = repr((shape, layout, train, has_first, has_last))
         if key not in self._known:
             small = config.model_copy(update={"model": shape})
-            self._known[known] = measure_stage(small, before, before + length, self.gpu)
-        return self._known[known]
+            self._known[key] = measure_stage(small, before, before + length, self.gpu)
+        return self._known[key]
 
 
 _KINDS = ((2, 2), (2, 1), (1, 1))

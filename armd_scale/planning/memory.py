@@ -79,8 +79,8 @@ def _in_flight(config: RunConfig, rank: int, stages: list[StageCost]) -> float:
         stage = stages[operation.chunk]
         if operation.backward:
             alive -= stage.kept
-            most = max(most, alive + stage.backward.peak)
+            peak = max(peak, alive + stage.backward.peak)
         else:
-            most = max(most, alive + stage.forward.peak)
+            peak = max(peak, alive + stage.forward.peak)
             alive += stage.kept
-    return most
+    return peak
