@@ -462,7 +462,7 @@ def _linear(rows: Tensor, weight: Tensor) -> Tensor:
 
     On a CPU, products of one or two rows are limited by reading the weights, which the usual kernels of that size do
     slowly: one row is computed as two, and on up to two threads the product is transposed
-    (docs/explanation/decisions.md has the figures).
+    (docs/results/cpu.md has the figures).
     """
     count = rows.numel() // rows.shape[-1]
     if count > 2 or rows.device.type != "cpu" or torch.is_grad_enabled():

@@ -12,9 +12,9 @@ from armd_scale.files import write_atomically
 from armd_scale.traits import TRAITS
 
 _EQUAL = 0.03
-"""Largest relative excess of ARMD's left-to-right perplexity over AR's that counts as equal."""
+"""How far ARMD's left-to-right perplexity may lie above AR's."""
 _PAPER_COST = 0.08
-"""Relative cost of S = 4 in judge perplexity after strided fine-tuning in the paper."""
+"""What S = 4 costs in judge perplexity after strided fine-tuning, by the paper."""
 
 
 class Mean(NamedTuple):
@@ -28,7 +28,7 @@ class Mean(NamedTuple):
         return f"{self.value:{sign}.{digits}f}{spread}"
 
     def percent(self, digits: int = 1) -> str:
-        """The logarithm of a ratio as a change in percent."""
+        """A logarithm of a ratio as a change in percent."""
         return Mean(100 * math.expm1(self.value), 100 * math.exp(self.value) * self.se).text(digits, "+") + " %"
 
 
@@ -39,7 +39,7 @@ def mean(values: list[float]) -> Mean:
 
 
 class Figures:
-    """Reads figures from the results of a study."""
+    """The figures of a study by what is asked of them."""
 
     def __init__(self, results: dict[str, Any]) -> None:
         self.results = results
@@ -54,20 +54,20 @@ class Figures:
         return self.runs[variant][seed]["checkpoints"][str(step)]
 
     def nll(self, variant: str, order: str, step: int | None = None) -> dict[str, float]:
-        """Held-out nats per token by seed."""
+        """Held-out nats per token of every seed."""
         step = step or self.equal
         return {s: self.checkpoint(variant, s, step)["heldout"][order]["nll"] for s in self.runs[variant]}
 
     def difference(self, variant: str, other: str, order: str, step: int | None = None) -> Mean:
-        """Mean difference in nats per token over the common seeds."""
-        nll, base = self.nll(variant, order, step), self.nll(other, order, step)
-        return mean([nll[seed] - base[seed] for seed in nll if seed in base])
+        """Mean difference in nats per token over the seeds that both have."""
+        one, two = self.nll(variant, order, step), self.nll(other, order, step)
+        return mean([one[seed] - two[seed] for seed in one if seed in two])
 
     def perplexity(self, nll: dict[str, float]) -> Mean:
         return mean([math.exp(value) for value in nll.values()])
 
     def texts(self, variant: str, step: int, streams: int, field: str = "perplexity") -> dict[str, float]:
-        """A figure of the generated texts by seed."""
+        """A figure of generated texts of every seed."""
         out = {}
         for seed in self.runs[variant]:
             rows = self.checkpoint(variant, seed, step)["texts"]
@@ -75,9 +75,9 @@ class Figures:
         return out
 
     def cost(self, variant: str, step: int, streams: int) -> Mean:
-        """Mean over seeds of the log ratio of judge perplexities: ``streams`` tokens per step over a token per step."""
-        serial, parallel = self.texts(variant, step, 1), self.texts(variant, step, streams)
-        return mean([math.log(parallel[seed] / serial[seed]) for seed in serial])
+        """Logarithm of the judge's perplexity at S tokens a step over that at one, over seeds."""
+        one, more = self.texts(variant, step, 1), self.texts(variant, step, streams)
+        return mean([math.log(more[seed] / one[seed]) for seed in one])
 
     def steps(self, variant: str) -> list[int]:
         """Measured steps of a variant."""
@@ -144,16 +144,16 @@ def _bits(f: Figures, variant: str, order: str) -> Mean:
 
 
 def _diffusion(f: Figures) -> str:
-    """The steps that masked diffusion needs for ARMD's perplexity, or else the steps that ARMD needs for its bound."""
+    """How many steps of masked diffusion ARMD's perplexity takes, or how few of ARMD's its bound does."""
     last = f.steps("mdm")[-1]
     goal = mean(list(f.nll("armd", "left-to-right").values())).value
     bound = mean(list(f.nll("mdm", "bound", last).values()))
-    # Curves are compared with curves, as their validation samples differ from those of the final scores.
+    # On the samples of the curves: those of the other objective at the same evaluations.
     goals = {seed: dict(run["curve"])[f.equal] for seed, run in f.runs["armd"].items()}
     reached = [steps_to(f.runs["mdm"][seed]["curve"], goals[seed]) for seed in f.runs["mdm"]]
-    known = [step for step in reached if step is not None]
-    if len(known) == len(reached):
-        times = mean([step / f.equal for step in known])
+    found = [step for step in reached if step is not None]
+    if len(found) == len(reached):
+        times = mean([step / f.equal for step in found])
         answer = f"**{times.text(1)} times ARMD's steps** (the paper: about 3)."
     else:
         ends = {seed: run["curve"][-1][1] for seed, run in f.runs["mdm"].items()}
@@ -162,8 +162,8 @@ def _diffusion(f: Figures) -> str:
         answer = (
             f"**More than {last / f.equal:g} times**: after {last:,} steps the bound is {bound.text(3)} nats, "
             f"{math.expm1(bound.value - goal):+.1%} in perplexity. ARMD passed that bound in {ratio.text(1)} times "
-            "fewer steps. The paper reports about 3 times as many steps, for models trained for hundreds of thousands "
-            "of steps."
+            "fewer steps. The paper reports about 3 times as many steps, for models trained for hundreds of "
+            "thousands of steps."
         )
     return f"""
 ## How many steps does masked diffusion need for ARMD's perplexity?
@@ -175,7 +175,7 @@ MDM's perplexity is exp(bound); ARMD's is exact, left to right.
 
 
 def steps_to(curve: list[list[float]], goal: float) -> float | None:
-    """Step at which a held-out curve first reaches ``goal``, by linear interpolation; None if it never does."""
+    """Step at which a held-out curve first reaches ``goal``, between its points by a straight line; None if never."""
     before: list[float] | None = None
     for step, value in curve:
         if value <= goal:
@@ -191,14 +191,14 @@ def _parallel(f: Figures) -> str:
     rows, steps = [], [step for step in f.steps("armd") if step >= f.equal]
     for step in steps:
         name = "before" if step == f.equal else f"after {step - f.equal:,} steps"
-        serial = mean(list(f.texts("armd", step, 1).values()))
+        one = mean(list(f.texts("armd", step, 1).values()))
         costs = " | ".join(f.cost("armd", step, s).percent() for s in streams)
         nats = mean(list(f.nll("armd", "left-to-right", step).values()))
-        rows.append(f"| ARMD, {name} | {serial.text(1)} | {costs} | {nats.text(3)} |")
+        rows.append(f"| ARMD, {name} | {one.text(1)} | {costs} | {nats.text(3)} |")
     last = f.steps("mdm")[-1]
-    serial = mean(list(f.texts("mdm", last, 1).values()))
+    one = mean(list(f.texts("mdm", last, 1).values()))
     costs = " | ".join(f.cost("mdm", last, s).percent() for s in streams)
-    rows.append(f"| MDM, {last:,} steps of training | {serial.text(1)} | {costs} | |")
+    rows.append(f"| MDM, {last:,} steps of training | {one.text(1)} | {costs} | |")
     ar = mean(list(f.texts("ar", f.equal, 1).values()))
     rows.append(f"| AR | {ar.text(1)} |{' |' * len(streams)} |")
     four = f.cost("armd", steps[-1], 4) if 4 in streams else None
@@ -243,7 +243,7 @@ def _questions(f: Figures) -> dict[str, list[str]]:
 
 
 def _ablations(f: Figures) -> str:
-    """Tables of differences to the base variant, a table for each question."""
+    """Tables of differences to the study's own model, a table for each question."""
     parts = ["\n## What each decision does\n"]
     parts.append(
         "Change in nats per token relative to the variant in the head of the table, at equal steps and seeds (negative "
@@ -265,12 +265,12 @@ def _ablations(f: Figures) -> str:
 
 
 def _base(f: Figures, name: str) -> str:
-    """The base variant of an ablation."""
+    """The variant that an ablation is compared with."""
     return str(f.results["study"]["variants"][name]["beside"])
 
 
 def _orders(f: Figures, name: str) -> list[str]:
-    """Orders under which both an ablation and its base are scored."""
+    """Orders in which an ablation and its base are both scored."""
     scored = _heldout(f, name)
     return [order for order in _heldout(f, _base(f, name)) if order in scored]
 
@@ -283,11 +283,11 @@ def _suite(f: Figures) -> str:
     for variant in OBJECTIVES:
         cells = []
         for text in texts:
-            values = [f.checkpoint(variant, s, f.equal)["suite"][text]["perplexity"] for s in f.runs[variant]]
-            cells.append(mean(values).text(1))
+            found = [f.checkpoint(variant, s, f.equal)["suite"][text]["perplexity"] for s in f.runs[variant]]
+            cells.append(mean(found).text(1))
         rows.append(f"| {_label(variant)} | {' | '.join(cells)} |")
-    for name, published in PUBLISHED.items():
-        cells = [f"{published[text]:.2f}" if text in published else "" for text in texts]
+    for name, values in PUBLISHED.items():
+        cells = [f"{values[text]:.2f}" if text in values else "" for text in texts]
         rows.append(f"| paper, {name} | {' | '.join(cells)} |")
     limit = f.results["study"]["suite_chunks"]
     return f"""
@@ -306,7 +306,7 @@ def _runs(f: Figures) -> str:
     rows = []
     for variant, seeds in f.runs.items():
         first = f.first(variant)
-        rate = mean([run["tokens_per_second"] for run in seeds.values()])
+        rate = mean([one["tokens_per_second"] for one in seeds.values()])
         flops = first["flops_per_token"] / f.first("ar")["flops_per_token"]
         cells = (variant, len(seeds), f"{first['steps']:,}", f"{first['parameters']:,}", f"{flops:.2f}")
         rows.append(f"| {' | '.join(map(str, cells))} | {rate.value:,.0f} |")
@@ -329,8 +329,8 @@ def _plot_loss(f: Figures, path: Path) -> None:
             steps, values = (np.array(column) for column in zip(*run["curve"], strict=True))
             label = _label(variant) if seed == next(iter(f.runs[variant])) else None
             flops = steps * run["tokens_per_step"] * run["flops_per_token"]
-            for axes, x in zip(panels, (steps, flops), strict=True):
-                axes.plot(x, values, color=f"C{OBJECTIVES.index(variant)}", lw=1.2, alpha=0.8, label=label)
+            for axes, place in zip(panels, (steps, flops), strict=True):
+                axes.plot(place, values, color=f"C{OBJECTIVES.index(variant)}", lw=1.2, alpha=0.8, label=label)
     panels[0].axvline(f.equal, color="0.6", lw=0.8, ls=":")
     panels[0].set_xlabel("steps")
     panels[1].set_xlabel("training FLOPs")
@@ -360,9 +360,9 @@ def _plot_quality(f: Figures, path: Path) -> None:
     for variant, step, label, colour, style in lines:
         streams = f.results["study"]["streams"] if TRAITS[variant].settings else [1]
         for axes, field in zip(panels, ("perplexity", "entropy"), strict=True):
-            means = [mean(list(f.texts(variant, step, s, field).values())) for s in streams]
+            found = [mean(list(f.texts(variant, step, s, field).values())) for s in streams]
             axes.errorbar(
-                streams, [m.value for m in means], yerr=[m.se for m in means], fmt=style, color=colour, ms=4, lw=1.2,
+                streams, [m.value for m in found], yerr=[m.se for m in found], fmt=style, color=colour, ms=4, lw=1.2,
                 capsize=2, label=label,
             )  # fmt: skip
     for axes, title in zip(panels, ("judge perplexity", "entropy of a text, nats"), strict=True):
@@ -385,8 +385,8 @@ def _plot_ablations(f: Figures, path: Path) -> None:
         1, len(orders), figsize=(4 * len(orders), 0.32 * len(names) + 1.2), dpi=120, sharey=True
     )
     for axes, order in zip(np.atleast_1d(panels), orders, strict=True):
-        means = [f.difference(name, "armd", order) for name in names]
-        axes.barh(names, [m.value for m in means], xerr=[m.se for m in means], color="C1", alpha=0.7, ecolor="0.3")
+        found = [f.difference(name, "armd", order) for name in names]
+        axes.barh(names, [m.value for m in found], xerr=[m.se for m in found], color="C1", alpha=0.7, ecolor="0.3")
         axes.axvline(0, color="0.3", lw=0.8)
         axes.set_title(order, fontsize=9)
         axes.tick_params(labelsize=8)
