@@ -1,6 +1,6 @@
-"""What the GPUs can do, and how much of it is assumed to be reached.
+"""Peak rates of GPUs, and the assumed shares of the peaks that kernels reach.
 
-Peaks are the makers' data sheets. The shares are assumptions, in one place, to be replaced by what is measured.
+Peaks come from data sheets. The shares are assumptions, to be replaced by measurements.
 """
 
 from dataclasses import dataclass
@@ -11,28 +11,28 @@ from armd_scale.model.flops import PEAKS
 
 @dataclass(frozen=True)
 class GPU:
-    """A device and its links. Rates are a second and in one direction."""
+    """A device and its links. Rates are per second, in a single direction."""
 
     name: str
     memory: float
-    """Bytes that a process can have."""
+    """Bytes of memory of a process."""
     flops: float
     """Dense bfloat16 peak."""
     flops_tf32: float
-    """TensorFloat-32 peak: what a bfloat16 run uses for its few float32 products."""
+    """TensorFloat-32 peak, for the few float32 products of a bfloat16 run."""
     flops_float32: float
-    """Float32 peak outside the matrix units: what a float32 run uses."""
+    """Float32 peak without tensor cores, for float32 runs."""
     bandwidth: float
     """Bytes of device memory read or written."""
     link: float
-    """Bytes to the other GPUs of a node."""
+    """Bytes sent to other GPUs of the node."""
     network: float
-    """Bytes to other nodes, of each GPU."""
+    """Bytes sent to other nodes, per GPU."""
     cuda: bool = True
-    """False: plan for processes on CPU; memory only, since no rate of a CPU is known."""
+    """False: plan for CPU processes; memory only, as the rates of CPUs are unknown."""
 
     def operation(self, flops: float, moved: float, rate: float) -> float:
-        """Seconds of one kernel: arithmetic or memory traffic, whichever is longer, but no less than a launch."""
+        """Seconds of a kernel: the longest of arithmetic, memory traffic and launch."""
         return max(flops / (rate * ARITHMETIC), moved / (self.bandwidth * MEMORY), LAUNCH)
 
 
@@ -43,9 +43,9 @@ MEMORY = 0.80
 COMMUNICATION = 0.75
 """Share of a link's rate that collectives reach."""
 LAUNCH = 3e-6
-"""Shortest time of a kernel in seconds, launched from a queue that never runs dry."""
+"""Shortest time of a kernel in seconds, with a full launch queue."""
 RESERVED = 4e9
-"""Bytes of a GPU that the CUDA context, NCCL's buffers and fragmentation take."""
+"""Bytes of a GPU for the CUDA context, NCCL's buffers and fragmentation."""
 
 GPUS = {
     "h100": GPU(
@@ -67,7 +67,7 @@ GPUS = {
 
 
 def find(name: str) -> GPU:
-    """A GPU by its name in ``GPUS``; ``UserError`` names the known ones."""
+    """A GPU by its name in ``GPUS``; ``UserError`` lists the known names."""
     if name.lower() not in GPUS:
-        raise UserError(f"no figures are known for the GPU '{name}'; known: {', '.join(GPUS)}")
+        raise UserError(f"unknown GPU '{name}': choose {', '.join(GPUS)}")
     return GPUS[name.lower()]

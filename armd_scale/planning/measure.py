@@ -1,10 +1,10 @@
-"""One micro-batch through a run of layers, with real shapes and no memory: torch's fake tensors on a fake group.
+"""Measures a micro-batch through a (virtual) pipeline stage with fake tensors on a fake process group.
 
-The real ``Stage`` runs forward and backward as one rank of up to thousands; nothing is computed and nothing is sent.
-Every operation that PyTorch dispatches is seen, with its tensors: what stays alive, the largest amount alive at once,
-floating-point operations, bytes moved, and what is sent over the tensor-parallel group.
+The real ``Stage`` runs forward and backward as a rank of any layout, without computing or sending anything. A dispatch
+mode counts the operations: bytes kept alive and their peak, floating-point operations, bytes moved, and bytes sent over
+the tensor-parallel group.
 
-All layers of a kind cost the same, so a run is measured with at most two of each kind, and the rest is extrapolated.
+Layers of the same kind cost the same, so a stage is measured with at most two layers of each kind and extrapolated.
 """
 
 import contextlib
@@ -37,21 +37,21 @@ from armd_scale.planning.hardware import GPU
 from armd_scale.rows import Rows
 
 _REDUCED = {"allreduce_": 2.0, "_allgather_base_": 1.0, "_reduce_scatter_base_": 1.0}
-"""Passes of the data over a ring, per collective of c10d."""
+"""Passes of the data over a ring for each collective of c10d."""
 _ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
-"""Operations that move nothing."""
+"""Operations that move no data."""
 
 
 @dataclass
 class Pass:
-    """A forward or a backward pass of one micro-batch."""
+    """Costs of a forward or backward pass of a micro-batch."""
 
     peak: float = 0.0
-    """Most bytes of this micro-batch alive at once."""
+    """Peak of the bytes of this micro-batch."""
     flops: float = 0.0
     """Floating-point operations of matrix products and attention."""
     seconds: float = 0.0
-    """Sum over the operations of the longer of its arithmetic and its memory traffic."""
+    """Sum over the operations of the longer time of arithmetic and memory traffic."""
     moved: float = 0.0
     """Bytes that the operations read and write."""
     sent: float = 0.0
@@ -65,24 +65,24 @@ class Pass:
 
 
 def add_up(passes: list[Pass]) -> Pass:
-    """The sums of all fields."""
-    return Pass(**{one.name: sum(getattr(each, one.name) for each in passes) for one in fields(Pass)})
+    """Sum passes field by field."""
+    return Pass(**{entry.name: sum(getattr(item, entry.name) for item in passes) for entry in fields(Pass)})
 
 
 @dataclass
 class Chunk:
-    """A run of layers on one rank."""
+    """Costs of the layers of a virtual stage on a rank."""
 
     matrices: float = 0.0
-    """Weights with two dimensions or more, before ZeRO cuts them."""
+    """Number of weights in tensors of two dimensions or more, before ZeRO shards them."""
     vectors: float = 0.0
-    """The other weights."""
+    """Number of other weights."""
     whole: float = 0.0
-    """Weights of all tensor-parallel ranks together, without the head's copy of the embedding."""
+    """Number of weights of all tensor-parallel ranks, without the head's copy of the embedding."""
     largest: float = 0.0
-    """Elements of the largest weight."""
+    """Number of elements of the largest weight."""
     shared: float = 0.0
-    """Bytes of the buffer that sequence parallelism gathers activations into, one for all layers of a rank."""
+    """Bytes of the buffer in which sequence parallelism gathers activations, shared by all layers of a rank."""
     kept: float = 0.0
     """Bytes alive between the two passes of a micro-batch."""
     forward: Pass = field(default_factory=Pass)
@@ -94,14 +94,14 @@ class Chunk:
 
 
 class Meter:
-    """Measures runs of layers for one kind of GPU, each shape once."""
+    """Measures virtual stages for a kind of GPU, and caches the results by shape."""
 
     def __init__(self, gpu: GPU) -> None:
         self.gpu = gpu
         self._known: dict[str, Chunk] = {}
 
     def chunks(self, config: RunConfig, edges: list[int]) -> list[Chunk]:
-        """The runs of layers between neighbouring ``edges``, for a configuration with a known vocabulary."""
+        """The virtual stages between adjacent ``edges``, for a configuration with a known vocabulary."""
         with fake_ranks(config):
             return [self._chunk(config, first, last) for first, last in itertools.pairwise(edges)]
 
@@ -119,7 +119,7 @@ class Meter:
         return total
 
     def _shrunk(self, config: RunConfig, counts: list[int], has_first: bool, has_last: bool) -> Chunk:
-        """A run with so many layers of each kind, inside a model that has a layer before and after where it has one."""
+        """A virtual stage with ``counts`` layers of each kind, in a small model with the same neighbours."""
         both, turning, single = counts
         before, after = int(not has_first), int(not has_last)
         if both + turning == 0:
@@ -145,7 +145,7 @@ _KINDS = ((2, 2), (2, 1), (1, 1))
 
 
 def _add(total: Chunk, base: Chunk, fewer: Chunk, times: int) -> Chunk:
-    """``total`` and ``times`` the difference of ``base`` to ``fewer``; what there is once stays as it is."""
+    """``total`` + ``times`` x (``base`` - ``fewer``), except for the fields that do not grow with the layers."""
 
     def add(a: Any, b: Any, c: Any) -> Any:
         values = {f.name: getattr(a, f.name) for f in fields(a)}
@@ -161,11 +161,11 @@ def _add(total: Chunk, base: Chunk, fewer: Chunk, times: int) -> Chunk:
 
 
 def run(config: RunConfig, first: int, last: int, gpu: GPU) -> Chunk:
-    """Layers ``first`` to ``last`` (exclusive) as they are, inside ``fake_ranks``."""
+    """Measure layers ``first`` to ``last`` (exclusive), inside ``fake_ranks``."""
     dtype = getattr(torch, config.train.dtype)
     length, batch, model = config.model.length, config.train.micro_batch, config.model
     watch = _Watch(gpu, low=dtype is torch.bfloat16)
-    # On CUDA, regions of element-wise work are kernels of their own.
+    # On CUDA, a region of element-wise operations is a single kernel.
     kernels = intercepted(functools.partial(_Kernel.apply, watch)) if gpu.cuda else contextlib.nullcontext()
     _forget_tensors()
     try:
@@ -200,7 +200,7 @@ def run(config: RunConfig, first: int, last: int, gpu: GPU) -> Chunk:
             with watch:
                 loss.backward(torch.empty_like(loss))
             backward = watch.turn()
-            if gpu.cuda:  # Megatron drops what it has sent; the graph keeps its shape alone
+            if gpu.cuda:  # Megatron frees sent activations; the graph keeps their shape only
                 kept, backward.peak = kept - sent, backward.peak - sent
             sizes = [param.numel() for param in stage.parameters()]
             matrices = sum(param.numel() for param in stage.parameters() if param.dim() > 1)
@@ -216,7 +216,7 @@ def run(config: RunConfig, first: int, last: int, gpu: GPU) -> Chunk:
 
 
 def _forget_tensors() -> None:
-    """Drop what outlives a pass: tensors of one fake mode mean nothing outside it."""
+    """Clear cached tensors, as tensors of a fake mode are not valid outside the mode."""
     prefix.fixed_table.cache_clear()
     prefix.fixed_kernel.cache_clear()
     parallel_state.destroy_global_memory_buffer()
@@ -225,7 +225,7 @@ def _forget_tensors() -> None:
 
 @contextlib.contextmanager
 def fake_ranks(config: RunConfig) -> Iterator[None]:
-    """Megatron-Core's groups of a layout as its rank 0 sees them, with nobody else there."""
+    """Build Megatron-Core's groups of a layout as rank 0, without other processes."""
     megatron_cpu.install()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.cluster.processes)
     try:
@@ -247,7 +247,7 @@ def _storages(tree: Any) -> set[torch.UntypedStorage]:
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the tensors that operations inside have made and that are still there; the peak of them."""
+    """Counts the live bytes of the tensors that operations create, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -272,7 +272,7 @@ class Live(TorchDispatchMode):
 
 
 class _Watch(Live):
-    """Counts what the operations of a pass do as well."""
+    """Also counts the costs of the operations of a pass."""
 
     def __init__(self, gpu: GPU, low: bool) -> None:
         super().__init__()
@@ -282,16 +282,16 @@ class _Watch(Live):
         self._inside = False
 
     def kernel(self, work: Callable[[], Any], inputs: Iterable[Tensor]) -> list[Tensor]:
-        """What ``work`` makes, as one kernel does: reading ``inputs`` and writing the results, and nothing else."""
+        """Outputs of ``work``, counted as a single kernel that reads ``inputs`` and writes the outputs."""
         self._inside = True
-        made = [leaf for leaf in tree_leaves(work()) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(work()) if isinstance(leaf, Tensor)]
         self._inside = False
         read = sum(tensor.nbytes for tensor in inputs)
-        self.counts.regions += self._count(0.0, read + sum(tensor.nbytes for tensor in made), self.gpu.flops)
-        return [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in made]
+        self.counts.regions += self._count(0.0, read + sum(tensor.nbytes for tensor in outputs), self.gpu.flops)
+        return [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in outputs]
 
     def _count(self, flops: float, moved: float, rate: float) -> float:
-        """Count an operation; its seconds."""
+        """Count an operation; returns its seconds."""
         seconds = self.gpu.operation(flops, moved, rate)
         self.counts.flops += flops
         self.counts.moved += moved
@@ -299,10 +299,10 @@ class _Watch(Live):
         return seconds
 
     def turn(self) -> Pass:
-        """End of a pass: its counts. What is alive stays known."""
-        done, self.counts = self.counts, Pass()
-        done.peak, self.peak = self.peak, self.alive
-        return done
+        """End a pass and return its counts. Live tensors stay counted."""
+        counts, self.counts = self.counts, Pass()
+        counts.peak, self.peak = self.peak, self.alive
+        return counts
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._inside:
@@ -331,11 +331,11 @@ class _Watch(Live):
         elif name.startswith("aten::_scaled_dot_product_flash_attention_for_cpu"):
             backward = name.endswith("_backward")
             query, key = args[1 if backward else 0], args[2 if backward else 1]
-            batch, heads, rows, width = query.shape
-            place = 7 if backward else 4
-            causal = args[place] if len(args) > place else kwargs.get("is_causal", False)
-            # Two products forward, five backward; of causal attention over the half of the scores that is not masked.
-            flops = (5 if backward else 2) * 2 * batch * heads * rows * key.shape[2] * width / (2 if causal else 1)
+            batch, heads, rows, head_dim = query.shape
+            index = 7 if backward else 4
+            causal = args[index] if len(args) > index else kwargs.get("is_causal", False)
+            # Two products forward, five backward; causal attention computes half of the scores.
+            flops = (5 if backward else 2) * 2 * batch * heads * rows * key.shape[2] * head_dim / (2 if causal else 1)
         moved = sum(tensor.nbytes for tensor in inputs) + sum(tensor.nbytes for tensor in outputs)
         seconds = self._count(flops, moved, self._rate(inputs))
         if "attention" in name:
@@ -350,23 +350,25 @@ class _Watch(Live):
 
 
 class _Kernel(torch.autograd.Function):
-    """A fused region of the network: a kernel forward, a kernel backward, and what it keeps between them."""
+    """A fused region of the network: a kernel in each pass, and the tensors kept between them."""
 
     @staticmethod
     def forward(ctx: Any, watch: _Watch, region: Region, *inputs: Any) -> Any:
-        tensors = [one for one in inputs if isinstance(one, Tensor)]
-        made = watch.kernel(lambda: region.function(*inputs), tensors)
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        outputs = watch.kernel(lambda: region.function(*inputs), tensors)
         ctx.watch = watch
         ctx.shapes = [
-            (one.shape, one.dtype) for one, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needed
+            (value.shape, value.dtype) for value, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needed
         ]
-        ctx.save_for_backward(*region.keeps(tensors, made))
-        return made[0] if len(made) == 1 else tuple(made)
+        ctx.save_for_backward(*region.keeps(tensors, outputs))
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        made = ctx.watch.kernel(
-            lambda: [torch.empty(shape, dtype=dtype) for shape, dtype in ctx.shapes], [*ctx.saved_tensors, *gradients]
+        input_gradients = iter(
+            ctx.watch.kernel(
+                lambda: [torch.empty(shape, dtype=dtype) for shape, dtype in ctx.shapes],
+                [*ctx.saved_tensors, *gradients],
+            )
         )
-        one = iter(made)
-        return None, None, *(next(one) if needed else None for needed in ctx.needs_input_grad[2:])
+        return None, None, *(next(input_gradients) if needed else None for needed in ctx.needs_input_grad[2:])

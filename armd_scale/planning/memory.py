@@ -1,7 +1,7 @@
-"""Memory of a rank: what the optimiser and DeepSpeed hold, and what the micro-batches in flight keep.
+"""Memory of a rank: weights, gradients, optimiser state, buffers, and activations of the micro-batches in flight.
 
-The activations are measured on the real network. What DeepSpeed 0.19 allocates beside the weights is written down here;
-``tests/planning`` compares the sum with what real runs allocate.
+Activations are measured on the real network. The buffers of DeepSpeed 0.19 are modelled here; ``tests/planning``
+compares the sum with the memory of real runs.
 """
 
 from dataclasses import asdict, dataclass
@@ -12,12 +12,12 @@ from armd_scale.planning.measure import Chunk
 from armd_scale.planning.schedule import operations
 
 _GATHERED = 1_000_000_000
-"""Weights that ZeRO-3 keeps gathered at most: DeepSpeed's stage3_max_live_parameters."""
+"""Largest number of weights that ZeRO-3 keeps gathered: DeepSpeed's stage3_max_live_parameters."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank by kind at the moment when their sum is largest."""
+    """Bytes of a rank by kind, at the peak of their sum."""
 
     weights: float
     gradients: float
@@ -25,7 +25,7 @@ class Memory:
     """Float32 master weights, moments and moving average."""
     activations: float
     buffers: float
-    """Of collectives."""
+    """Buffers of collectives."""
 
     @property
     def total(self) -> float:
@@ -33,7 +33,7 @@ class Memory:
 
 
 def rank_memory(config: RunConfig, rank: int, chunks: list[Chunk]) -> Memory:
-    """The largest moment of a pipeline rank: in the passes, in the reduction, or in the update."""
+    """Peak memory of a pipeline rank over the passes, the reduction and the update."""
     zero, ranks = config.parallel.zero, config.data_parallel
     low = config.train.dtype == "bfloat16"
     states = sum(chunk.parameters for chunk in chunks)

@@ -1,7 +1,7 @@
-"""A layout before it is paid for: memory of the fullest rank, time of a step, communication, and better layouts.
+"""Predicts the memory, step time and communication of a layout, and searches for faster layouts.
 
-Shapes, the bytes that a micro-batch keeps, FLOPs and tensor-parallel messages come from the real network
-(``measure``), the order of passes from the schedule. Times are estimates: see ``hardware`` for what they assume.
+Shapes, bytes of activations, FLOPs and tensor-parallel messages come from the real network (``measure``), the order of
+passes from the schedule. Times are estimates with the assumptions of ``hardware``.
 """
 
 import itertools
@@ -21,28 +21,28 @@ from armd_scale.planning.schedule import bubble, simulate
 
 @dataclass(frozen=True)
 class Plan:
-    """What one layout of a run costs."""
+    """Predicted costs of a layout of a run."""
 
     config: RunConfig
     gpu: GPU
     parameters: float
-    """Of the whole model."""
+    """Number of parameters of the model."""
     flops_per_token: float
-    """Of matrix products and attention, forward and backward, without recomputation."""
+    """FLOPs of matrix products and attention, forward and backward, without recomputation."""
     edges: list[int]
-    """First layer of each run of layers, and the number of layers."""
+    """First layer of each virtual stage, and the number of layers."""
     costs: list[float]
-    """Share of each run in the time of a micro-batch."""
+    """Share of each virtual stage in the time of a micro-batch."""
     memory: list[Memory]
-    """Of each pipeline rank."""
+    """Memory of each pipeline rank."""
     bubble: float
-    """Share of the passes in which a rank waits for others."""
+    """Share of the passes in which a rank is idle."""
     traffic: dict[str, float]
     """Bytes that a rank sends in a step, by group."""
     seconds: dict[str, float]
-    """Parts of a step."""
+    """Seconds of the parts of a step."""
     work: Pass
-    """Forward and backward of a micro-batch on the rank that takes longest for it."""
+    """Forward and backward of a micro-batch on the slowest pipeline rank."""
 
     @property
     def step(self) -> float:
@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def peak(self) -> Memory:
-        """Of the fullest rank."""
+        """Memory of the fullest rank."""
         return max(self.memory, key=lambda memory: memory.total)
 
     @property
@@ -68,7 +68,7 @@ class Plan:
 
 
 class Planner:
-    """Plans layouts of one model; remembers what runs of layers cost."""
+    """Plans layouts for a kind of GPU, and caches measured virtual stages."""
 
     def __init__(self, gpu: GPU) -> None:
         self.gpu = gpu
@@ -90,7 +90,7 @@ class Planner:
         reduction = self._link(config, traffic["data parallel"], config.data_parallel, parallel.tensor)
         reduction += self._link(config, traffic["tied embedding"], 2, stage)
         share = states / (config.data_parallel if parallel.zero else 1)
-        sums = [add_up([one for chunk in rank for one in (chunk.forward, chunk.backward)]) for rank in ranks]
+        sums = [add_up([work for chunk in rank for work in (chunk.forward, chunk.backward)]) for rank in ranks]
         return Plan(
             config=config,
             gpu=self.gpu,
@@ -109,13 +109,13 @@ class Planner:
             },
         )
 
-    def _pass(self, config: RunConfig, one: Pass) -> float:
-        return one.seconds + self._link(config, one.sent, config.parallel.tensor, 1)
+    def _pass(self, config: RunConfig, work: Pass) -> float:
+        return work.seconds + self._link(config, work.sent, config.parallel.tensor, 1)
 
     def _link(self, config: RunConfig, sent: float, size: int, stride: int) -> float:
-        """Seconds to send so many bytes inside a group of ``size`` ranks, each ``stride`` from the next.
+        """Seconds to send ``sent`` bytes in a group of ``size`` ranks at distance ``stride``.
 
-        Across nodes a group uses the network cards of all its ranks in a node.
+        Across nodes, a group uses the network cards of all its ranks in a node.
         """
         node = config.cluster.tasks_per_node
         if node % (size * stride) == 0:
@@ -125,7 +125,7 @@ class Planner:
 
 
 def _updated(config: RunConfig, weights: float, share: float) -> float:
-    """Bytes that the update moves on a rank with so many weights and optimiser states of ``share`` of them."""
+    """Bytes that the update moves on a rank with ``weights`` weights and optimiser states of ``share`` weights."""
     moved = 8 * 4.0  # AdamW reads and writes master weight, gradient and two moments
     if config.optimizer.ema:
         moved += 3 * 4  # average and master weight read, average written
@@ -185,10 +185,10 @@ def _traffic(config: RunConfig, ranks: list[list[Chunk]], edges: list[int]) -> d
 
 
 def alternatives(planner: Planner, config: RunConfig) -> Iterator[Plan]:
-    """Plans of the configured and of other layouts of the same run on the same GPUs, those that fit in memory.
+    """Plans of the configured layout and of other layouts of the run that fit in the memory of the same GPUs.
 
-    Left out, since they can hardly be faster: recomputation where it is not needed, and more than four times as many
-    model-parallel ranks as the smallest layout that fits without it.
+    Leaves out layouts that are unlikely to be faster: recomputation where it is not needed, and more than four times as
+    many model-parallel ranks as in the smallest layout that fits without recomputation.
     """
     zeros = (1,) if config.parallel.zero < 2 else (1, config.parallel.zero)
     sizes = sorted(itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16)), key=lambda size: (size[0] * size[1], size))
@@ -228,7 +228,7 @@ def _changed(config: RunConfig, layout: dict[str, Any], micro_batch: int) -> Run
 
 
 def _least_memory(config: RunConfig) -> float:
-    """A lower bound without looking: weights, gradients and states of the layers on the average rank."""
+    """A lower bound without measuring: weights, gradients and states of the layers on an average rank."""
     model, zero = config.model, config.parallel.zero
     per_layer = 2 * model.hidden**2 + 2 * model.hidden * model.key_heads * model.head_dim
     per_layer += (3 if model.mlp == "swiglu" else 2) * model.hidden * model.ffn_width

@@ -1,4 +1,4 @@
-"""A plan in words."""
+"""Plans as tables and pictures."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from armd_scale.planning.plan import Plan
 
 
 def derived(plan: Plan) -> dict[str, Any]:
-    """Figures that follow from a plan: of a step and of the whole run."""
+    """Figures of a step and of the whole run, derived from a plan."""
     config = plan.config
     seconds = plan.step * config.total_steps
     facts: dict[str, Any] = {"fits": plan.fits, "peak_bytes": plan.peak.total}
@@ -24,7 +24,7 @@ def derived(plan: Plan) -> dict[str, Any]:
 
 
 def layout(plan: Plan) -> str:
-    """The layout in one line."""
+    """The layout in a line."""
     config = plan.config
     parallel = config.parallel
     words = [parallel.describe(), f"data {config.data_parallel} (ZeRO-{parallel.zero})"]
@@ -33,7 +33,7 @@ def layout(plan: Plan) -> str:
 
 
 def table(plan: Plan, recomputed: dict[str, Plan], assumed_vocabulary: bool) -> str:
-    """All that is known about a plan; ``recomputed``: the plans of the same layout for each kind of recomputation."""
+    """The table of a plan; ``recomputed``: plans of the same layout for each kind of recomputation."""
     config, gpu = plan.config, plan.gpu
     tokens = config.train.global_batch * config.model.length
     unit, name = (1e9, "GB") if plan.peak.total >= 1e9 else (1e6, "MB")
@@ -98,7 +98,7 @@ def table(plan: Plan, recomputed: dict[str, Plan], assumed_vocabulary: bool) -> 
 
 
 def _work(plan: Plan) -> list[str]:
-    """Where the passes of a micro-batch spend their time, beside what the GPU could do at best."""
+    """Time of the passes of a micro-batch by kind of operation, and lower bounds at the peaks of the GPU."""
     work, gpu = plan.work, plan.gpu
     rest = work.seconds - work.products - work.attention - work.regions
     kinds = {
@@ -117,7 +117,7 @@ def _work(plan: Plan) -> list[str]:
 
 
 def comparison(plan: Plan, others: list[Plan]) -> str:
-    """The fastest layouts beside the configured one."""
+    """Table of the fastest layouts."""
     if not others:
         return "\n  no layout of this run fits on these GPUs"
     lines = ["", "  step, s    MFU       GB   fastest layouts that fit"]
@@ -125,12 +125,12 @@ def comparison(plan: Plan, others: list[Plan]) -> str:
         lines.append(f"  {other.step:8.2f} {other.mfu:6.1%} {other.peak.total / 1e9:8.1f}   {layout(other)}")
     faster = plan.step / others[0].step - 1
     if plan.fits and faster > 0.02:
-        lines.append(f"  the first would be {faster:.0%} faster than the configured one")
+        lines.append(f"  the first layout would be {faster:.0%} faster than the configured layout")
     return "\n".join(lines)
 
 
 def draw_growth(rows: list[dict[str, Any]], along: str, path: Path) -> None:
-    """A picture of what a token costs along one size; rows have kind, place, seconds, batch, length, ratio, memory."""
+    """Plot the cost of a token along a size; rows have kind, place, seconds, batch, length, ratio and memory."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,9 @@
-"""Megatron-Core's pipeline schedules as lists of operations, and how long they take.
+"""Megatron-Core's pipeline schedules as lists of operations, and their simulation.
 
-- ``operations``: what one pipeline rank does in a step, in order: 1F1B (arXiv 2104.04473, figure 4) and interleaved;
-- ``simulate``: when everything ends if each operation starts as soon as its rank is free and its input is there.
+- ``operations``: the passes of a pipeline rank in a step, in order: 1F1B (arXiv 2104.04473, figure 4) and interleaved;
+- ``simulate``: start and end of each operation, if it starts once its rank is free and its input has arrived.
 
-``tests/planning`` compares the lists with what real ranks did.
+``tests/planning`` compares the lists with the operations of real ranks.
 """
 
 from collections import deque
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Operation(NamedTuple):
-    """A forward or backward pass of one micro-batch through one run of layers of a rank."""
+    """A forward or backward pass of a micro-batch through a virtual stage of a rank."""
 
     backward: bool
     chunk: int
@@ -20,7 +20,7 @@ class Operation(NamedTuple):
 
 
 class Span(NamedTuple):
-    """An operation and when it ran, in the unit of its durations."""
+    """An operation with its start and end, in the unit of the durations."""
 
     operation: Operation
     start: float
@@ -53,8 +53,11 @@ def simulate(
     durations: Sequence[tuple[float, float]],
     transfers: Sequence[float] | None = None,
 ) -> list[list[Span]]:
-    """Spans of every rank. ``durations``: (forward, backward) of each run of layers, run chunk * pipeline + rank;
-    ``transfers``: time to send the output of each run of layers but the last to the next one, or a gradient back."""
+    """Spans of every rank.
+
+    ``durations``: (forward, backward) of each virtual stage, number chunk * pipeline + rank. ``transfers``: time to
+    send the output of each virtual stage but the last to the next stage, or a gradient back.
+    """
     runs = pipeline * chunks
     waiting = [deque(operations(rank, pipeline, chunks, micro_batches)) for rank in range(pipeline)]
     spans: list[list[Span]] = [[] for _ in range(pipeline)]
@@ -83,7 +86,7 @@ def simulate(
 
 
 def bubble(spans: list[list[Span]]) -> float:
-    """Share of the ranks' time from the first start to the last end in which they compute nothing."""
+    """Idle share of the ranks' time from the first start to the last end."""
     start = min(rank[0].start for rank in spans)
     stop = max(span.stop for rank in spans for span in rank)
     busy = sum(span.stop - span.start for rank in spans for span in rank)
