@@ -1,14 +1,14 @@
-"""Decoding: how the free positions of texts are filled, several at a time, with caches.
+"""Decoding: fills the free positions of texts, several per step, with key-value caches.
 
-- ``task``, ``strided_blocks``: which positions are written together;
-- ``Lockstep``: sequences with one plan; rows are appended to the caches and no mask is needed;
-- ``Lanes``: sequences that differ in length, plan and settings, and come and go; ``Strided`` and ``Exact`` are the
-  strategies of every objective with exact likelihoods, others stand with their objective (``objectives/``);
-- ``Frontier``: tokens in the order of their positions, as these become complete.
+- ``task``, ``strided_blocks``: plan which positions are written together;
+- ``Lockstep``: sequences with the same plan; rows are appended to the caches, and no mask is needed;
+- ``Lanes``: sequences of different length, plan and settings (continuous batching). ``Strided`` and ``Exact`` are the
+  strategies of objectives with exact likelihoods; other strategies are defined with their objective (``objectives/``);
+- ``Frontier``: yields tokens by position, once all earlier positions are written.
 
-A step is one pass: it feeds the tokens just written (rows of X) and predicts the next ones (rows of G) with one set of
-keys. Nothing in it waits for the device. Shapes: B sequences ("lanes"), T targets of a step, M slots, which are
-positions 0..M - 1.
+A decoding step is a forward pass: it feeds the tokens just written (context rows) and predicts the next tokens (target
+rows) with the same keys. A step does not synchronise with the device. Shapes: B sequences ("lanes"), T targets of a
+step, M slots for the positions 0..M - 1.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ from armd_scale.decoding.sampling import Decoding, Sampler, draw, uniform
 from armd_scale.formulas import stream_bounds
 
 FREE = -1
-"""Stands for a token that is to be generated."""
+"""Placeholder of a token to generate."""
 
 LOGIT_ROWS = 2048
-"""Rows whose logits are held at a time."""
+"""Largest number of rows whose logits exist at the same time."""
 
 
 class Step(NamedTuple):
-    """What one step wrote: text positions (from 1; 0 is none) and their tokens, both [B, T]."""
+    """Positions (from 1; 0: no token) and tokens that a step wrote, both [B, T]."""
 
     positions: Tensor
     tokens: Tensor
@@ -41,13 +41,13 @@ class Task:
     """A text to complete."""
 
     tokens: list[int]
-    """Token of every position, ``FREE`` where one is to be generated."""
+    """Token of every position, ``FREE`` for tokens to generate."""
     order: list[int]
-    """The free positions in the order of generation; ``strided`` plans it by ``decoding.streams``."""
+    """The free positions in generation order."""
     blocks: list[list[int]]
-    """The same, in blocks that are generated together."""
+    """The free positions in blocks that are generated together."""
     key: tuple[int, int]
-    """Names the sequence's own stream of random numbers."""
+    """Key of the random numbers of the sequence."""
     decoding: Decoding
 
     @property
@@ -57,16 +57,16 @@ class Task:
 
 
 def task(tokens: list[int], key: tuple[int, int], decoding: Decoding, order: Sequence[int] | None = None) -> Task:
-    """Plan a text: as the strategy of its decoding does, or one position after the other in an ``order`` of them.
+    """Plan a text with the strategy of ``decoding``, or position by position in a given ``order``.
 
-    Raises ``InputError`` when ``order`` is not one of the free positions.
+    Raises ``InputError`` unless ``order`` is a permutation of the free positions.
     """
     free = [position for position, token in enumerate(tokens, start=1) if token == FREE]
     if order is None:
         blocks = STRATEGIES[decoding.strategy].blocks(free, decoding, key)
     else:
         if decoding.streams > 1:
-            raise InputError("an order of its own has no streams: leave out streams")
+            raise InputError("order and streams exclude each other: leave out streams")
         if sorted(order) != free:
             raise InputError(f"order must name each of the {len(free)} free positions once")
         blocks = [[position] for position in order]
@@ -74,10 +74,10 @@ def task(tokens: list[int], key: tuple[int, int], decoding: Decoding, order: Seq
 
 
 def strided_blocks(free: Sequence[int], streams: int) -> list[list[int]]:
-    """Free positions as S contiguous streams written side by side: the positions of each block.
+    """Split the n free positions into S contiguous streams; returns the blocks of strided decoding.
 
-    The heads of the streams come one at a time, then one token of every stream at once. The first ``n % S`` streams
-    are one longer, so only the last block can be ragged. ``streams`` is capped at n.
+    The heads of the streams are generated one at a time, then a block holds the next token of every stream. The first
+    ``n % S`` streams are longer by a token, so only the last block can be ragged. ``streams`` is capped at n.
     """
     parts = stream_bounds(len(free), streams)
     heads = [[free[start]] for start, _ in parts]
@@ -86,28 +86,28 @@ def strided_blocks(free: Sequence[int], streams: int) -> list[list[int]]:
 
 
 STRATEGIES: "dict[str, type[Lanes]]" = {}
-"""Ways to decode by the names that ``Decoding.strategy`` has for them."""
+"""Decoding strategies by the names of ``Decoding.strategy``."""
 
 
 class Lockstep:
-    """Sequences with the same free positions, blocks and start: every step has the same rows in all of them."""
+    """Decodes sequences with the same free positions and blocks: a step has the same rows in all sequences."""
 
     def __init__(self, network: Network, tasks: Sequence[Task]) -> None:
         self._network, device = network, network.device
         first, given = tasks[0], tasks[0].given
         self.blocks = first.blocks
         self._sampler = Sampler(len(tasks), device)
-        for lane, one in enumerate(tasks):
-            self._sampler.set(lane, one.decoding)
+        for lane, task in enumerate(tasks):
+            self._sampler.set(lane, task.decoding)
         slots = len(first.tokens) + 1
-        draws = torch.stack([uniform(one.key, slots) for one in tasks])
+        draws = torch.stack([uniform(task.key, slots) for task in tasks])
         self._uniform = draws[:, first.order].to(device)
         self._places = torch.tensor([0, *given, *first.order], device=device)
         self._cache = Cache(network, len(tasks), slots)
         self._context = torch.full((len(tasks), 1), network.config.bos_id, device=device)
         self._fed, self._step = 0, 0
         if given:
-            known = torch.tensor([[one.tokens[p - 1] for p in given] for one in tasks], device=device)
+            known = torch.tensor([[task.tokens[p - 1] for p in given] for task in tasks], device=device)
             at = self._places[None, 1 : len(given) + 1].expand(len(tasks), -1)
             network.prefill(known, at, torch.ones_like(known, dtype=torch.bool), self._cache, None)
             self._context, self._fed = known[:, -1:], len(given)
@@ -127,11 +127,11 @@ class Lockstep:
 
 
 class Lanes:
-    """Places for sequences that are decoded side by side, each with its own text, plan and settings.
+    """Decodes sequences in lanes, each with its own text, plan and settings.
 
-    ``admit`` puts texts into free lanes at any time; ``step`` continues all of them; ``release`` frees a lane. A
-    lane's text depends on nothing in the other lanes. ``width``: most targets of a step. A subclass is a strategy:
-    its ``name`` is what ``Decoding.strategy`` chooses it by.
+    ``admit`` puts texts into free lanes at any time; ``step`` continues all lanes; ``release`` frees a lane. The text
+    of a lane does not depend on other lanes. ``width``: largest number of targets of a step. A subclass is a strategy
+    with the ``name`` of ``Decoding.strategy``.
     """
 
     cached: ClassVar[bool] = True
@@ -147,7 +147,7 @@ class Lanes:
 
     @staticmethod
     def targets(decoding: Decoding) -> int:
-        """Targets of a step that a way of decoding asks for."""
+        """Number of targets of a step with these settings."""
         return decoding.streams
 
     def __init__(self, network: Network, count: int, slots: int, width: int) -> None:
@@ -170,30 +170,30 @@ class Lanes:
         return torch.zeros(self.count, *shape, dtype=dtype, device=self.network.device)
 
     def admit(self, tasks: Mapping[int, Task]) -> None:
-        """Put texts into lanes; what was there is forgotten."""
-        rows = max(len(one.given) for one in tasks.values())
+        """Put texts into lanes, replacing their contents."""
+        rows = max(len(task.given) for task in tasks.values())
         text = torch.zeros(len(tasks), self.slots + 1, dtype=torch.long)
         known, free = torch.zeros_like(text).bool(), torch.zeros_like(text).bool()
         tokens, at = torch.zeros(2, len(tasks), rows, dtype=torch.long)
         text[:, 0], known[:, 0] = self.network.config.bos_id, True
-        for row, (lane, one) in enumerate(tasks.items()):
-            self.sampler.set(lane, one.decoding)
-            given = torch.tensor(one.given, dtype=torch.long)
+        for row, (lane, task) in enumerate(tasks.items()):
+            self.sampler.set(lane, task.decoding)
+            given = torch.tensor(task.given, dtype=torch.long)
             at[row, : len(given)] = given
-            tokens[row, : len(given)] = text[row, given] = torch.tensor(one.tokens, dtype=torch.long)[given - 1]
+            tokens[row, : len(given)] = text[row, given] = torch.tensor(task.tokens, dtype=torch.long)[given - 1]
             known[row, given] = True
-            free[row, one.order] = True
+            free[row, task.order] = True
         device = self.network.device
         lanes = torch.tensor(list(tasks), device=device)
         self.text[lanes], self.known[lanes] = text.to(device), known.to(device)
         self._free[lanes] = free[:, :-1].to(device)
-        self._length[lanes] = torch.tensor([len(one.tokens) for one in tasks.values()], device=device)
-        self._stop[lanes] = torch.tensor([one.decoding.stop for one in tasks.values()], device=device)
+        self._length[lanes] = torch.tensor([len(task.tokens) for task in tasks.values()], device=device)
+        self._stop[lanes] = torch.tensor([task.decoding.stop for task in tasks.values()], device=device)
         self.cache.prefix[lanes], self.cache.rows[lanes] = 0, 0
         if rows and self.cached:
             self.network.prefill(tokens.to(device), at.to(device), (at > 0).to(device), self.cache, lanes)
-        for lane, one in tasks.items():
-            self._start(lane, one, max(one.given, default=0))
+        for lane, task in tasks.items():
+            self._start(lane, task, max(task.given, default=0))
 
     def release(self, lane: int) -> None:
         """Leave a lane idle."""
@@ -201,7 +201,7 @@ class Lanes:
         self.sampler.set(lane, Decoding())
 
     def finished(self) -> Tensor:
-        """Lanes [B] whose text is there: every position, or all up to the first EOS where that is the end."""
+        """Lanes [B] whose text is complete: every position, or with ``stop`` every position up to the first EOS."""
         known = self.known[:, : self.slots]
         complete = known.long().cumprod(dim=1).sum(dim=1) - 1
         position = torch.arange(self.slots, device=known.device)
@@ -210,7 +210,7 @@ class Lanes:
         return (complete >= self._length) | (self._stop & (complete >= first_end))
 
     def step(self) -> Step:
-        """Go on with every lane."""
+        """Continue every lane by a step."""
         return self._run()
 
     def _run(self, *inputs: Tensor) -> Step:
@@ -220,28 +220,28 @@ class Lanes:
         with torch.cuda.device(self.network.device):
             return Step(*self._graphs.run(self._advance, inputs, (*self.sampler.kinds, self.sampler.draft)))
 
-    def _start(self, lane: int, one: Task, last: int) -> None:
-        """Set up a lane of which all given tokens but the one at position ``last`` (0: BOS) have been fed."""
+    def _start(self, lane: int, task: Task, last: int) -> None:
+        """Set up a lane after all given tokens except the token at position ``last`` (0: BOS) have been fed."""
         raise NotImplementedError
 
     def _advance(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """The work of a step on the device: positions and tokens [B, T] written."""
+        """Run a step on the device; returns the positions and tokens [B, T] written."""
         raise NotImplementedError
 
     def _known_targets(self, targets: Tensor) -> Tensor:
-        """Slots [B, M] whose rows of G are there: of known positions, and of ``targets`` [B, T]; never none."""
+        """Slots [B, M] with target rows: known positions and ``targets`` [B, T]; slot 0 if a lane has none."""
         top = self.known.scatter(1, targets, True)[:, : self.slots]
         top[:, 0] = ~top[:, 1:].any(dim=1)
         return top
 
     def _write(self, positions: Tensor, tokens: Tensor) -> None:
-        place = positions.where(positions > 0, self.slots)
-        self.text.scatter_(1, place, tokens)
-        self.known.scatter_(1, place, True)
+        slot = positions.where(positions > 0, self.slots)
+        self.text.scatter_(1, slot, tokens)
+        self.known.scatter_(1, slot, True)
 
 
 class Strided(Lanes, name="strided"):
-    """Blocks that are planned beforehand."""
+    """Decodes the planned blocks of every lane."""
 
     def __init__(self, network: Network, count: int, slots: int, width: int) -> None:
         super().__init__(network, count, slots, width)
@@ -249,9 +249,9 @@ class Strided(Lanes, name="strided"):
         self._blocks: list[list[list[int]]] = [[] for _ in range(count)]
         self._next = [0] * count
 
-    def _start(self, lane: int, one: Task, last: int) -> None:
-        self._uniform[lane, : len(one.tokens) + 1] = uniform(one.key, len(one.tokens) + 1).to(self._uniform.device)
-        self._blocks[lane], self._next[lane] = [[last], *one.blocks], 1
+    def _start(self, lane: int, task: Task, last: int) -> None:
+        self._uniform[lane, : len(task.tokens) + 1] = uniform(task.key, len(task.tokens) + 1).to(self._uniform.device)
+        self._blocks[lane], self._next[lane] = [[last], *task.blocks], 1
 
     def release(self, lane: int) -> None:
         super().release(lane)
@@ -259,7 +259,7 @@ class Strided(Lanes, name="strided"):
 
     @property
     def exhausted(self) -> bool:
-        """Whether every plan has been carried out."""
+        """Whether all blocks of all lanes are written."""
         return all(step >= len(blocks) for blocks, step in zip(self._blocks, self._next, strict=True))
 
     def step(self) -> Step:
@@ -280,7 +280,7 @@ class Strided(Lanes, name="strided"):
         return self._run(plan[:, :fed], plan[:, fed:])
 
     def _graph_sizes(self, fed: int, wanted: int) -> tuple[int, int]:
-        """Rows of a step that feeds and wants so many, so that few graphs serve all steps."""
+        """Round the numbers of context and target rows up, so that few CUDA graphs serve all steps."""
         return self.width, self.width
 
     def _advance(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -295,14 +295,13 @@ class Strided(Lanes, name="strided"):
 
 
 class Exact(Lanes, name="exact"):
-    """Several tokens a pass, with exactly the distribution of one token a step in the same order.
+    """Writes several tokens per pass, with the distribution of a token per step in the same order.
 
-    A pass scores the K tokens drafted before it, one token a block, and drafts the K after them as if each were the
-    next. A drafted token is kept with probability min(1, q / p) for its draft probability p and its score q; the first
-    that is not kept is drawn anew from max(0, q - p), and one token more comes from the scores when all are kept. The
-    next draft is drawn from this pass's distributions of the positions that follow. Any draft that is drawn before it
-    is scored gives the right law: speculative decoding, for any order of generation (arXiv 2504.20456) and with the
-    model as its own draft.
+    A pass scores the K drafted tokens, and drafts the next K tokens as if each were the next token. A drafted token is
+    kept with probability min(1, q / p), with its draft probability p and its score q. The first token that is not kept
+    is drawn again from max(0, q - p); if all are kept, an additional token is drawn from the scores. The next draft is
+    drawn from the distributions of this pass at the following positions. This is speculative decoding for any
+    generation order (arXiv 2504.20456), with the model as its own draft model.
     """
 
     @staticmethod
@@ -315,19 +314,19 @@ class Exact(Lanes, name="exact"):
         self._total, self._written = self._zeros(1), self._zeros(1)
         self._last, self._draft, self._pass = self._zeros(1), self._zeros(1), self._zeros(1)
         self._proposal = self._zeros(width, network.config.vocab_size, dtype=network.precise)
-        # For every pass: numbers that draw the draft and the token behind it, and numbers that judge the draft.
+        # Uniform numbers of every pass, for the draft and the token after it, and for the acceptance of the draft.
         self._draws = self._zeros(slots + 1, width + 1, dtype=torch.float64)
         self._judge = self._zeros(slots + 1, width, dtype=torch.float64)
 
-    def _start(self, lane: int, one: Task, last: int) -> None:
+    def _start(self, lane: int, task: Task, last: int) -> None:
         device = self._order.device
-        size, passes = one.decoding.draft, len(one.order) + 1
-        numbers = uniform(one.key, passes, 2 * size + 1).to(device)
+        size, passes = task.decoding.draft, len(task.order) + 1
+        numbers = uniform(task.key, passes, 2 * size + 1).to(device)
         self._draws[lane, :passes, : size + 1] = numbers[:, : size + 1]
         self._judge[lane, :passes, :size] = numbers[:, size + 1 :]
         self._order[lane] = 0
-        self._order[lane, : len(one.order)] = torch.tensor(one.order, dtype=torch.long, device=device)
-        self._total[lane], self._written[lane], self._pass[lane] = len(one.order), 0, 0
+        self._order[lane, : len(task.order)] = torch.tensor(task.order, dtype=torch.long, device=device)
+        self._total[lane], self._written[lane], self._pass[lane] = len(task.order), 0, 0
         self._last[lane], self._draft[lane] = last, size
 
     def release(self, lane: int) -> None:
@@ -345,7 +344,7 @@ class Exact(Lanes, name="exact"):
         judge = self._judge.gather(1, now.expand(-1, 1, width))[:, 0]
         proposed = self._proposal[:, :width]
 
-        # Context: the last token that is certain, and the draft. Target i sees the draft before it, and itself.
+        # Context rows: the last accepted token and the draft. Target i sees the draft before it, and itself.
         tokens = draw(proposed, draws[:, :width])
         context = torch.cat([self.text.gather(1, self._last), tokens], dim=1)
         at = torch.cat([self._last, positions[:, :width].where(drafted, 0)], dim=1)
@@ -362,7 +361,7 @@ class Exact(Lanes, name="exact"):
         hidden = self.network.step(context, at, positions, self.cache, keep, sight, earlier)
         score = self.sampler.probabilities(self.network.predict(hidden))
 
-        # Accept, and draw one token more.
+        # Accept drafted tokens, and draw the next token.
         p, q = (rows.gather(-1, tokens[..., None])[..., 0] for rows in (proposed, score[:, :width]))
         kept = (drafted & accept(p, q, judge)).long().cumprod(dim=1).bool()
         accepted = kept.sum(dim=1, keepdim=True)
@@ -388,9 +387,9 @@ class Exact(Lanes, name="exact"):
 
     @staticmethod
     def _rest(score: Tensor, draft: Tensor, refused: Tensor) -> Tensor:
-        """What the token behind the kept ones is drawn from: the score, less the draft where that was refused."""
+        """Weights of the token after the kept tokens: the score, minus the draft if a drafted token was refused."""
         rest = (score - draft).clamp(min=0)
-        # Scores that equal the draft but for rounding leave nothing to draw from.
+        # If score and draft are equal up to rounding, the difference has no weight.
         return torch.where(refused & (rest.sum(-1, keepdim=True) > 0), rest, score)
 
 
@@ -400,21 +399,21 @@ def accept(p: Tensor, q: Tensor, uniform: Tensor) -> Tensor:
 
 
 class Frontier:
-    """A text whose tokens arrive in any order: gives them out by position, as far as it is complete."""
+    """A text whose tokens arrive in any order; returns tokens by position, as far as the text is complete."""
 
-    def __init__(self, one: Task, eos_id: int) -> None:
-        self.tokens = list(one.tokens)
+    def __init__(self, task: Task, eos_id: int) -> None:
+        self.tokens = list(task.tokens)
         self.passed = 0
-        """Positions given out."""
+        """Number of positions returned."""
         self.ended = False
         self.stopped = False
-        """Whether it ended at EOS."""
-        self._free = set(one.order)
-        self._end = eos_id if one.decoding.stop else None
+        """Whether the text ended at EOS."""
+        self._free = set(task.order)
+        self._end = eos_id if task.decoding.stop else None
         self.push([], [])
 
     def push(self, positions: Sequence[int], tokens: Sequence[int]) -> list[int]:
-        """Take a step's tokens; the generated tokens that are complete by them, EOS not among them."""
+        """Add the tokens of a step; returns the generated tokens that are now complete, without EOS."""
         for position, token in zip(positions, tokens, strict=True):
             if position:
                 self.tokens[position - 1] = token
@@ -430,9 +429,10 @@ class Frontier:
 
 
 class _Graphs:
-    """Work on a GPU (tensors in, tensors out, other state changed in place) as CUDA graphs, one for each kind.
+    """Runs functions of tensors, which may also change state in place, as CUDA graphs: a graph for each kind.
 
-    The first call of a kind runs as it is and prepares the libraries; the second is recorded, all are replayed after.
+    The first call of a kind runs eagerly, which initialises libraries. The second call is recorded, later calls are
+    replayed.
     """
 
     def __init__(self) -> None:
@@ -442,7 +442,7 @@ class _Graphs:
     def run(
         self, work: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Tensor, ...], kind: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor]:
-        """``work(*inputs)``; ``kind``: what it depends on beside tensors."""
+        """``work(*inputs)``; ``kind``: values other than tensors that the work depends on."""
         kind = (tuple(tensor.shape for tensor in inputs), *kind)
         if kind not in self._kept:
             self._kept[kind] = None

@@ -1,7 +1,7 @@
-"""From logits to tokens: temperature and truncation, and draws that depend on a sequence's own seed alone.
+"""Sampling: temperature, truncation, and draws that depend on the seed of the sequence only.
 
-Probabilities are float32 (float64 for a float64 model) whatever the type of the weights. Shapes: B sequences, T rows of
-each, V vocabulary.
+Probabilities are float32 (float64 for a float64 model), independent of the dtype of the weights. Shapes: B sequences, T
+rows of a sequence, V vocabulary.
 """
 
 import dataclasses
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from armd_scale.decoding.network import InputError
 
-_CHUNK = 256  # entries of the vocabulary whose sum is one step of the outer search
+_CHUNK = 256  # entries of the vocabulary that the outer search sums
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How a text is generated.
+    """Decoding settings of a text.
 
-    By default S = ``streams`` contiguous streams of the free positions are written side by side, S tokens a step.
-    ``draft`` makes the result exactly that of one token a step in the same order. Other objectives take ``steps`` or
+    By default, S = ``streams`` contiguous streams of the free positions are written together, S tokens per step. With
+    ``draft``, the text has the distribution of a token per step in the same order. Other objectives use ``steps`` or
     ``block`` instead. Raises ``InputError``.
     """
 
@@ -41,9 +41,9 @@ class Decoding:
     steps: int = 0
     """Masked diffusion: equal steps of time from 1 to 0 in which tokens are revealed; 0: as many as free tokens."""
     stop: bool = False
-    """A text ends at its first EOS by position: what streams wrote behind it is left out."""
+    """A text ends at its first EOS by position; later tokens are dropped."""
     block: int = 0
-    """Causal diffusion: tokens proposed at a time behind the finished text; 0: one."""
+    """Causal diffusion: number of tokens proposed at a time after the finished text; 0: a single token."""
     confidence: float = 0.9
     """Causal diffusion: probability that the likeliest token must have for a proposed token to be accepted."""
 
@@ -58,7 +58,7 @@ class Decoding:
 
     @property
     def strategy(self) -> str:
-        """Name of the strategy that the settings choose: ``strided`` unless they ask for another."""
+        """Name of the strategy of these settings, by default ``strided``."""
         chosen = {"ancestral": self.steps, "confident": self.block, "exact": self.draft}
         return next((name for name, value in chosen.items() if value), "strided")
 
@@ -77,15 +77,15 @@ _RANGES = (
 
 
 class Sampler:
-    """Draws for B sequences, each with its own ``Decoding``; idle ones take part without effect."""
+    """Draws for B sequences, each with its own ``Decoding``; idle decodings take part without effect."""
 
     def __init__(self, count: int, device: torch.device) -> None:
         self._decodings = [Decoding()] * count
-        # In place, so that a captured CUDA graph sees what is set later.
+        # Changed in place, so that a captured CUDA graph reads later settings.
         self._columns = torch.ones(4, count, 1, 1, dtype=torch.float64, device=device)
 
     def set(self, lane: int, decoding: Decoding) -> None:
-        """Choose how a sequence is drawn from here on."""
+        """Set the decoding of a lane."""
         self._decodings[lane] = decoding
         top_k = decoding.top_k or float("inf")
         column = torch.tensor([decoding.temperature, decoding.min_p, top_k, decoding.top_p], dtype=torch.float64)
@@ -93,19 +93,19 @@ class Sampler:
 
     @property
     def kinds(self) -> tuple[bool, ...]:
-        """What has to be computed: greedy, temperature, sorted and cut-off draws."""
-        ones = self._decodings
+        """Whether any lane needs greedy draws, temperature, top-k or top-p, and min-p."""
+        decodings = self._decodings
         return (
-            any(one.temperature == 0 for one in ones),
-            any(one.temperature != 1 for one in ones),
-            any(one.top_k or one.top_p < 1 for one in ones),
-            any(one.min_p for one in ones),
+            any(decoding.temperature == 0 for decoding in decodings),
+            any(decoding.temperature != 1 for decoding in decodings),
+            any(decoding.top_k or decoding.top_p < 1 for decoding in decodings),
+            any(decoding.min_p for decoding in decodings),
         )
 
     @property
     def draft(self) -> int:
         """Largest draft of a sequence."""
-        return max(one.draft for one in self._decodings)
+        return max(decoding.draft for decoding in self._decodings)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Probabilities [B, T, V] from logits, in float32 or better, after temperature and truncation."""
@@ -131,7 +131,7 @@ class Sampler:
             out = torch.where(temperature == 0, likeliest, out)
         if not (ranks or cut):
             return out
-        # Rows that nothing is cut from keep their bits, whatever their neighbours.
+        # Rows without truncation keep their bits, independent of other rows.
         truncated = (top_k < float("inf")) | (top_p < 1) | (min_p > 0)
         return out / out.sum(dim=-1, keepdim=True).where(truncated, 1)
 
@@ -143,8 +143,8 @@ class Sampler:
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """Indices [B, T] drawn with weights [B, T, V], by inversion of the cumulative sum at uniform numbers [B, T].
 
-    In two stages, chunks of the vocabulary and then the entries of one, with float64 sums over either: a large
-    vocabulary neither costs a long sum nor loses rare entries.
+    Searches first the chunks of the vocabulary and then the entries of a chunk, with float64 sums, so that a large
+    vocabulary neither needs a long sum nor loses rare entries.
     """
     size = weights.shape[-1]
     whole = size // _CHUNK * _CHUNK
@@ -157,29 +157,29 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     rest = threshold - torch.where(chunk > 0, outer.gather(-1, (chunk - 1).clamp(min=0)), 0)
     entries = chunk * _CHUNK + torch.arange(_CHUNK, device=chunk.device)
     inner = weights.gather(-1, entries.clamp(max=size - 1)).where(entries < size, 0).double()
-    # A threshold at the end of the chunk falls on its last entry that has weight, never on one without.
+    # A threshold at the end of the chunk selects the last entry with weight.
     last = (inner > 0).long().mul(torch.arange(1, _CHUNK + 1, device=inner.device)).amax(dim=-1) - 1
-    found = torch.searchsorted(inner.cumsum(dim=-1), rest, right=True)[..., 0]
-    return chunk[..., 0] * _CHUNK + torch.minimum(found, last.clamp(min=0))
+    index = torch.searchsorted(inner.cumsum(dim=-1), rest, right=True)[..., 0]
+    return chunk[..., 0] * _CHUNK + torch.minimum(index, last.clamp(min=0))
 
 
 def seeds(seed: int | Sequence[int], count: int) -> list[tuple[int, int]]:
-    """Keys of ``count`` sequences: (seed, row) from one seed, (seed, 0) from a seed for each. Raises ``InputError``."""
+    """Keys of ``count`` sequences: (seed, row) for a single seed, (seed, 0) for a list. Raises ``InputError``."""
     try:
         if isinstance(seed, Iterable):
-            keys = [(operator.index(one), 0) for one in seed]
+            keys = [(operator.index(number), 0) for number in seed]
         else:
             keys = [(operator.index(seed), row) for row in range(count)]
     except TypeError as error:
-        raise InputError(f"a seed must be a whole number, or one for each sequence, not {seed!r}") from error
+        raise InputError(f"seed must be a whole number or a list of {count}, not {seed!r}") from error
     if len(keys) != count:
-        raise InputError(f"{len(keys)} seeds for {count} sequences: give one for each, or a single one")
+        raise InputError(f"{len(keys)} seeds for {count} sequences: give {count} seeds or a single seed")
     return keys
 
 
 def uniform(key: tuple[int, ...], *shape: int) -> Tensor:
-    """Uniform numbers in [0, 1) of a sequence's own stream, float64."""
+    """Uniform float64 numbers in [0, 1) from the random stream of ``key``."""
     digest = hashlib.sha256(repr(key).encode()).digest()
-    # A generator keeps 32 bits of its seed: two of them, so that thousands of texts do not share a stream.
+    # A generator uses 32 bits of its seed. Two generators keep thousands of texts from sharing a stream.
     parts = [torch.Generator().manual_seed(int.from_bytes(digest[at : at + 4], "little")) for at in (0, 4)]
     return sum((torch.rand(*shape, generator=part, dtype=torch.float64) for part in parts), torch.zeros(())).frac()
