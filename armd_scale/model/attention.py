@@ -1,16 +1,16 @@
-"""Attention kernels behind one seam.
+"""Attention with interchangeable kernels.
 
-Every mask of the model has one form: rows are in generation order and blocks never decrease, so a query sees
-a *prefix* of the keys. ``visible`` holds its length per query row; None means causal (row n sees n + 1 keys),
-which is what both streams need with one token a block, whatever the permutation (docs/explanation/model.md). Masked
-diffusion sees every key: ``causal`` is False, and there is no mask.
+All masks of the model have the same form: rows are in generation order and block numbers never decrease, so a query
+sees a *prefix* of the keys. ``visible`` holds the length of the prefix per query row; None means causal (row n sees
+n + 1 keys), which both streams need with a token per block, for any permutation (docs/explanation/model.md). In masked
+diffusion every query sees all keys: ``causal`` is False, without a mask.
 
-- ``attend``: the seam; picks a backend.
-- ``sdpa``: causal: streams folded into the query heads of one grouped-query call, no mask at all, by a kernel that
-  may be named; with ``visible``: a boolean mask.
-- ``flex``: ``visible`` as a block mask, for CUDA.
-- ``dense``: the reference: explicit scores and softmax in the type of its inputs (float64 in tests).
-- ``measure``: the table by which a kernel is chosen: seconds of every one that runs here.
+- ``attend``: chooses a backend;
+- ``sdpa``: causal: a grouped-query call without mask, with streams as additional query heads, by a kernel that can be
+  named; with ``visible``: a boolean mask;
+- ``flex``: ``visible`` as a block mask, for CUDA;
+- ``dense``: reference with explicit scores and softmax in the dtype of its inputs (float64 in tests);
+- ``measure``: times the kernels that run on a device.
 
 Shapes: queries [S, B, G, R, N, D] of S streams, with R query heads for each of G key heads; keys and values
 [B, G, M, D]; ``visible`` [S, B, N].
@@ -33,7 +33,7 @@ KERNELS = {
     "FA3": SDPBackend.FLASH_ATTENTION,
     "FA4": SDPBackend.FLASH_ATTENTION,
 }
-"""Kernels of ``sdpa`` that can be asked for by name. FA3 and FA4 take the place of PyTorch's own flash kernels."""
+"""Kernels of ``sdpa`` by name. FA3 and FA4 replace PyTorch's flash kernels."""
 
 MASK_BLOCK = 128
 """Rows and keys of a block of a block mask."""
@@ -97,7 +97,7 @@ def flex(q_SBGRND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, visible_SBN: Tensor) 
 def dense(
     q_SBGRND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, visible_SBN: Tensor | None = None, causal: bool = True
 ) -> Tensor:
-    """The slow, obvious reference; every backend equals it within rounding."""
+    """Slow reference; every backend equals it up to rounding."""
     streams, batch, _, _, rows, width = q_SBGRND.shape
     if visible_SBN is None:
         seen = torch.arange(1, rows + 1) if causal else torch.full((rows,), k_BGMD.shape[2])
@@ -155,7 +155,7 @@ def _compiled_flex() -> Callable:
 
 
 def activate(kernel: str | None) -> None:
-    """Let PyTorch's flash attention be FlashAttention-3 or 4 if that is the ``kernel``, else its own again."""
+    """Make PyTorch's flash attention use FlashAttention-3 or 4 if ``kernel`` names it, else PyTorch's kernels."""
     from torch.nn import attention
 
     if kernel in ("FA3", "FA4"):
@@ -184,7 +184,7 @@ def measure(
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     table = {}
     for kernel in kernels:
-        # A kernel that is not installed, not built for this device or not made for this shape says so in many ways.
+        # Kernels that are not installed or do not support the device or the shape raise different errors.
         with contextlib.suppress(RuntimeError, ImportError, ValueError, AttributeError, AssertionError):
             activate(kernel)
             seconds = []

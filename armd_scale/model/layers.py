@@ -2,15 +2,15 @@
 
 - ``normalise`` ... ``cross_entropy``: the fused regions, of the formulae in ``armd_scale.formulas``.
 - ``Norm``: scale-only LayerNorm or RMSNorm, computed in float32.
-- ``Attention``: queries from any streams, keys and values from the first one.
+- ``Attention``: queries from any streams, keys and values from the first stream.
 - ``MLP``: GELU or SwiGLU.
-- ``Linears``: which linears those are: TransformerEngine's on CUDA where it is installed, else Megatron-Core's own.
-- ``Layer``: the pre-norm block. One class serves the three kinds of the model, which differ only in the number of
-  streams that come in and go out: two-stream 2 -> 2, last two-stream 2 -> 1 (X's output is not needed), causal 1 -> 1.
-The left-to-right and the masked-diffusion models are made of 1 -> 1 alone.
+- ``Linears``: the linear modules: TransformerEngine's on CUDA if installed, else Megatron-Core's.
+- ``Layer``: the pre-norm block. The kinds of layers differ in their numbers of input and output streams: two-stream
+  2 -> 2, last two-stream 2 -> 1 (the output of X is not needed), causal 1 -> 1. The left-to-right and the
+  masked-diffusion models have 1 -> 1 layers only.
 
-Activations are [N, S * B, d], sequence first as Megatron's sequence parallelism wants; the S streams lie behind each
-other in the batch dimension, X first, so that one matrix product serves both (paper section 3.3).
+Activations are [N, S * B, d], sequence first as in Megatron's sequence parallelism. The S streams are concatenated in
+the batch dimension, X first, so that a matrix product serves both (paper section 3.3).
 """
 
 from typing import NamedTuple
@@ -65,9 +65,10 @@ def rotate_queries(
     scale: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """Normalise every head of the rows of all streams if there is a ``scale``, and rotate it.
+    """Normalise the heads of all streams if ``scale`` is given, and rotate them.
 
-    In the layout in which streams are more heads of a key head, [N, B, G, S, R, D], or more rows, [S, N, B, G, R, D].
+    ``as_heads``: streams become additional heads of a key head, [N, B, G, S, R, D], else additional rows,
+    [S, N, B, G, R, D].
     """
     if scale is not None:
         x_NRHD = formulas.normalise(x_NRHD, scale, eps, False)
@@ -79,7 +80,7 @@ def rotate_queries(
 def rotate_keys(
     kv_NBG2D: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None = None, eps: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Rotated keys, normalised before if there is a ``scale``, and values, [N, B, G, D] each, of the pairs of them."""
+    """Split pairs into rotated keys (normalised if ``scale`` is given) and values, [N, B, G, D] each."""
     k_NBGD, v_NBGD = kv_NBG2D.unbind(-2)
     if scale is not None:
         k_NBGD = formulas.normalise(k_NBGD, scale, eps, False)
@@ -99,15 +100,15 @@ class Linears(NamedTuple):
     """Megatron-Core specs of the tensor-parallel linears that layers are built from."""
 
     column: ModuleSpec
-    """Cut along its outputs."""
+    """Sharded along the outputs."""
     row: ModuleSpec
-    """Cut along its inputs."""
+    """Sharded along the inputs."""
 
 
 def linears(fp8: bool = False) -> Linears:
-    """TransformerEngine's linears where they can run, else Megatron-Core's own. They hold the same weights.
+    """TransformerEngine's linears if they can run, else Megatron-Core's, with the same weights.
 
-    ``fp8``: TransformerEngine's have it by their context; on a CPU, those that round as they do.
+    ``fp8``: on a GPU, TransformerEngine's context enables FP8; on a CPU, linears that round like TransformerEngine's.
     """
     if torch.cuda.is_available():
         from megatron.core.extensions import transformer_engine
