@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from armd_scale.benchmarks.process import one, resident
+from armd_scale.benchmarks.process import measured, resident
 
 LENGTH = 1024
 """Number of tokens of a sample."""
@@ -41,7 +41,7 @@ def measure(text: list[str], vocab: int, tokenizer: str | None) -> dict[str, Any
             rows = {}
             for work in ("armd_scale", "datasets_map", "megatron"):
                 out = f"{folder}/{work}-{Path(path).name}"
-                seconds, tokens = one(
+                seconds, tokens = measured(
                     f"data_pipeline.benchmark.prepare_{work}", text=str(jsonl), tokenizer=path, out=out
                 )
                 rows[work] = {"seconds": seconds, "megabytes_per_second": size / seconds / 1e6, "tokens": tokens}
@@ -51,11 +51,11 @@ def measure(text: list[str], vocab: int, tokenizer: str | None) -> dict[str, Any
         print("\nstreaming the packed samples once")
         rows = {}
         for work in ("armd_scale", "webdataset"):
-            seconds, tokens = one(f"{__name__}.stream_{work}", folder=prepared)
+            seconds, tokens = measured(f"{__name__}.stream_{work}", folder=prepared)
             rows[work] = {"seconds": seconds, "megatokens_per_second": tokens / seconds / 1e6}
         _table(rows, "megatokens_per_second", "M tokens/s")
         facts["stream"] = rows
-        start, resume, before, after = one(f"{__name__}.start_up", folder=f"{folder}/many")
+        start, resume, before, after = measured(f"{__name__}.start_up", folder=f"{folder}/many")
         facts["start-up"] = {"open": start, "resume": resume, "rss_before": before, "rss_after": after}
         print(
             f"\n{SHARDS:,} shards: first batch after {start:.2f} s, of step 1,000,000 after a restart {resume:.2f} s; "

@@ -1,4 +1,4 @@
-"""Generating text, beside transformers' GPT-2 of the same shape."""
+"""Speed of text generation, compared with transformers' GPT-2 of the same shape."""
 
 import argparse
 import importlib.metadata
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from armd_scale.benchmarks.process import one
+from armd_scale.benchmarks.process import measured
 from armd_scale.errors import UserError
 
 
@@ -40,7 +40,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for name, way in [("transformers GPT-2", None), *ways]:
             work = "decode.transformers" if way is None else "decode.armd_scale"
             arguments: dict[str, Any] = common if way is None else {**common, "way": way}
-            row = one(work, args.threads, **arguments)
+            row = measured(work, args.threads, **arguments)
             rows[name] = row
             rate, peer = row["tokens_per_second"], rows["transformers GPT-2"]["tokens_per_second"]
             first = next((r["tokens_per_second"] for n, r in rows.items() if n == ways[0][0]), None)
@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def transformers(
     layers: int, hidden: int, vocab: int, length: int, batch: int, device: str, dtype: str, threads: int
 ) -> dict[str, float]:
-    """GPT-2 with its cache, sampled, as its users call it."""
+    """GPT-2 with its cache and sampling, through the usual ``generate``."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -104,7 +104,7 @@ def armd_scale(
 
 
 def _timed(run: Callable[[int], int], batch: int, length: int, device: str, warm_up: int) -> dict[str, float]:
-    """Figures of one run over whole texts, after one of ``warm_up`` tokens."""
+    """Figures of generating whole texts, after a warm-up of ``warm_up`` tokens."""
     import resource
 
     import torch

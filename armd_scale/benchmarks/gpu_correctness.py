@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from armd_scale.benchmarks.process import one
+from armd_scale.benchmarks.process import measured
 from armd_scale.benchmarks.registry import Context, Figure, measurement
 
 LOSS_LIMIT = {"float32": 2e-3, "bfloat16": 0.15}
@@ -91,7 +91,7 @@ def _reference(context: Context) -> dict[str, Any]:
     """
     path = Path(context.shared, "reference.pt")
     if not path.exists():
-        one(f"{__name__}.write_reference", threads=2, sees_gpu=False, path=str(path))
+        measured(f"{__name__}.write_reference", threads=2, sees_gpu=False, path=str(path))
     return torch.load(path)
 
 

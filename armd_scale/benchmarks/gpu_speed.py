@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from armd_scale.benchmarks import decode, train
-from armd_scale.benchmarks.process import one
+from armd_scale.benchmarks.process import measured
 from armd_scale.benchmarks.registry import Context, Figure, measurement
 
 SMALL = {"layers": 12, "hidden": 768, "length": 1024, "batch": 16}
@@ -39,7 +39,7 @@ def train_1b(context: Context) -> Iterator[Figure]:
         yield from figures
         yield Figure(f"MFU, 1B-class {kind}", row["mfu"], "of peak", limits[kind], ">=")
         if kind == "ARMD" and row["name"]:
-            planned = one("armd_scale.benchmarks.train.planned", sees_gpu=False, gpu=row["name"], **row["sizes"])
+            planned = measured("armd_scale.benchmarks.train.planned", sees_gpu=False, gpu=row["name"], **row["sizes"])
             if planned:  # the plan knows this GPU
                 yield Figure("peak memory over plan, 1B-class, off by", abs(row["memory"] / planned - 1), "", 0.10)
 

@@ -1,4 +1,4 @@
-"""Measurements in processes of their own: ``one`` starts them, and this file is what they run."""
+"""Measurements in separate processes, which ``measured`` starts and which run this file."""
 
 import ctypes
 import importlib
@@ -13,8 +13,8 @@ from typing import Any
 from armd_scale.errors import UserError
 
 
-def one(work: str, threads: int = 1, sees_gpu: bool = True, **arguments: Any) -> Any:
-    """What the function ``work`` ("package.module.function") returns, on as many cores as it has threads."""
+def measured(work: str, threads: int = 1, sees_gpu: bool = True, **arguments: Any) -> Any:
+    """Result of the function ``work`` ("package.module.function") in a process with as many cores as threads."""
     cores = sorted(os.sched_getaffinity(0))[:threads]
     environment = {**os.environ, "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": str(threads)}
     environment["TOKENIZERS_PARALLELISM"] = "false"
@@ -41,13 +41,13 @@ def one(work: str, threads: int = 1, sees_gpu: bool = True, **arguments: Any) ->
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, however that ends (Linux)."""
+    """Make the kernel kill this process when its parent ends (Linux)."""
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def resident() -> int:
-    """Bytes of this process that are not mapped files."""
+    """Resident bytes of this process without mapped files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
