@@ -107,21 +107,21 @@ class RunDirectory:
         """Checkpoints that have a manifest, oldest first; their files are not verified."""
         if not self.checkpoints.is_dir():
             return []
-        found = [
+        checkpoints = [
             path
             for path in self.checkpoints.iterdir()
             if _CHECKPOINT.fullmatch(path.name) and self.manifest_path(path).is_file()
         ]
-        return sorted(found, key=self.step_of)
+        return sorted(checkpoints, key=self.step_of)
 
     def removed_checkpoints(self) -> list[Path]:
         """Checkpoints whose removal has begun."""
         return sorted(self.checkpoints.glob(f".{_STEP}*{_REMOVED}"))
 
     def newest_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint, not verified; None when there is none."""
-        found = self.complete_checkpoints()
-        return found[-1] if found else None
+        """The newest complete checkpoint, not verified; None if none exists."""
+        checkpoints = self.complete_checkpoints()
+        return checkpoints[-1] if checkpoints else None
 
     # --- records of the training
 
@@ -151,12 +151,12 @@ class RunDirectory:
 
     def stacks(self) -> dict[int, Path]:
         """Ranks that hung in the newest job -> file of their stacks."""
-        found = {}
+        stacks = {}
         for rank, path in _of_ranks(self.stack_path(0)).items():
             with contextlib.suppress(FileNotFoundError):  # a rank that ends removes its empty file
                 if path.stat().st_size:
-                    found[rank] = path
-        return found
+                    stacks[rank] = path
+        return stacks
 
     def sample_log_path(self, rank: int) -> Path:
         """Numbers of the samples that a rank has trained on, with ``train.log_samples``."""

@@ -1,8 +1,8 @@
-"""Loss curves of several runs in one picture, and where each of them ends.
+"""Plots the loss curves of several runs, and prints their last values.
 
 python tools/curves.py --out curves.png bf16=runs/a,runs/b fp8=runs/c,runs/d [--figure heldout_left_to_right]
 
-Runs behind one name are repetitions with other seeds: the line is their mean, the band goes from the least to the most.
+Runs with the same name are repetitions with other seeds: the line is their mean, the band spans minimum to maximum.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> None:
         if not name or not folders:
             raise UserError(f"'{words}' is not NAME=RUN[,RUN...]")
         if name in curves:
-            raise UserError(f"there are two lines '{name}': repetitions of a run go behind one name, with commas")
+            raise UserError(f"two lines have the name '{name}': separate the repetitions of a run with commas")
         curves[name] = _curve([Path(folder) for folder in folders.split(",")], args.figure)
     _draw(curves, args.figure, args.out)
     first = next(iter(curves.values()))[1][:, -1].mean()
@@ -44,7 +44,7 @@ def _curve(folders: list[Path], figure: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps [K] and the figure of every run [runs, K]."""
     from armd_scale.run_directory import RunDirectory
 
-    found = []
+    values_of_runs = []
     for folder in folders:
         run = RunDirectory(folder)
         records = run.metrics()
@@ -56,11 +56,11 @@ def _curve(folders: list[Path], figure: str) -> tuple[np.ndarray, np.ndarray]:
         if not known:
             names = sorted({name for record in records for name in record if _is_number(record[name])} - {"step"})
             raise UserError(f"no record of {folder} has a number '{figure}'; there are {', '.join(names)}")
-        found.append(known)
-    steps = sorted(set.intersection(*map(set, found)))
+        values_of_runs.append(known)
+    steps = sorted(set.intersection(*map(set, values_of_runs)))
     if not steps:
         raise UserError(f"the runs {', '.join(map(str, folders))} have no step in common")
-    return np.array(steps), np.array([[known[step] for step in steps] for known in found])
+    return np.array(steps), np.array([[known[step] for step in steps] for known in values_of_runs])
 
 
 def _is_number(value: Any) -> bool:

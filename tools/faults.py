@@ -1,10 +1,10 @@
-"""A campaign of faults against one run of four processes on this machine, and a table of what became of each.
+"""Injects faults into a run of four local processes, and prints a table of the outcomes.
 
 python tools/faults.py [--faults 50] [--seed 0] [--json faults.json]
 
-Ranks and launchers are killed, stopped and told to end, checkpoints and shards are damaged, the disk is filled (on a
-tmpfs, as root), gradients become NaN. In the end every loss must be that of a calm run in which the same steps were not
-applied, and every sample must have been seen where it belongs. Exit code 1 if not.
+Faults: ranks and launchers are killed, stopped and sent SIGTERM, checkpoints and shards are damaged, the disk is filled
+(on a tmpfs, as root), and gradients become NaN. At the end, every loss must equal the loss of an undisturbed run with
+the same skipped steps, and every step must have used its samples. Exit code 1 otherwise.
 """
 
 import argparse

@@ -62,25 +62,26 @@ def _run(study: Any, args: argparse.Namespace) -> None:
     out, started = args.out.resolve(), time.time()
     shared = {**study.run, "data": {**study.run.get("data", {}), "directory": str(out / "data")}}
     if args.data:
-        found = {kind: sorted(map(str, args.data.resolve().glob(f"{kind}*"))) for kind in ("train", "heldout")}
-        if not all(found.values()):
+        texts = {kind: sorted(map(str, args.data.resolve().glob(f"{kind}*"))) for kind in ("train", "heldout")}
+        if not all(texts.values()):
             raise UserError(f"{args.data} must hold files train* and heldout*")
-        shared["data"] |= {"text": found["train"], "heldout_text": found["heldout"]}
+        shared["data"] |= {"text": texts["train"], "heldout_text": texts["heldout"]}
     (out / "run.yaml").write_text(yaml.safe_dump(shared, sort_keys=False), encoding="utf-8")
     if args.suite and not args.suite.is_dir():
         raise UserError(
             f"there is no directory {args.suite}: name the one with the zero-shot texts, or leave out --suite"
         )
     every = studies.runs(study)
-    made = {run: study.config(run, out, args.overrides) for run in every}  # a wrong override ends the study here
-    equal = study.equal_steps(made)
-    for config in made.values():
+    run_configs = {run: study.config(run, out, args.overrides) for run in every}  # a wrong override ends the study here
+    equal = study.equal_steps(run_configs)
+    for config in run_configs.values():
         _check_begun(config)
     command = f"python tools/fidelity.py {' '.join(sys.argv[1:])}"
     _launch(study, every[0], out, args.overrides, "tokenise")
-    # The long ones first: they would be alone at the end.
+    # Long runs first, so that they do not run alone at the end.
     waiting = sorted(
-        (run for run in every if not is_trained(made[run])), key=lambda run: -made[run].total_steps * _cost(made[run])
+        (run for run in every if not is_trained(run_configs[run])),
+        key=lambda run: -run_configs[run].total_steps * _cost(run_configs[run]),
     )
     print(f"{study.name}: {len(every)} runs, {len(waiting)} to train, {study.slots} at a time", flush=True)
     with concurrent.futures.ThreadPoolExecutor(study.slots) as pool:
@@ -92,7 +93,7 @@ def _run(study: Any, args: argparse.Namespace) -> None:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # those that run end by themselves
             raise
-    judge = next(made[run].directory for run in every if run.variant == "judge")
+    judge = next(run_configs[run].directory for run in every if run.variant == "judge")
     where = environment()
     results: dict[str, Any] = {
         "name": study.name,
@@ -105,7 +106,7 @@ def _run(study: Any, args: argparse.Namespace) -> None:
     }
     with concurrent.futures.ProcessPoolExecutor(study.slots, multiprocessing.get_context("spawn")) as workers:
         asked = {
-            run: workers.submit(studies.measure, study, run, made[run].directory, equal, judge, args.suite)
+            run: workers.submit(studies.measure, study, run, run_configs[run].directory, equal, judge, args.suite)
             for run in every
         }
         for run, answer in asked.items():

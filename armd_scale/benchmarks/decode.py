@@ -1,4 +1,4 @@
-"""Generating text, beside transformers' GPT-2 of the same shape."""
+"""Speed of text generation, compared with transformers' GPT-2 of the same shape."""
 
 import argparse
 import importlib.metadata
@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def transformers(
     layers: int, hidden: int, vocab: int, length: int, batch: int, device: str, dtype: str, threads: int
 ) -> dict[str, float]:
-    """GPT-2 with its cache, sampled, as its users call it."""
+    """GPT-2 with its cache and sampling, through the usual ``generate``."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -104,7 +104,7 @@ def armd_scale(
 
 
 def _timed(run: Callable[[int], int], batch: int, length: int, device: str, warm_up: int) -> dict[str, float]:
-    """Figures of one run over whole texts, after one of ``warm_up`` tokens."""
+    """Figures of generating whole texts, after a warm-up of ``warm_up`` tokens."""
     import resource
 
     import torch

@@ -41,13 +41,13 @@ def run_in_process(work: str, threads: int = 1, sees_gpu: bool = True, **argumen
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, however that ends (Linux)."""
+    """Make the kernel kill this process when its parent ends (Linux)."""
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def resident() -> int:
-    """Bytes of this process that are not mapped files."""
+    """Resident bytes of this process without mapped files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 

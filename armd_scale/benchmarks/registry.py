@@ -37,11 +37,11 @@ class Figure:
     limit: float | None = None
     sign: Sign = "<="
     detail: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Everything else that belongs to the value, for the results file alone."""
+    """Further fields of the value, for the results file."""
 
     @property
     def passed(self) -> bool | None:
-        """Whether the value keeps to its limit; None without a limit. NaN never does."""
+        """Whether the value is within its limit; None without a limit, False for NaN."""
         if self.limit is None:
             return None
         return self.value <= self.limit if self.sign == "<=" else self.value >= self.limit
@@ -54,14 +54,14 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a measurement is told."""
+    """Arguments of a measurement."""
 
     device: str
     """``cuda`` or ``cpu``."""
     quick: bool
     """Toy sizes, to try the tool itself."""
     shared: str
-    """Directory that all measurements of a run share, for results that several of them need."""
+    """Directory for results that several measurements share."""
     trace: str | None = None
     """Directory for profiles."""
 
@@ -154,7 +154,7 @@ class Runner:
     """Seconds that any measurement may take as long as the budget lasts."""
 
     def __init__(self, context: Context, path: Path | None, budget: float | None, facts: dict[str, Any]) -> None:
-        """``path``: the results file; ``budget``: seconds from now; ``facts``: what else the results file holds."""
+        """``path``: the results file; ``budget``: seconds from now; ``facts``: further fields of the results file."""
         self.context, self.path, self.budget = context, path, budget
         self.started = time.monotonic()
         self.results: dict[str, Any] = {**facts, "budget_seconds": budget, "measurements": {}}
@@ -162,7 +162,7 @@ class Runner:
 
     @property
     def left(self) -> float:
-        """Seconds of the budget that are left."""
+        """Remaining seconds of the budget."""
         return float("inf") if self.budget is None else self.budget - (time.monotonic() - self.started)
 
     def run(self, measurements: Iterable[Measurement]) -> None:
@@ -208,11 +208,11 @@ class Runner:
             print(f"  {status} in {entry['seconds']:.1f} s{compiled}{f': {reason}' if reason else ''}", flush=True)
 
     def _child(self, m: Measurement, limit: float, entry: dict[str, Any]) -> tuple[str, str]:
-        """Status and reason of a measurement in a process of its own; its messages go into ``entry``."""
+        """Run a measurement in a separate process; returns status and reason, and adds its messages to ``entry``."""
         receive, send = os.pipe()
         program = f"from {__name__} import child; child()"
-        told = json.dumps(dataclasses.asdict(self.context))
-        words = [sys.executable, "-c", program, m.function.__module__, m.name, told, str(send)]
+        context = json.dumps(dataclasses.asdict(self.context))
+        words = [sys.executable, "-c", program, m.function.__module__, m.name, context, str(send)]
         process = subprocess.Popen(words, pass_fds=[send], start_new_session=True, preexec_fn=die_with_parent)
         os.close(send)
         deadline, rest = time.monotonic() + limit, b""
@@ -251,7 +251,7 @@ class Runner:
 
 
 def describe(figure: dict[str, Any], checks_results: bool) -> str:
-    """A figure as one line."""
+    """A figure as a line of text."""
     value = "none" if figure["value"] is None else f"{figure['value']:.4g}"
     line = f"{figure['name']:<58}{value:>12} {figure['unit']:<9}"
     if figure["limit"] is not None:
@@ -261,14 +261,14 @@ def describe(figure: dict[str, Any], checks_results: bool) -> str:
 
 
 def child() -> None:
-    """The process of a measurement, named by its arguments: writes figures as JSON lines into a pipe."""
+    """Main function of the process of a measurement: writes figures as JSON lines into a pipe."""
     module, name, context, send = sys.argv[1:]
     with open(int(send), "w", buffering=1, encoding="utf-8") as pipe:
         try:
             importlib.import_module(module)
-            registered, told = MEASUREMENTS[name], Context(**json.loads(context))
-            for figure in registered.function(told):
-                if told.quick and not registered.checks_results:  # targets are those of full sizes
+            registered, settings = MEASUREMENTS[name], Context(**json.loads(context))
+            for figure in registered.function(settings):
+                if settings.quick and not registered.checks_results:  # targets are those of full sizes
                     figure = dataclasses.replace(figure, limit=None)
                 print(json.dumps({"figure": figure.record()}), file=pipe)
             from torch._dynamo.utils import calculate_time_spent

@@ -1,4 +1,4 @@
-"""A training step of each objective, beside transformers' GPT-2 of the same shape."""
+"""Speed of training steps of each objective, compared with transformers' GPT-2 of the same shape."""
 
 import argparse
 import importlib.metadata
@@ -93,7 +93,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def matrix_products(device: str, dtype: str, threads: int) -> dict[str, Any]:
-    """The rate of large matrix products, the limit of a training step; the data sheet's peak where it is known."""
+    """The rate of large matrix products, which limits a training step: the data sheet's peak if known."""
     import torch
 
     from armd_scale.model.flops import peak_flops
@@ -130,7 +130,7 @@ def _step_seconds(step: Callable[[], Any], count: int, device: str) -> float:
 
 
 def free_memory(device: str) -> None:
-    """Return the memory of the measurement before, so that peaks are those of the next one."""
+    """Free the memory of the previous measurement and reset the peaks."""
     import gc
 
     import torch
@@ -180,7 +180,7 @@ def _configuration(
     objective: str, layers: int, hidden: int, vocab: int, length: int, batch: int, device: str, dtype: str, norm: str,
     mlp: str, recompute: str, fp8: bool, streams: int,
 ) -> Any:  # fmt: skip
-    """The run that a measured step belongs to; ``UserError`` where there is none of these sizes."""
+    """The run configuration of a measured step; ``UserError`` for sizes that are not valid."""
     from pydantic import ValidationError
 
     from armd_scale.config import RunConfig
@@ -235,7 +235,7 @@ def _profile(step: Callable[[], Any], cuda: bool, path: str) -> list[dict[str, A
 def transformers(
     layers: int, hidden: int, vocab: int, length: int, batch: int, steps: int, device: str, dtype: str, threads: int
 ) -> dict[str, Any]:
-    """GPT-2 as its users train it: float32 weights, bfloat16 by autocast, PyTorch's AdamW."""
+    """GPT-2 in the usual training setup: float32 weights, bfloat16 autocast, PyTorch's AdamW."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -26,7 +26,7 @@ FREE = -1
 """Placeholder of a token that is to be generated."""
 
 LOGIT_ROWS = 2048
-"""Rows whose logits are held at a time."""
+"""Largest number of rows whose logits exist at the same time."""
 
 
 class Step(NamedTuple):
@@ -66,7 +66,7 @@ def task(tokens: list[int], key: tuple[int, int], decoding: Decoding, order: Seq
         blocks = STRATEGIES[decoding.strategy].blocks(free, decoding, key)
     else:
         if decoding.streams > 1:
-            raise InputError("an order of its own has no streams: leave out streams")
+            raise InputError("order and streams exclude each other: leave out streams")
         if sorted(order) != free:
             raise InputError(f"order must name each of the {len(free)} free positions once")
         blocks = [[position] for position in order]
@@ -74,10 +74,10 @@ def task(tokens: list[int], key: tuple[int, int], decoding: Decoding, order: Seq
 
 
 def strided_blocks(free: Sequence[int], streams: int) -> list[list[int]]:
-    """Free positions as S contiguous streams written side by side: the positions of each block.
+    """Split the n free positions into S contiguous streams; returns the blocks of strided decoding.
 
-    The heads of the streams come one at a time, then one token of every stream at once. The first ``n % S`` streams
-    are one longer, so only the last block can be ragged. ``streams`` is capped at n.
+    The heads of the streams are generated one at a time, then a block holds the next token of every stream. The first
+    ``n % S`` streams are longer by a token, so only the last block can be ragged. ``streams`` is capped at n.
     """
     parts = stream_bounds(len(free), streams)
     heads = [[free[start]] for start, _ in parts]
@@ -97,17 +97,17 @@ class Lockstep:
         first, given = tasks[0], tasks[0].given
         self.blocks = first.blocks
         self._sampler = Sampler(len(tasks), device)
-        for lane, one in enumerate(tasks):
-            self._sampler.set(lane, one.decoding)
+        for lane, task in enumerate(tasks):
+            self._sampler.set(lane, task.decoding)
         slots = len(first.tokens) + 1
-        draws = torch.stack([uniform(one.key, slots) for one in tasks])
+        draws = torch.stack([uniform(task.key, slots) for task in tasks])
         self._uniform = draws[:, first.order].to(device)
         self._places = torch.tensor([0, *given, *first.order], device=device)
         self._cache = Cache(network, len(tasks), slots)
         self._context = torch.full((len(tasks), 1), network.config.bos_id, device=device)
         self._fed, self._step = 0, 0
         if given:
-            known = torch.tensor([[one.tokens[p - 1] for p in given] for one in tasks], device=device)
+            known = torch.tensor([[task.tokens[p - 1] for p in given] for task in tasks], device=device)
             at = self._places[None, 1 : len(given) + 1].expand(len(tasks), -1)
             network.prefill(known, at, torch.ones_like(known, dtype=torch.bool), self._cache, None)
             self._context, self._fed = known[:, -1:], len(given)
@@ -129,9 +129,9 @@ class Lockstep:
 class Lanes:
     """A batch of sequences ("lanes"), each with its own text, plan and settings.
 
-    ``admit`` puts texts into free lanes at any time; ``step`` continues all of them; ``release`` frees a lane. A
-    lane's text depends on nothing in the other lanes. ``width``: most targets of a step. A subclass is a strategy:
-    its ``name`` is what ``Decoding.strategy`` chooses it by.
+    ``admit`` puts texts into free lanes at any time; ``step`` continues all lanes; ``release`` frees a lane. The text
+    of a lane does not depend on other lanes. ``width``: largest number of targets of a step. A subclass is a strategy
+    with the ``name`` of ``Decoding.strategy``.
     """
 
     cached: ClassVar[bool] = True
@@ -147,7 +147,7 @@ class Lanes:
 
     @staticmethod
     def targets(decoding: Decoding) -> int:
-        """Targets of a step that a way of decoding asks for."""
+        """Number of targets of a step with these settings."""
         return decoding.streams
 
     def __init__(self, network: Network, count: int, slots: int, width: int) -> None:
@@ -176,24 +176,24 @@ class Lanes:
         known, free = torch.zeros_like(text).bool(), torch.zeros_like(text).bool()
         tokens, at = torch.zeros(2, len(tasks), rows, dtype=torch.long)
         text[:, 0], known[:, 0] = self.network.config.bos_id, True
-        for row, (lane, one) in enumerate(tasks.items()):
-            self.sampler.set(lane, one.decoding)
-            given = torch.tensor(one.given, dtype=torch.long)
+        for row, (lane, task) in enumerate(tasks.items()):
+            self.sampler.set(lane, task.decoding)
+            given = torch.tensor(task.given, dtype=torch.long)
             at[row, : len(given)] = given
-            tokens[row, : len(given)] = text[row, given] = torch.tensor(one.tokens, dtype=torch.long)[given - 1]
+            tokens[row, : len(given)] = text[row, given] = torch.tensor(task.tokens, dtype=torch.long)[given - 1]
             known[row, given] = True
-            free[row, one.order] = True
+            free[row, task.order] = True
         device = self.network.device
         lanes = torch.tensor(list(tasks), device=device)
         self.text[lanes], self.known[lanes] = text.to(device), known.to(device)
         self._free[lanes] = free[:, :-1].to(device)
-        self._length[lanes] = torch.tensor([len(one.tokens) for one in tasks.values()], device=device)
-        self._stop[lanes] = torch.tensor([one.decoding.stop for one in tasks.values()], device=device)
+        self._length[lanes] = torch.tensor([len(task.tokens) for task in tasks.values()], device=device)
+        self._stop[lanes] = torch.tensor([task.decoding.stop for task in tasks.values()], device=device)
         self.cache.prefix[lanes], self.cache.rows[lanes] = 0, 0
         if rows and self.cached:
             self.network.prefill(tokens.to(device), at.to(device), (at > 0).to(device), self.cache, lanes)
-        for lane, one in tasks.items():
-            self._start(lane, one, max(one.given, default=0))
+        for lane, task in tasks.items():
+            self._start(lane, task, max(task.given, default=0))
 
     def release(self, lane: int) -> None:
         """Free a lane; it idles until the next ``admit``."""
@@ -235,9 +235,9 @@ class Lanes:
         return top
 
     def _write(self, positions: Tensor, tokens: Tensor) -> None:
-        place = positions.where(positions > 0, self.slots)
-        self.text.scatter_(1, place, tokens)
-        self.known.scatter_(1, place, True)
+        slot = positions.where(positions > 0, self.slots)
+        self.text.scatter_(1, slot, tokens)
+        self.known.scatter_(1, slot, True)
 
 
 class Strided(Lanes, name="strided"):
@@ -249,9 +249,9 @@ class Strided(Lanes, name="strided"):
         self._blocks: list[list[list[int]]] = [[] for _ in range(count)]
         self._next = [0] * count
 
-    def _start(self, lane: int, one: Task, last: int) -> None:
-        self._uniform[lane, : len(one.tokens) + 1] = uniform(one.key, len(one.tokens) + 1).to(self._uniform.device)
-        self._blocks[lane], self._next[lane] = [[last], *one.blocks], 1
+    def _start(self, lane: int, task: Task, last: int) -> None:
+        self._uniform[lane, : len(task.tokens) + 1] = uniform(task.key, len(task.tokens) + 1).to(self._uniform.device)
+        self._blocks[lane], self._next[lane] = [[last], *task.blocks], 1
 
     def release(self, lane: int) -> None:
         super().release(lane)
@@ -259,7 +259,7 @@ class Strided(Lanes, name="strided"):
 
     @property
     def exhausted(self) -> bool:
-        """Whether every plan has been carried out."""
+        """Whether all blocks of all lanes are written."""
         return all(step >= len(blocks) for blocks, step in zip(self._blocks, self._next, strict=True))
 
     def step(self) -> Step:
@@ -295,14 +295,13 @@ class Strided(Lanes, name="strided"):
 
 
 class Exact(Lanes, name="exact"):
-    """Several tokens a pass, with exactly the distribution of one token a step in the same order.
+    """Writes several tokens per pass, with the distribution of a token per step in the same order.
 
-    A pass scores the K tokens drafted before it, one token a block, and drafts the K after them as if each were the
-    next. A drafted token is kept with probability min(1, q / p) for its draft probability p and its score q; the first
-    that is not kept is drawn anew from max(0, q - p), and one token more comes from the scores when all are kept. The
-    next draft is drawn from this pass's distributions of the positions that follow. Any draft that is drawn before it
-    is scored gives the right law: speculative decoding, for any order of generation (arXiv 2504.20456) and with the
-    model as its own draft.
+    A pass scores the K drafted tokens, and drafts the next K tokens as if each were the next token. A drafted token is
+    kept with probability min(1, q / p), with its draft probability p and its score q. The first token that is not kept
+    is drawn again from max(0, q - p); if all are kept, an additional token is drawn from the scores. The next draft is
+    drawn from the distributions of this pass at the following positions. This is speculative decoding for any
+    generation order (arXiv 2504.20456), with the model as its own draft model.
     """
 
     @staticmethod
@@ -315,19 +314,19 @@ class Exact(Lanes, name="exact"):
         self._total, self._written = self._zeros(1), self._zeros(1)
         self._last, self._draft, self._pass = self._zeros(1), self._zeros(1), self._zeros(1)
         self._proposal = self._zeros(width, network.config.vocab_size, dtype=network.precise)
-        # For every pass: numbers that draw the draft and the token behind it, and numbers that judge the draft.
+        # Uniform numbers of every pass, for the draft and the token after it, and for the acceptance of the draft.
         self._draws = self._zeros(slots + 1, width + 1, dtype=torch.float64)
         self._judge = self._zeros(slots + 1, width, dtype=torch.float64)
 
-    def _start(self, lane: int, one: Task, last: int) -> None:
+    def _start(self, lane: int, task: Task, last: int) -> None:
         device = self._order.device
-        size, passes = one.decoding.draft, len(one.order) + 1
-        numbers = uniform(one.key, passes, 2 * size + 1).to(device)
+        size, passes = task.decoding.draft, len(task.order) + 1
+        numbers = uniform(task.key, passes, 2 * size + 1).to(device)
         self._draws[lane, :passes, : size + 1] = numbers[:, : size + 1]
         self._judge[lane, :passes, :size] = numbers[:, size + 1 :]
         self._order[lane] = 0
-        self._order[lane, : len(one.order)] = torch.tensor(one.order, dtype=torch.long, device=device)
-        self._total[lane], self._written[lane], self._pass[lane] = len(one.order), 0, 0
+        self._order[lane, : len(task.order)] = torch.tensor(task.order, dtype=torch.long, device=device)
+        self._total[lane], self._written[lane], self._pass[lane] = len(task.order), 0, 0
         self._last[lane], self._draft[lane] = last, size
 
     def release(self, lane: int) -> None:
@@ -345,7 +344,7 @@ class Exact(Lanes, name="exact"):
         judge = self._judge.gather(1, now.expand(-1, 1, width))[:, 0]
         proposed = self._proposal[:, :width]
 
-        # Context: the last token that is certain, and the draft. Target i sees the draft before it, and itself.
+        # Context rows: the last accepted token and the draft. Target i sees the draft before it, and itself.
         tokens = draw(proposed, draws[:, :width])
         context = torch.cat([self.text.gather(1, self._last), tokens], dim=1)
         at = torch.cat([self._last, positions[:, :width].where(drafted, 0)], dim=1)
@@ -362,7 +361,7 @@ class Exact(Lanes, name="exact"):
         hidden = self.network.step(context, at, positions, self.cache, keep, sight, earlier)
         score = self.sampler.probabilities(self.network.predict(hidden))
 
-        # Accept, and draw one token more.
+        # Accept drafted tokens, and draw the next token.
         p, q = (rows.gather(-1, tokens[..., None])[..., 0] for rows in (proposed, score[:, :width]))
         kept = (drafted & accept(p, q, judge)).long().cumprod(dim=1).bool()
         accepted = kept.sum(dim=1, keepdim=True)
@@ -402,8 +401,8 @@ def accept(p: Tensor, q: Tensor, uniform: Tensor) -> Tensor:
 class Frontier:
     """A text whose tokens arrive in any order: returns them by position, as far as the text is complete."""
 
-    def __init__(self, one: Task, eos_id: int) -> None:
-        self.tokens = list(one.tokens)
+    def __init__(self, task: Task, eos_id: int) -> None:
+        self.tokens = list(task.tokens)
         self.passed = 0
         """Number of positions returned."""
         self.ended = False

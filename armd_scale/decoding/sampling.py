@@ -1,7 +1,7 @@
 """Sampling: temperature, truncation, and draws that depend on the seed of a sequence alone.
 
-Probabilities are float32 (float64 for a float64 model) whatever the type of the weights. Shapes: B sequences, T rows of
-each, V vocabulary.
+Probabilities are float32 (float64 for a float64 model), independent of the dtype of the weights. Shapes: B sequences, T
+rows of a sequence, V vocabulary.
 """
 
 import dataclasses
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from armd_scale.decoding.network import InputError
 
-_CHUNK = 256  # entries of the vocabulary whose sum is one step of the outer search
+_CHUNK = 256  # entries of the vocabulary that the outer search sums
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
     """Settings of decoding.
 
-    By default S = ``streams`` contiguous streams of the free positions are written side by side, S tokens a step.
-    ``draft`` makes the result exactly that of one token a step in the same order. Other objectives take ``steps`` or
+    By default, S = ``streams`` contiguous streams of the free positions are written together, S tokens per step. With
+    ``draft``, the text has the distribution of a token per step in the same order. Other objectives use ``steps`` or
     ``block`` instead. Raises ``InputError``.
     """
 
@@ -43,7 +43,7 @@ class Decoding:
     stop: bool = False
     """End the text at its first EOS by position, and discard later tokens."""
     block: int = 0
-    """Causal diffusion: tokens proposed at a time behind the finished text; 0: one."""
+    """Causal diffusion: number of tokens proposed at a time after the finished text; 0: a single token."""
     confidence: float = 0.9
     """Causal diffusion: probability that the likeliest token must have for a proposed token to be accepted."""
 
@@ -58,7 +58,7 @@ class Decoding:
 
     @property
     def strategy(self) -> str:
-        """Name of the strategy that the settings choose: ``strided`` unless they ask for another."""
+        """Name of the strategy of these settings, by default ``strided``."""
         chosen = {"ancestral": self.steps, "confident": self.block, "exact": self.draft}
         return next((name for name, value in chosen.items() if value), "strided")
 
@@ -96,10 +96,10 @@ class Sampler:
         """Kinds of draw that the sequences need: greedy, temperature, sorted (top k, top p), min p."""
         ones = self._decodings
         return (
-            any(one.temperature == 0 for one in ones),
-            any(one.temperature != 1 for one in ones),
-            any(one.top_k or one.top_p < 1 for one in ones),
-            any(one.min_p for one in ones),
+            any(decoding.temperature == 0 for decoding in decodings),
+            any(decoding.temperature != 1 for decoding in decodings),
+            any(decoding.top_k or decoding.top_p < 1 for decoding in decodings),
+            any(decoding.min_p for decoding in decodings),
         )
 
     @property
@@ -157,28 +157,28 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     rest = threshold - torch.where(chunk > 0, outer.gather(-1, (chunk - 1).clamp(min=0)), 0)
     entries = chunk * _CHUNK + torch.arange(_CHUNK, device=chunk.device)
     inner = weights.gather(-1, entries.clamp(max=size - 1)).where(entries < size, 0).double()
-    # A threshold at the end of the chunk falls on its last entry that has weight, never on one without.
+    # A threshold at the end of the chunk selects the last entry with weight.
     last = (inner > 0).long().mul(torch.arange(1, _CHUNK + 1, device=inner.device)).amax(dim=-1) - 1
-    found = torch.searchsorted(inner.cumsum(dim=-1), rest, right=True)[..., 0]
-    return chunk[..., 0] * _CHUNK + torch.minimum(found, last.clamp(min=0))
+    index = torch.searchsorted(inner.cumsum(dim=-1), rest, right=True)[..., 0]
+    return chunk[..., 0] * _CHUNK + torch.minimum(index, last.clamp(min=0))
 
 
 def seeds(seed: int | Sequence[int], count: int) -> list[tuple[int, int]]:
     """Keys of ``count`` sequences: (seed, row) for a single seed, (seed, 0) for a list. Raises ``InputError``."""
     try:
         if isinstance(seed, Iterable):
-            keys = [(operator.index(one), 0) for one in seed]
+            keys = [(operator.index(number), 0) for number in seed]
         else:
             keys = [(operator.index(seed), row) for row in range(count)]
     except TypeError as error:
-        raise InputError(f"a seed must be a whole number, or one for each sequence, not {seed!r}") from error
+        raise InputError(f"seed must be a whole number or a list of {count}, not {seed!r}") from error
     if len(keys) != count:
-        raise InputError(f"{len(keys)} seeds for {count} sequences: give one for each, or a single one")
+        raise InputError(f"{len(keys)} seeds for {count} sequences: give {count} seeds or a single seed")
     return keys
 
 
 def uniform(key: tuple[int, ...], *shape: int) -> Tensor:
-    """Uniform numbers in [0, 1) of a sequence's own stream, float64."""
+    """Uniform float64 numbers in [0, 1) from the random stream of ``key``."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     # A generator uses 32 bits of its seed: two generators, so that thousands of texts do not share a stream.
     parts = [torch.Generator().manual_seed(int.from_bytes(digest[at : at + 4], "little")) for at in (0, 4)]

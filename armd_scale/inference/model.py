@@ -145,7 +145,7 @@ class ARMD(Network):
         Raises ``InputError``.
         """
         tasks = self.plan(self._rows(tokens, free=True), decoding, seed, order)
-        return self._filled_up(self.complete(tasks), max(len(one.tokens) for one in tasks))
+        return self._filled_up(self.complete(tasks), max(len(task.tokens) for task in tasks))
 
     def plan(
         self,
@@ -167,19 +167,19 @@ class ARMD(Network):
         """Yield the steps that complete the tasks."""
         if not tasks:
             return
-        kinds = {one.decoding.strategy for one in tasks}
+        kinds = {task.decoding.strategy for task in tasks}
         if len(kinds) > 1:
             raise InputError(f"tasks of different strategies cannot share their steps: {', '.join(sorted(kinds))}")
         strategy, look = STRATEGIES[kinds.pop()], 1 if self.device.type == "cpu" else _LOOK
-        stopping = any(one.decoding.stop for one in tasks)
-        plans = {(tuple(one.order), tuple(map(len, one.blocks)), len(one.tokens)) for one in tasks}
+        stopping = any(task.decoding.stop for task in tasks)
+        plans = {(tuple(task.order), tuple(map(len, task.blocks)), len(task.tokens)) for task in tasks}
         if strategy is Strided and len(plans) == 1 and not stopping and self.device.type == "cpu":
             lockstep = Lockstep(self, tasks)
             for _ in lockstep.blocks:
                 yield lockstep.step()
             return
-        slots = max(len(one.tokens) for one in tasks) + 1
-        lanes = strategy(self, len(tasks), slots, max(strategy.targets(one.decoding) for one in tasks))
+        slots = max(len(task.tokens) for task in tasks) + 1
+        lanes = strategy(self, len(tasks), slots, max(strategy.targets(task.decoding) for task in tasks))
         lanes.admit(dict(enumerate(tasks)))
         step = 0
         while not (isinstance(lanes, Strided) and lanes.exhausted):
@@ -193,18 +193,18 @@ class ARMD(Network):
         """The finished texts; with ``stop``, a text ends with its first generated EOS."""
         size = max((len(one.tokens) for one in tasks), default=0)
         text = torch.zeros(len(tasks), size + 1, dtype=torch.long)
-        for row, one in enumerate(tasks):
-            text[row, 1 : len(one.tokens) + 1] = torch.tensor(one.tokens)
+        for row, planned in enumerate(tasks):
+            text[row, 1 : len(planned.tokens) + 1] = torch.tensor(planned.tokens)
         text = text.to(self.device)
         for positions, tokens in self.decode(tasks):
-            text.scatter_(1, positions, tokens)  # column 0 takes what is none
+            text.scatter_(1, positions, tokens)  # column 0 takes the writes of padding
         texts = []
-        for row, one in zip(text.cpu(), tasks, strict=True):
-            stop = len(one.tokens) + 1
-            if one.decoding.stop:
-                ends = [p for p in one.order if row[p] == self.config.eos_id]
+        for written, planned in zip(text.cpu(), tasks, strict=True):
+            stop = len(planned.tokens) + 1
+            if planned.decoding.stop:
+                ends = [p for p in planned.order if written[p] == self.config.eos_id]
                 stop = min([stop, *(p + 1 for p in ends)])
-            texts.append(row[1:stop].to(self.device))
+            texts.append(written[1:stop].to(self.device))
         return texts
 
     def _filled_up(self, texts: list[Tensor], size: int) -> Tensor:

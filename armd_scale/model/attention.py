@@ -97,7 +97,7 @@ def flex(q_SBGRND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, visible_SBN: Tensor) 
 def dense(
     q_SBGRND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, visible_SBN: Tensor | None = None, causal: bool = True
 ) -> Tensor:
-    """The slow, obvious reference; every backend equals it within rounding."""
+    """Slow reference; every backend equals it up to rounding."""
     streams, batch, _, _, rows, width = q_SBGRND.shape
     if visible_SBN is None:
         seen = torch.arange(1, rows + 1) if causal else torch.full((rows,), k_BGMD.shape[2])

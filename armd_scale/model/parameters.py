@@ -1,6 +1,6 @@
-"""What a parameter carries with it: its initial values, how tensor-parallel ranks share it, how its gradient is summed.
+"""Attributes of a parameter: initial values, tensor-parallel sharding and summation of its gradient.
 
-``parallel/`` reads the marks; so a feature of a layer is defined in one place, with its parameters.
+``parallel/`` reads the attributes, so a feature of a layer is defined together with its parameters.
 """
 
 from typing import NamedTuple

@@ -53,12 +53,12 @@ class Confident(Lanes, name="confident"):
         self._confidence = self._zeros(1, dtype=network.precise)
         self._blocks = [0] * count
 
-    def _start(self, lane: int, one: Task, last: int) -> None:
-        size = len(one.tokens)
-        self._uniform[lane, : size + 1] = uniform(one.key, size + 1).to(self._uniform.device)
+    def _start(self, lane: int, task: Task, last: int) -> None:
+        size = len(task.tokens)
+        self._uniform[lane, : size + 1] = uniform(task.key, size + 1).to(self._uniform.device)
         self._first[lane], self._last[lane], self._size[lane] = last, last, size
-        self._block[lane], self._confidence[lane] = one.decoding.block, one.decoding.confidence
-        self._blocks[lane] = one.decoding.block
+        self._block[lane], self._confidence[lane] = task.decoding.block, task.decoding.confidence
+        self._blocks[lane] = task.decoding.block
 
     def release(self, lane: int) -> None:
         super().release(lane)

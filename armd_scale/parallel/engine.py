@@ -1,11 +1,10 @@
-"""One training step over all processes: Megatron-Core's schedule runs it, ZeRO updates the weights.
+"""Training steps over all processes: Megatron-Core's schedule runs the passes, ZeRO updates the weights.
 
-The schedule runs forward and backward on the bare modules and divides the loss by the number of micro-batches;
+The schedule runs forward and backward on the bare modules and divides the loss by the number of micro-batches.
 ``zero.ZeroStage`` averages gradients over the data-parallel ranks, steps the sharded optimiser and gathers weights.
 
-On CUDA the host runs ahead of the device: it starts a step before it reads the outcome of the step before. Therefore
-the device decides whether a step is applied and how much its gradients are clipped. (Under ZeRO-3, DeepSpeed's step
-synchronises with the device.)
+On CUDA, the host starts a step before it reads the outcome of the previous step. So the device decides whether a step
+is applied and how much its gradients are clipped. (Under ZeRO-3, DeepSpeed's step synchronises with the device.)
 """
 
 import contextlib
@@ -43,11 +42,11 @@ class Step(NamedTuple):
     applied: bool
     """Whether the weights were updated."""
     grad_norm: float
-    """Global gradient norm before clipping; it may be not finite where the step was not applied."""
+    """Global gradient norm before clipping; can be infinite or NaN if the step was skipped."""
 
 
 class Pending:
-    """A step that the device may still be working on."""
+    """A step that may still run on the device."""
 
     def __init__(self, values: Tensor) -> None:
         self._done: torch.cuda.Event | None = None
@@ -58,7 +57,7 @@ class Pending:
             self._done.record()
 
     def result(self) -> Step:
-        """Wait for the step."""
+        """Wait for the step and return its outcome."""
         if self._done:
             self._done.synchronize()
         loss, flags, applied, norm = self._values.tolist()
@@ -66,7 +65,7 @@ class Pending:
 
 
 class Engine:
-    """The sharded model of a run on this rank, and the operations that all ranks do together."""
+    """The sharded model of a run on this rank, with the collective operations of training."""
 
     def __init__(self, config: RunConfig, device: torch.device, attention_kernel: str | None = None) -> None:
         self.config = config
@@ -118,14 +117,14 @@ class Engine:
 
     @property
     def reads_data(self) -> bool:
-        """Whether this rank is the first of the ranks that read the same part of the batch."""
+        """Whether this rank is the first of the ranks that use the same part of the batch."""
         first_stage = parallel_state.get_pipeline_model_parallel_rank() == 0
         return first_stage and parallel_state.get_tensor_model_parallel_rank() == 0
 
     def rank_figures(self, figures: Sequence[float] = ()) -> np.ndarray:
-        """Mean time of the passes of a step since the last call, and ``figures``: [ranks, 1 + figures]; collective.
+        """Mean time of the passes of a step since the last call, and ``figures``: [ranks, 1 + figures]. Collective.
 
-        The time includes what a rank waits for other ranks of its tensor-parallel group and pipeline.
+        The time includes waits for other ranks of the tensor-parallel group and the pipeline.
         """
         stats = torch.zeros(dist.get_world_size(), 1 + len(figures), dtype=torch.float64, device=self.device)
         spans = [a.elapsed_time(b) / 1e3 if self.device.type == "cuda" else b - a for a, b in self._spans]
@@ -147,15 +146,15 @@ class Engine:
         return self.zero.state_names
 
     def upload(self, micro_batches: Sequence[Rows]) -> Sequence[Rows]:
-        """The micro-batches on the device. Another thread may call it during a step: neither waits for the other."""
+        """Copy micro-batches to the device. Another thread can call this during a step without delaying the step."""
         if self._uploads is None:
             return micro_batches
-        torch.cuda.set_device(self.device)  # each thread has its own; that of a new one is GPU 0
+        torch.cuda.set_device(self.device)  # the current device is per thread and starts as GPU 0
         steps = torch.cuda.default_stream(self.device)
 
         def move(tensor: Tensor) -> Tensor:
             moved = tensor.pin_memory().to(self.device, non_blocking=True)
-            moved.record_stream(steps)  # its memory is not given to the next upload while a step reads it
+            moved.record_stream(steps)  # keeps the memory from being reused while a step reads it
             return moved
 
         with torch.cuda.stream(self._uploads):
@@ -168,8 +167,8 @@ class Engine:
     ) -> Pending:
         """Forward, backward and update.
 
-        The step is not applied if its loss exceeds ``limit``, or its loss or gradient is not finite. ``flag``: this
-        rank's contribution to ``Step.flags``.
+        The step is skipped if its loss exceeds ``limit``, or if its loss or gradient is not finite. ``flag``:
+        contribution of this rank to ``Step.flags``.
         """
         self.zero.set_learning_rate(learning_rate)
         self.stages.train()
@@ -187,7 +186,7 @@ class Engine:
         return Pending(torch.stack([loss, flags, accepted.double(), norm]))
 
     def _agree(self, losses: list[Tensor], flag: int) -> Tensor:
-        """Mean loss of the micro-batches over all ranks, sum of the flags, gradient norm, in one message."""
+        """Mean loss of the micro-batches over all ranks, sum of the flags, and gradient norm, in an all-reduce."""
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         if losses:
             sums[0] = torch.stack(losses).mean()
@@ -220,7 +219,7 @@ class Engine:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[Timed]]:
-        """Inside, the list receives the passes of this rank with their times."""
+        """Record the passes of this rank, with their times, in the returned list."""
         recorder = Recorder()
         self._parallel.timers = recorder
         try:
@@ -230,7 +229,7 @@ class Engine:
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Inside, the model has the moving average of its weights."""
+        """Use the moving average of the weights."""
         self.zero.swap_average()
         try:
             yield
@@ -242,14 +241,14 @@ class Engine:
         self.zero.link_states()
 
     def read_state(self, param: nn.Parameter, name: str) -> Tensor:
-        """One of ``state_names`` of a parameter, whole in this rank's tensor-parallel part; collective.
+        """A state of ``state_names`` of a parameter, for the tensor-parallel part of this rank. Collective.
 
-        Call ``link_states`` before the first.
+        Call ``link_states`` first.
         """
         return self.zero.read_state(param, name)
 
     def write_state(self, read: Callable[[nn.Parameter, str, str], Tensor], steps: int) -> None:
-        """Set all states from ``read(param, parameter name, state name)``, as after ``steps`` updates; collective."""
+        """Set all states from ``read(param, parameter name, state name)``, as after ``steps`` updates. Collective."""
         self.zero.write_states(self.named_parameters(), read, steps)
 
     def _run(self, micro_batches: Sequence[Rows], loss: Callable, forward_only: bool) -> list[Tensor]:
@@ -267,7 +266,7 @@ class Engine:
         )
 
     def _sum_partial_gradients(self) -> None:
-        """Sum the gradients of which each tensor-parallel rank has computed a part."""
+        """Sum the gradients of parameters for which tensor-parallel ranks compute partial gradients."""
         if self.config.parallel.tensor == 1:
             return
         group = parallel_state.get_tensor_model_parallel_group()
@@ -275,7 +274,7 @@ class Engine:
             dist.all_reduce(self.zero.gradient(param), group=group)
 
     def _sum_tied_gradients(self) -> None:
-        """The embedding and the head are one weight on two stages: both copies get the gradient of both uses."""
+        """Sum the gradients of a tied weight, which has copies on the first and the last stage."""
         if self.config.parallel.pipeline == 1 or not self.config.model.tied_head:
             return
         for stage in self.stages:

@@ -2,7 +2,7 @@
 
 - ``start``: joins the processes of a job and builds the groups of a layout;
 - ``transformer_config``: Megatron-Core's description of the model and layout;
-- ``MegatronTopology``: what DeepSpeed asks of a model-parallel unit.
+- ``MegatronTopology``: the "mpu" interface of DeepSpeed.
 """
 
 import datetime
@@ -33,7 +33,7 @@ def start(
     ``backend``: of torch.distributed, by default NCCL for GPUs and gloo for CPUs.
     """
     megatron_cpu.install()
-    # DeepSpeed reads these even when the group exists already.
+    # DeepSpeed reads these variables even if the group exists.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(device.index or 0))
     method = str(rendezvous) if "://" in str(rendezvous) else f"file://{Path(rendezvous).resolve()}"
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
@@ -77,8 +77,8 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         fp8="hybrid" if fp8 else None,
-        fp8_recipe="tensorwise",  # the others keep histories, which a checkpoint would have to hold
-        disable_parameter_transpose_cache=True,  # Megatron would take the FP8 weights of the first step for ever
+        fp8_recipe="tensorwise",  # other recipes keep histories, which checkpoints would have to hold
+        disable_parameter_transpose_cache=True,  # the cache would keep the FP8 weights of the first step
         perform_initialization=False,
         use_cpu_initialization=not cuda,
         gradient_accumulation_fusion=False,
@@ -89,7 +89,7 @@ class MegatronTopology:
     """The "mpu" interface of DeepSpeed over Megatron-Core's groups; "model parallel" is tensor x pipeline.
 
     ``count_by_tensor_rank``: ZeRO-3 counts replicated weights in the gradient norm on model-parallel rank 0 only, so
-    there that rank has to be the tensor-parallel one.
+    under ZeRO-3 the model-parallel rank is the tensor-parallel rank.
     """
 
     def __init__(self, count_by_tensor_rank: bool = False) -> None:

@@ -1,8 +1,8 @@
-"""Lets Megatron-Core 0.16 run on CPU with gloo; with CUDA it does nothing.
+"""Lets Megatron-Core 0.16 run on CPUs with gloo; does nothing with CUDA.
 
-Megatron-Core asks ``torch.cuda`` for a device, a synchronisation, the random state, and allocates on "cuda" by name.
-``install`` rebinds the name ``torch`` in the modules of ``megatron.core`` that this project uses to a proxy which
-answers those for the CPU. ``torch`` itself stays as it is, so DeepSpeed and torch.distributed see the truth.
+Megatron-Core uses ``torch.cuda`` for the device, synchronisation and the random state, and allocates on "cuda" by name.
+``install`` rebinds the name ``torch`` in the modules of ``megatron.core`` to a proxy that implements these calls for
+the CPU. ``torch`` itself does not change, so DeepSpeed and torch.distributed are not affected.
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-# Imported before the names are rebound: a module imported later would keep the real one.
+# Imported before the names are rebound, as a module imported later would keep the real torch.
 _USED = (
     "megatron.core.tensor_parallel.random",
     "megatron.core.tensor_parallel.mappings",

@@ -1,6 +1,6 @@
-"""AdamW that also keeps a moving average of the weights, and that the device itself can tell to leave a step out.
+"""AdamW with a moving average of the weights, and with steps that the device can skip.
 
-The average is a third state beside the two moments, so ZeRO shards it, and a checkpoint keeps it, exactly as those.
+The average is a third state beside the moments, so ZeRO shards it and checkpoints hold it like the moments.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from armd_scale.config import OptimizerConfig
 
 MASTER = "weight"
-"""Name of the float32 master weights beside the states of the optimiser."""
+"""Name of the float32 master weights among the states of a checkpoint."""
 EMA = "ema"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -20,20 +20,20 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class AveragedAdamW(torch.optim.AdamW):
     """``torch.optim.AdamW`` with an exponential moving average of the parameters in ``state[param]["ema"]``.
 
-    After update t the average moves by 1 - min(decay, (1 + t) / (10 + t)), the warm-up of SEDD's set-up [D]; it begins
-    with the weights after the first. ``ema_decay`` 0 keeps none.
+    After update t the average moves by 1 - min(decay, (1 + t) / (10 + t)), the warm-up of SEDD (arXiv 2310.16834). The
+    average starts as the weights after the first update. ``ema_decay`` 0: no average.
     """
 
     def __init__(self, params: Iterable[Any], ema_decay: float, **options: Any) -> None:
         super().__init__(params, fused=True, **options)
         self.ema_decay = ema_decay
-        # What the fused kernels look at on the device, under the names by which PyTorch's AdamW hands them on: the host
-        # need not know whether the step that it has asked for is one.
+        # The fused kernels of PyTorch's AdamW read these attributes on the device, so the host need not know whether a
+        # step is applied.
         self.found_inf: Tensor | None = None
         self.grad_scale: Tensor | None = None
 
     def guard(self, accepted: Tensor, divisor: Tensor | None) -> None:
-        """From now on, ``step`` does nothing where ``accepted`` is False; gradients are divided by ``divisor``."""
+        """Make the next steps do nothing if ``accepted`` is False, and divide gradients by ``divisor``."""
         self.found_inf = (~accepted).float()
         self.grad_scale = divisor
 

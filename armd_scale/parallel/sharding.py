@@ -1,7 +1,7 @@
-"""Parameters and their shards: the whole tensor behind a rank's part, and initial weights that no layout changes.
+"""Tensor-parallel shards of parameters, and initial weights that do not depend on the layout.
 
-Megatron-Core marks a parameter that is cut over the tensor-parallel ranks with ``tensor_model_parallel`` and
-``partition_dim``; all others are replicated. Every cut of this model is contiguous in its global shape.
+Megatron-Core marks a parameter that is sharded over the tensor-parallel ranks with ``tensor_model_parallel`` and
+``partition_dim``; other parameters are replicated. Every shard is contiguous in the global shape.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from armd_scale.model.parameters import Initial
 
 
 def partition_dim(param: Tensor) -> int | None:
-    """The dimension in which a parameter is cut over tensor-parallel ranks, None when it is replicated."""
+    """The dimension in which a parameter is sharded over tensor-parallel ranks; None if it is replicated."""
     return param.partition_dim if getattr(param, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
 
 
@@ -37,7 +37,7 @@ def is_pipeline_copy(param: Tensor) -> bool:
 
 
 def global_shape(param: Tensor) -> tuple[int, ...]:
-    """Shape of the whole tensor of which ``param`` is this rank's tensor-parallel part."""
+    """Shape of the whole tensor of which ``param`` is the tensor-parallel shard of this rank."""
     shape = list(param.shape)
     dim = partition_dim(param)
     if dim is not None:
@@ -46,7 +46,7 @@ def global_shape(param: Tensor) -> tuple[int, ...]:
 
 
 def local_part(whole: Tensor, param: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, shaped as ``param``."""
+    """The shard of this rank of a whole tensor, in the shape of ``param``."""
     dim = partition_dim(param)
     if dim is None:
         return whole
@@ -56,10 +56,10 @@ def local_part(whole: Tensor, param: Tensor) -> Tensor:
 
 @torch.no_grad()
 def initialise(chunks: Iterable[nn.Module], seed: int) -> None:
-    """Draw all weights as their marks say (``model.parameters.describe``).
+    """Initialise all weights as ``model.parameters.describe`` declares.
 
-    Each parameter has a random stream of its own, keyed by (seed, global name), and each rank keeps its part of the
-    whole tensor: the weights are the same under every layout.
+    Each parameter has a separate random stream, keyed by (seed, global name), and each rank keeps its shard of the
+    whole tensor, so the weights are the same under every layout.
     """
     for name, param in (pair for chunk in chunks for pair in chunk.named_parameters()):
         initial: Initial = param.initial  # type: ignore[assignment]

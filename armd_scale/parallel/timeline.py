@@ -1,11 +1,11 @@
-"""When a rank's forward and backward passes ran, as Megatron-Core's schedules tell their timers."""
+"""Records the times of forward and backward passes through the timers of Megatron-Core's schedules."""
 
 import time
 from typing import NamedTuple
 
 
 class Timed(NamedTuple):
-    """A pass of one micro-batch; seconds of a clock that all processes of a machine share."""
+    """A pass of a micro-batch, in seconds of a clock that all processes of a machine share."""
 
     backward: bool
     start: float
@@ -13,7 +13,7 @@ class Timed(NamedTuple):
 
 
 class Recorder:
-    """What the schedules expect of ``timers``: ``timers(name, log_level=...).start()`` and ``.stop()``."""
+    """The interface of ``timers`` in the schedules: ``timers(name, log_level=...).start()`` and ``.stop()``."""
 
     _NAMES = ("forward-compute", "backward-compute")
 

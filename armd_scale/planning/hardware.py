@@ -25,7 +25,7 @@ class GPU:
     bandwidth: float
     """Bytes read from or written to device memory."""
     link: float
-    """Bytes to the other GPUs of a node."""
+    """Bytes sent to other GPUs of the node."""
     network: float
     """Bytes to other nodes, per GPU."""
     cuda: bool = True
@@ -45,7 +45,7 @@ COMMUNICATION = 0.75
 LAUNCH = 3e-6
 """Minimum time of a kernel in seconds if the launch queue is never empty."""
 RESERVED = 4e9
-"""Bytes of a GPU that the CUDA context, NCCL's buffers and fragmentation take."""
+"""Bytes of a GPU for the CUDA context, NCCL's buffers and fragmentation."""
 
 GPUS = {
     "h100": GPU(

@@ -44,7 +44,7 @@ _ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten:
 
 @dataclass
 class Pass:
-    """A forward or a backward pass of one micro-batch."""
+    """Costs of a forward or backward pass of a micro-batch."""
 
     peak: float = 0.0
     """Peak bytes of this micro-batch."""

@@ -24,7 +24,7 @@ def derived(plan: Plan) -> dict[str, Any]:
 
 
 def layout(plan: Plan) -> str:
-    """The layout in one line."""
+    """The layout in a line."""
     config = plan.config
     parallel = config.parallel
     words = [parallel.describe(), f"data {config.data_parallel} (ZeRO-{parallel.zero})"]

@@ -61,13 +61,13 @@ def run(args: argparse.Namespace) -> None:
     for way in args.ways or default:
         decoding = inference.Decoding(**_fields(way))
         model.generate(length=length, decoding=decoding, batch=args.batch)  # warm-up
-        made = generation.sample(model, decoding, args.samples, length, args.batch, args.seed)
-        figures = generation.quality([tokenizer.decode(one) for one in made.tokens], made.tokens, judge)
+        sample = generation.sample(model, decoding, args.samples, length, args.batch, args.seed)
+        figures = generation.quality([tokenizer.decode(text) for text in sample.tokens], sample.tokens, judge)
         row = {
             "way": way,
             "strategy": decoding.strategy,
-            "tokens_per_second": made.tokens_per_second,
-            "tokens_per_pass": made.tokens_per_pass,
+            "tokens_per_second": sample.tokens_per_second,
+            "tokens_per_pass": sample.tokens_per_pass,
             **figures.as_dict(),
         }
         rows.append(row)

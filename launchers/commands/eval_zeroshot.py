@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> None:
     def say(line: str = "") -> None:
         print(line, file=screen, flush=True)
 
-    place = resolve(args.model)  # a run that goes on would have another newest checkpoint later
-    model, tokenizer = open_model(place, args.device)
+    source = resolve(args.model)  # resolved once, as a running job may write newer checkpoints
+    model, tokenizer = open_model(source, args.device)
     length = model.config.length if args.length is None else args.length
     if not 2 <= length <= model.config.length:
         raise UserError(f"--length {length} does not fit this model: 2 to {model.config.length}")
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     )
     orders = args.order or (likelihood.default_orders(model) if args.suite else likelihood.default_orders(model)[:1])
     say(
-        f"model {place} ({model.config.objective}); tokenizer {tokenizer.path.name} ({tokenizer.vocab_size} "
+        f"model {source} ({model.config.objective}); tokenizer {tokenizer.path.name} ({tokenizer.vocab_size} "
         f"entries)\nprotocol: {protocol}; {args.repeats} draws where something is drawn"
     )
     cuda = args.device.startswith("cuda")
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
         scorer = alone(model)
         if processes > 1:
             del model, scorer
-            scorer = stack.enter_context(workers(place, args.device, processes))
+            scorer = stack.enter_context(workers(source, args.device, processes))
         for text, chunks in zip(texts, chunks_of, strict=True):
             count = sum(map(len, chunks))
             say(f"\n{text.name}  {text.file}  SHA-256 {text.sha256 or 'unknown'}")
@@ -125,15 +125,15 @@ def run(args: argparse.Namespace) -> None:
                     f"{order:<16}{score.perplexity:>12.3f}{score.perplexity_se:>9.3f}{score.nll:>12.4f}"
                     f"{score.nll_se:>9.4f}{score.bits_per_byte:>12.4f}"
                 )
-                source = {"text": text.name, "file": text.file, "sha256": text.sha256, "bytes": text.size}
-                results.append({**source, **score.as_dict()})
+                text_facts = {"text": text.name, "file": text.file, "sha256": text.sha256, "bytes": text.size}
+                results.append({**text_facts, **score.as_dict()})
             if text.name == "LAMBADA":
                 words = accuracy.last_words(scorer, tokenizer, text.documents, length)
                 say(f"last word: {words.value:.2%} ± {words.se:.2%} of {words.passages:,}")
                 accuracies[text.name] = {"last_word": words.value, "se": words.se, "passages": words.passages}
     if args.suite:
         say("\n" + table(results, suites.PUBLISHED))
-    facts = {"model": str(place), "protocol": vars(protocol), "results": results, "accuracy": accuracies}
+    facts = {"model": str(source), "protocol": vars(protocol), "results": results, "accuracy": accuracies}
     figures = json.dumps(facts, indent=1)
     if to_stdout:
         print(figures)
