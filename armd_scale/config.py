@@ -232,7 +232,8 @@ class DiffusionConfig(Section):
     tokens for a uniform k and weights the loss by N / k, so that the loss of a text does not exceed the mean NLL of its
     masked tokens. Both have the same expectation (RADD, arXiv 2406.03736) [D]."""
     tail: Annotated[float, Field(ge=1.0)] = 1.5
-    """``card``: at time t, masks are drawn from the last ``tail`` x t x N positions of a text; lambda in the paper."""
+    """``card``: k = max(1, floor(N t)) masks at time t are drawn from the last ``tail`` x k positions of a text; lambda
+    in the paper."""
     beta: Annotated[float, Field(gt=0.0)] = 1.0
     """``card``: a token whose context is clean has the weight 1 / beta."""
     decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5

@@ -408,8 +408,8 @@ class Frontier:
         self.ended = False
         self.stopped = False
         """Whether the text ended at EOS."""
-        self._free = set(one.order)
-        self._end = eos_id if one.decoding.stop else None
+        self._free = set(task.order)
+        self._end = eos_id if task.decoding.stop else None
         self.push([], [])
 
     def push(self, positions: Sequence[int], tokens: Sequence[int]) -> list[int]:

@@ -94,7 +94,7 @@ class Sampler:
     @property
     def kinds(self) -> tuple[bool, ...]:
         """Kinds of draw that the sequences need: greedy, temperature, sorted (top k, top p), min p."""
-        ones = self._decodings
+        decodings = self._decodings
         return (
             any(decoding.temperature == 0 for decoding in decodings),
             any(decoding.temperature != 1 for decoding in decodings),

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 
 class ArmdInference(Inference, name="armd"):
-    """Scores in any order, exactly; writes by streams, or several tokens a pass with the law of one (``draft``)."""
+    """Scores in any order, exactly. Generates in S streams, or with ``draft`` several tokens per pass with the
+    distribution of one token per pass.
+    """
 
     def ways(self, tokens_per_step: Sequence[int], free: int) -> dict[int, Decoding]:
         return {count: Decoding(streams=count) for count in tokens_per_step}

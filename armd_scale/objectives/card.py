@@ -2,10 +2,10 @@
 
 Training masks tokens of the tail of a text and predicts every token from the noised tokens before it:
 
-    E_t sum_n w(n, x_t^{<n}) log p(x_n | x_t^{<n})
+    -E_t sum_n w(n, x_t^{<n}) log p(x_n | x_t^{<n})
 
-- *soft tail*: at time t, N t tokens (at least one) are masked, drawn from the last lambda N t positions; what lies
-  before stays clean;
+- *soft tail*: at time t, k = max(1, floor(N t)) tokens are masked, drawn from the last min(N, floor(lambda k))
+  positions; the tokens before stay clean;
 - *reweighting*: w_n = 1 / (beta + S_n), where S_n = sum_{i<n} C_i (1 - p)^(n-1-i), and C_i is 0 for a clean token, 1
   for a mask behind a clean token and 2 for a mask behind a mask.
 
@@ -98,7 +98,7 @@ class CardInference(Inference, name="card"):
     """Scores left to right, exactly; writes left to right, several tokens a pass where it is confident."""
 
     def ways(self, tokens_per_step: Sequence[int], free: int) -> dict[int, Decoding]:
-        """The number of tokens a pass follows from the text: up to so many are proposed."""
+        """The number of accepted tokens depends on the text; ``count`` is the most that a pass proposes."""
         return {count: Decoding(block=count if count > 1 else 0) for count in tokens_per_step}
 
 
@@ -159,7 +159,7 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 
 def soft_tail(length: int, time: float, tail: float, *key: int) -> np.ndarray:
-    """Mask [N] of a text at a time in (0, 1): N t tokens, at least one, of the last ``tail`` N t positions."""
+    """Mask [N] of a text at a time in (0, 1): k = max(1, floor(N t)) of the last ``tail`` k positions."""
     count = max(1, int(length * time))
     window = min(length, int(tail * count))
     masked = np.zeros(length, dtype=bool)
@@ -168,7 +168,7 @@ def soft_tail(length: int, time: float, tail: float, *key: int) -> np.ndarray:
 
 
 def reweight(masked: np.ndarray, beta: float, decay: float) -> np.ndarray:
-    """Weights [N] of the NLL of the tokens of a text whose mask is [N]: less, the more of their context is masked."""
+    """Weights [N] of the NLL of the tokens, given the mask [N]: the more of a context is masked, the smaller."""
     cost = masked * (1 + np.concatenate([[False], masked[:-1]]))
     total, weights = 0.0, np.empty(len(masked))
     for n in range(len(masked)):

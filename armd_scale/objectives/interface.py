@@ -46,7 +46,7 @@ class Inference:
         return decoding
 
     def ways(self, tokens_per_step: Sequence[int], free: int) -> dict[int, Decoding]:
-        """Ways to decode ``free`` tokens by the (mean) number of tokens a step, of those that are asked for."""
+        """Requested number of tokens per step (or its mean) -> decoding of ``free`` tokens at that rate."""
         return {1: Decoding()}
 
     def orders(self, shuffles: int, streams: int) -> list[str]:

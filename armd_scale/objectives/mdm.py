@@ -1,6 +1,7 @@
 """Masked diffusion with an absorbing state: MDLM (arXiv 2406.07524) and RADD (arXiv 2406.03736), the other baseline.
 
-Linear schedule, no time conditioning: one stream that sees the whole text, some tokens of it masked, predicts those.
+Linear schedule, no time conditioning. One stream sees the whole text with some tokens masked, and predicts the masked
+tokens.
 """
 
 import dataclasses
@@ -157,7 +158,7 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 
 class Noise(NamedTuple):
-    """A masked text: which tokens are masked [N], and what the NLL of each of them counts."""
+    """A masked text: its mask [N], and the weight of the NLL of each masked token."""
 
     masked: np.ndarray
     weight: float
@@ -177,7 +178,7 @@ def noise(length: int, time: float, form: str, *key: int) -> Noise:
     is the negative evidence bound of the text in nats.
 
     ``form``: ``time`` masks each token with probability t and weighs by 1 / t; ``any-order`` masks k = 1 + floor(N t)
-    of them and weighs by N / k. Either way a set of k masked tokens counts 1 / k over all sets of its size: the
+    of them and weighs by N / k. Either way the sets of k masked tokens share an expected weight of 1 / k: the
     integral of C(N, k) t^k (1 - t)^(N - k) / t is 1 / k, and so is 1 / N x N / k (RADD, section 3.3).
     """
     words = random_words(length, "noise", *key)

@@ -163,7 +163,7 @@ def newest(run: RunDirectory) -> Path | None:
 
 
 def load(engine: Engine, checkpoint: Path) -> dict[str, Any]:
-    """Load a verified checkpoint into the engine; returns its manifest. Collective."""
+    """Load a checkpoint, which ``newest`` has verified, into the engine; returns its manifest. Collective."""
     facts = manifest.read(checkpoint)
     facts.setdefault("updates", facts["step"])
     missing = set(engine.state_names) - set(facts["states"])

@@ -174,7 +174,7 @@ class _Trainer:
                 if len(self.skipped) >= train.max_skipped:
                     return None
                 ending = bool(flags) and self.step < total
-                # A checkpoint amid skipped steps is no use to a rollback.
+                # No checkpoint between skipped steps: a rollback to it would not undo the divergence.
                 saving = (saving and (not self.skipped or last_of_phase)) or ending
                 if recording and self.losses:
                     now = time.perf_counter()
