@@ -98,15 +98,18 @@ def _samples(config: RunConfig, model: inference.ARMD, tokenizer: Tokenizer) -> 
     for streams, decoding in generation.ways(model, config.report.generate_streams, free).items():
         started = time.perf_counter()
         [task] = model.plan([prompt + [inference.FREE] * free], decoding, config.seed)
-        [text] = model.complete([task])
+        frontier, steps = inference.Frontier(task, model.config.eos_id), 0
+        for step in model.decode([task]):
+            frontier.push(step.positions[0].tolist(), step.tokens[0].tolist())
+            steps += 1
         seconds = time.perf_counter() - started
         samples.append(
             {
                 "streams": streams,
-                "steps": len(task.blocks),
+                "steps": steps,
                 "seconds": seconds,
                 "tokens_per_second": free / seconds,
-                "text": tokenizer.decode(text.tolist()),
+                "text": tokenizer.decode(frontier.tokens),
             }
         )
     return samples
