@@ -38,7 +38,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         common = {**shape, **place, "batch": batch}
         rows: dict[str, dict[str, float]] = {}
         for name, way in [("transformers GPT-2", None), *ways]:
-            work = "decode.transformers" if way is None else "decode.armd_scale"
+            work = f"{__name__}.transformers" if way is None else "decode.armd_scale"
             arguments: dict[str, Any] = common if way is None else {**common, "way": way}
             row = run_in_process(work, args.threads, **arguments)
             rows[name] = row
