@@ -230,7 +230,7 @@ class _Campaign:
         return RunDirectory.step_of(Path(lines[-1])) if lines else 0
 
     def _unwritten(self) -> int:
-        return sum(self._output().count(f"{word} be written") for word in ("cannot", "could not"))
+        return self._output().count("not written, training continues")
 
     # --- faults: each returns what came of it once it was noticed
 
