@@ -503,8 +503,8 @@ class RunConfig(Section):
     """Seed of the initial weights, the data order and the generation orders."""
     objective: Objective = DEFAULT
     """Training objective (docs/explanation/objectives.md). ``armd``: auto-regressive masked diffusion; ``ar``: left to
-    right with one causal stream (GPT-2); ``mdm``: absorbing masked diffusion, one bidirectional stream; ``card``:
-    causal diffusion, one causal stream with a noised tail."""
+    right with one causal stream; ``mdm``: absorbing masked diffusion, one bidirectional stream; ``card``:
+    causal diffusion, one causal stream, trained on text with a partly masked end."""
     model: ModelConfig = ModelConfig()
     """The network."""
     diffusion: DiffusionConfig = DiffusionConfig()
