@@ -38,7 +38,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         common = {**shape, **place, "batch": batch}
         rows: dict[str, dict[str, float]] = {}
         for name, way in [("transformers GPT-2", None), *ways]:
-            work = f"{__name__}.transformers" if way is None else "decode.armd_scale"
+            work = f"{__name__}.transformers" if way is None else f"{__name__}.armd_scale"
             arguments: dict[str, Any] = common if way is None else {**common, "way": way}
             row = run_in_process(work, args.threads, **arguments)
             rows[name] = row
@@ -86,7 +86,7 @@ def armd_scale(
     torch.set_num_threads(threads)
     shape = ARMDConfig(
         vocab_size=vocab, bos_id=0, eos_id=0, layers=layers, hidden=hidden, heads=hidden // 64, kv_heads=hidden // 64,
-        ffn=4 * hidden, length=length, two_stream_layers=layers // 2, norm="layernorm", mlp="gelu", tied_head=True,
+        ffn=4 * hidden, length=length, two_stream_layers=max(1, layers // 2), norm="layernorm", mlp="gelu", tied_head=True,
         rope_base=10_000.0, norm_eps=1e-5, prefix_kernel="gaussian", prefix_width=3.0, prefix_dim=hidden,
         prefix_scale="none", prefix_target_position=False,
     )  # fmt: skip

@@ -1,13 +1,16 @@
 """``armd bench train`` at toy sizes, and the command lines of ``bench``, ``plan`` and ``curves``."""
 
+import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from armd_scale.benchmarks import train
+from armd_scale.benchmarks import decode, gpu_correctness, train
 from armd_scale.config import ModelConfig
 from armd_scale.model.flops import training_flops_per_token
+from data_pipeline import benchmark
 from tests.conftest import run_processes, run_tool
 
 SIZES = {
@@ -41,6 +44,16 @@ def test_a_step_is_timed(kind, tmp_path):
     assert row["flops"] == training_flops_per_token(model) * 64
     assert any("mm" in operation["name"] for operation in row["profile"])
     assert "traceEvents" in json.loads(Path(trace).read_text())
+
+
+@pytest.mark.parametrize("module", [decode, gpu_correctness, train, benchmark], ids=lambda module: module.__name__)
+def test_measurements_in_other_processes_exist(module):
+    """``run_in_process`` finds a function by the name of its module and its own."""
+    source = inspect.getsource(module)
+    names = re.findall(r"\{__name__\}\.(\w+)\"", source)
+    assert names
+    assert all(callable(getattr(module, name)) for name in names)
+    assert not re.search(r"run_in_process\(\s*\"", source), "a name without its module"
 
 
 def test_bad_words_are_refused(tmp_path):
