@@ -87,8 +87,8 @@ def armd_scale(
     shape = ARMDConfig(
         vocab_size=vocab, bos_id=0, eos_id=0, layers=layers, hidden=hidden, heads=hidden // 64, kv_heads=hidden // 64,
         ffn=4 * hidden, length=length, two_stream_layers=max(1, layers // 2), norm="layernorm", mlp="gelu",
-        tied_head=True, rope_base=10_000.0, norm_eps=1e-5, prefix_kernel="gaussian", prefix_width=3.0, prefix_dim=hidden,
-        prefix_scale="none", prefix_target_position=False,
+        tied_head=True, rope_base=10_000.0, norm_eps=1e-5, prefix_kernel="gaussian", prefix_width=3.0,
+        prefix_dim=hidden, prefix_scale="none", prefix_target_position=False,
     )  # fmt: skip
     model = ARMD(shape).requires_grad_(False).eval()
     for name, weight in model.named_parameters():
