@@ -21,8 +21,8 @@ _HEAD = """# Configuration
 
 A configuration is a YAML file with the sections below. On the command line, `section.field=value` overrides a field:
 `armd train --config configs/tiny.yaml model.layers=6 'data.text=[books.jsonl]'`. An unknown key, a wrong type and
-values that contradict each other end the command with one error line. The resolved configuration of a run is
-`config.yaml` in its run directory. An integer of at least 1 is at most 10^9.
+values that contradict each other end the command with one error line. The run directory
+holds the resolved configuration of a run. An integer of at least 1 is at most 10^9.
 
 [D] marks a decision of this project where the paper is silent ([reasons](../explanation/decisions.md)).
 """

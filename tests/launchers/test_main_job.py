@@ -241,7 +241,7 @@ def test_infilling_from_the_command_line(finished):
     for words, line in (
         (["--infill", "no gap"], "--infill has no gap"),
         (["--infill", "___ ___", "--order", "random", "--streams", 2], "streams"),
-        (["--device", "cuda:9"], "device cuda:9 is not there"),
+        (["--device", "cuda:9"], "cuda:9 is not available"),
     ):
         refused(command("tools/generate.py", model, *words), line)
 
@@ -334,8 +334,8 @@ def test_bad_checkpoints_and_exports_are_one_line(finished, tmp_path):
     refused(command("tools/generate.py", full, "--prompt", "word " * 200), r"prompt has \d+ tokens")
     refused(command("tools/generate.py", full, "--length", 999), "up to 32")
     refused(command("tools/generate.py", full, "--streams", 0), "streams must be")
-    refused(command("tools/generate.py", full, "--device", "cuda", CUDA_VISIBLE_DEVICES=""), "device cuda is not there")
-    refused(command("tools/generate.py", full, "--device", "abacus"), "device abacus is not there")
+    refused(command("tools/generate.py", full, "--device", "cuda", CUDA_VISIBLE_DEVICES=""), "cuda is not available")
+    refused(command("tools/generate.py", full, "--device", "abacus"), "abacus is not available")
     refused(
         command("tools/eval_zeroshot.py", full, "--text", again, "--json", "/nowhere/x.json"),
         "there is no directory /nowhere",

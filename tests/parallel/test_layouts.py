@@ -199,11 +199,11 @@ def test_one_process_is_plain_adamw():
 
 def _plain(rank, processes, rendezvous, run):
     from armd_scale.model.network import Stage
+    from armd_scale.objectives import armd
     from armd_scale.orders import Layout
     from armd_scale.parallel import groups
     from armd_scale.parallel.sharding import initialise
     from armd_scale.rows import arrange
-    from armd_scale.training import schedules
 
     groups.start(run.parallel, rank=rank, processes=1, rendezvous=rendezvous, device=torch.device("cpu"))
     stage = Stage(run.model, groups.transformer_config(run.model, run.parallel, torch.float32))
@@ -216,7 +216,9 @@ def _plain(rank, processes, rendezvous, run):
     tokens = np.random.default_rng(1).integers(0, run.model.vocab_size, (STEPS, 8, 16))
     losses, norms, average = [], [], None
     for step in range(STEPS):
-        layout = Layout(*(np.stack(f) for f in zip(*(schedules.layout(step, j, run) for j in range(8)), strict=True)))
+        layout = Layout(
+            *(np.stack(f) for f in zip(*(armd.TRAINING.layout(step, j, run) for j in range(8)), strict=True))
+        )
         loss = stage(arrange(tokens[step], layout, run.model.bos_id)).mean()
         optimizer.zero_grad()
         loss.backward()

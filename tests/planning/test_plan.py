@@ -219,7 +219,7 @@ def test_the_command_line(tmp_path):
 
 def test_bad_input_of_the_command_line():
     for words, message in (
-        (("--config", "configs/7b.yaml", "--gpu", "b200"), "choose h100"),
+        (("--config", "configs/7b.yaml", "--gpu", "b200"), "h100, h200"),
         (("--config", "configs/7b.yaml", "--nodes", "3"), "is not a multiple of"),
         (("--config", "configs/none.yaml"), "no configuration file"),
         (("--config", "configs/1b.yaml", "model.hidden=999999984", "model.heads=2"), "more bytes than"),
