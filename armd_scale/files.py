@@ -35,7 +35,7 @@ def sha256(path: Path) -> str:
 def check_writable(path: Path) -> None:
     """``UserError`` unless ``path`` can be written; called before the work that produces the file."""
     if not path.parent.is_dir():
-        raise UserError(f"{path} cannot be written: there is no folder {path.parent}; create it first")
+        raise UserError(f"{path} cannot be written: there is no directory {path.parent}; create it first")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         reason = "it is a directory" if path.is_dir() else "its directory is read-only"
         raise UserError(f"{path} cannot be written: {reason}; choose another path")

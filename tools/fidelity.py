@@ -28,9 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("study", type=Path, help="study file, see configs/fidelity/")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the study: runs, figures, page")
-    parser.add_argument("--data", type=Path, help="folder with train* and heldout* texts")
-    parser.add_argument("--suite", type=Path, help="folder with the zero-shot texts")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the study: runs, figures, page")
+    parser.add_argument("--data", type=Path, help="directory with train* and heldout* texts")
+    parser.add_argument("--suite", type=Path, help="directory with the zero-shot texts")
     parser.add_argument("--slots", type=int, help="runs side by side (default: those of the study)")
     parser.add_argument("--page-only", action="store_true", help="make the page of DIR/page/results.json anew")
     parser.add_argument("overrides", nargs="*", help="section.field=value, for every run")

@@ -22,7 +22,7 @@ from armd_scale.errors import cli
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pictures of a layout and its pipeline, from a real run")
     parser.add_argument("--config", default="configs/tiny.yaml", help="YAML file of a run")
-    parser.add_argument("--out", type=Path, required=True, help="folder for processes.png and timeline.png")
+    parser.add_argument("--out", type=Path, required=True, help="directory for processes.png and timeline.png")
     parser.add_argument("--steps", type=int, default=3, help="steps to run; the last one is drawn")
     parser.add_argument("overrides", nargs="*", help="section.field=value")
     args = parser.parse_args()
