@@ -44,19 +44,24 @@ def test_folders_and_globs(folder):
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [
-        ("x.jsonl", b'{"text": "ok"}\n{"text": \n', "line 2 is not a JSON object"),
-        ("x.jsonl", b'{"body": "ok"}\n', "line 1 .* field 'text'"),
-        ("x.jsonl", b"[1]\n", "line 1 is not a JSON object"),
-        ("x.jsonl", b'{"text": 3}\n', "field 'text' is not text"),
-        ("x.jsonl", b'{"text": "\\ud800"}\n', "surrogate"),
-        ("x.jsonl", b"[" * 100_000 + b"\n", "line 1 is not a JSON object"),
-        ("x.txt.gz", gzip.compress(bytes(range(256)) * 40, mtime=0)[:60] + b"\x00" * 40, "cannot be read"),
-        ("x.txt", b"\xff\xfe\x00", "is not UTF-8"),
-        ("x.txt.gz", b"not gzip", "cannot be read"),
-        ("x.txt.gz", gzip.compress(b"a" * 1000, mtime=0)[:-9], "cannot be read"),
-        ("x.jsonl.zst", b"not zstd", "cannot be read"),
-        ("x.parquet", b"PAR1", "cannot be read"),
-        ("x.doc", b"\xd0\xcf\x11\xe0", "is not UTF-8"),
+        pytest.param("x.jsonl", b'{"text": "ok"}\n{"text": \n', "line 2 is not a JSON object", id="cut-line"),
+        pytest.param("x.jsonl", b'{"body": "ok"}\n', "line 1 .* field 'text'", id="other-field"),
+        pytest.param("x.jsonl", b"[1]\n", "line 1 is not a JSON object", id="list"),
+        pytest.param("x.jsonl", b'{"text": 3}\n', "field 'text' is not text", id="number"),
+        pytest.param("x.jsonl", b'{"text": "\\ud800"}\n', "surrogate", id="surrogate"),
+        pytest.param("x.jsonl", b"[" * 100_000 + b"\n", "line 1 is not a JSON object", id="deep-nesting"),
+        pytest.param(
+            "x.txt.gz",
+            gzip.compress(bytes(range(256)) * 40, mtime=0)[:60] + b"\x00" * 40,
+            "cannot be read",
+            id="damaged-gzip",
+        ),
+        pytest.param("x.txt", b"\xff\xfe\x00", "is not UTF-8", id="utf-16"),
+        pytest.param("x.txt.gz", b"not gzip", "cannot be read", id="no-gzip"),
+        pytest.param("x.txt.gz", gzip.compress(b"a" * 1000, mtime=0)[:-9], "cannot be read", id="cut-gzip"),
+        pytest.param("x.jsonl.zst", b"not zstd", "cannot be read", id="no-zstd"),
+        pytest.param("x.parquet", b"PAR1", "cannot be read", id="cut-parquet"),
+        pytest.param("x.doc", b"\xd0\xcf\x11\xe0", "is not UTF-8", id="doc"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, line):
@@ -73,11 +78,13 @@ def test_a_truncated_zst_is_not_taken_for_a_short_one(tmp_path):
         list(readers.documents([str(tmp_path / "x.jsonl.zst")]))
 
 
-def test_missing_and_empty(tmp_path):
+@pytest.mark.parametrize("name", ["absent.txt", "."], ids=["absent", "empty-folder"])
+def test_no_text_at_a_place(tmp_path, name):
     with pytest.raises(UserError, match="no text at"):
-        list(readers.documents([str(tmp_path / "absent.txt")]))
-    with pytest.raises(UserError, match="no text at"):
-        list(readers.documents([str(tmp_path)]))
+        list(readers.documents([str(tmp_path / name)]))
+
+
+def test_a_blank_file_has_no_documents(tmp_path):
     (tmp_path / "blank.txt").write_text("  \n")
     assert list(readers.documents([str(tmp_path / "blank.txt")])) == []
 

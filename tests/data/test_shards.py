@@ -52,21 +52,47 @@ def test_shards_hold_the_samples(tmp_path_factory, count, length, per_shard, voc
         assert np.array_equal(np.stack(streamed), tokens[: count * length].reshape(count, length))
 
 
-def test_damaged_shards_are_named(tmp_path):
+@pytest.fixture
+def damaged(tmp_path):
+    """A data set of 10 samples in shards of 4, to be damaged."""
     _write(tmp_path, np.arange(80), 8, 4)
-    shard = tmp_path / "shard-000001.tar"
-    good = shard.read_bytes()
-    with tarfile.open(shard) as tar:
+    with tarfile.open(tmp_path / "shard-000001.tar") as tar:
         assert len(tar.getnames()) == 4
-    shard.write_bytes(good[:-1])
-    with pytest.raises(UserError, match="shard-000001.tar is damaged"):
-        PackedDataset(tmp_path).read([5])
-    shard.write_bytes(good[:700] + b"x" + good[701:])
-    with pytest.raises(UserError, match="shard-000001.tar .* SHA-256"):
-        shards.verify(tmp_path)
-    shard.unlink()
-    with pytest.raises(UserError, match="shard-000001.tar is missing"):
-        PackedDataset(tmp_path).read([5])
-    (tmp_path / "index.json").unlink()
-    with pytest.raises(UserError, match="not a complete data set"):
-        PackedDataset(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "use", "line"),
+    [
+        pytest.param(
+            "shard-000001.tar",
+            lambda good: good[:-1],
+            lambda folder: PackedDataset(folder).read([5]),
+            "shard-000001.tar is damaged",
+            id="short-shard",
+        ),
+        pytest.param(
+            "shard-000001.tar",
+            lambda good: good[:700] + b"x" + good[701:],
+            shards.verify,
+            "shard-000001.tar .* SHA-256",
+            id="changed-byte",
+        ),
+        pytest.param(
+            "shard-000001.tar",
+            None,
+            lambda folder: PackedDataset(folder).read([5]),
+            "shard-000001.tar is missing",
+            id="missing-shard",
+        ),
+        pytest.param("index.json", None, PackedDataset, "not a complete data set", id="missing-index"),
+    ],
+)
+def test_damaged_shards_are_named(damaged, name, damage, use, line):
+    path = damaged / name
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=line):
+        use(damaged)

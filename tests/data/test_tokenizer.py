@@ -38,9 +38,12 @@ def test_a_vocabulary_that_the_text_cannot_fill(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tokenizer_folders(tmp_path, piece):
+def test_a_folder_without_a_tokenizer(tmp_path):
     with pytest.raises(UserError, match="no tokenizer at"):
         tokenizers.load(tmp_path)
+
+
+def test_a_broken_tokenizer_is_named_and_replaced(tmp_path, piece):
     (tmp_path / "tokenizer.model").write_bytes(b"junk")
     with pytest.raises(UserError, match="sentencepiece model"):
         tokenizers.load(tmp_path)
@@ -48,17 +51,27 @@ def test_tokenizer_folders(tmp_path, piece):
     assert tokenizers.digest(tokenizers.load(tmp_path)) == tokenizers.digest(piece)
 
 
-def test_gpt2_tokenizer():
-    gpt2 = tokenizers.load(shared_data("tokenizers/gpt2"))
+@pytest.fixture(scope="module")
+def gpt2():
+    return tokenizers.load(shared_data("tokenizers/gpt2"))
+
+
+def test_gpt2_tokenizer(gpt2):
     assert gpt2.vocab_size == 50257
     assert gpt2.bos_id == gpt2.eos_id == 50256
-    for text in (
-        "First document.\n",
-        "Umlauten: \u00e4\u00f6\u00fc \u2014 \u4f60\u597d \U0001f600",
-        "  indented\n\tand tabs\n\n",
-    ):
-        assert gpt2.decode([*gpt2.encode(text), gpt2.eos_id]) == text
     assert gpt2.encode("Hello world") == [15496, 995]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("First document.\n", id="ascii"),
+        pytest.param("Umlauten: \u00e4\u00f6\u00fc \u2014 \u4f60\u597d \U0001f600", id="other-scripts"),
+        pytest.param("  indented\n\tand tabs\n\n", id="spaces"),
+    ],
+)
+def test_gpt2_gives_the_text_back(gpt2, text):
+    assert gpt2.decode([*gpt2.encode(text), gpt2.eos_id]) == text
 
 
 TRAINED_ON = ["it's", "we'll", "  a", "b\n\n", "12", "3,000", "x--y", "\u00e9t\u00e9", "\u201cso\u201d", "\t(d)"]
@@ -175,11 +188,10 @@ def test_tokenizers_that_change_text_are_left_to_their_library(tmp_path, byte_le
     assert tokenizers.gives_back(byte_level[0])
 
 
-def test_segments_on_real_text():
+def test_segments_on_real_text(gpt2):
     text = shared_data("zeroshot/wikitext2_raw_test.txt").read_text(encoding="utf-8")
-    folder = shared_data("tokenizers/gpt2")
-    bpe = library.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    assert tokenizers.load(folder).encode(text) == bpe.encode(text, add_special_tokens=False).ids
+    bpe = library.Tokenizer.from_file(str(shared_data("tokenizers/gpt2") / "tokenizer.json"))
+    assert gpt2.encode(text) == bpe.encode(text, add_special_tokens=False).ids
 
 
 def test_a_hugging_face_file_that_cuts_and_fills(tmp_path):

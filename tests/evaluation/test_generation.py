@@ -46,21 +46,26 @@ def gpt2_dir(tmp_path_factory):
     return place
 
 
-def test_judges(model_dir, gpt2_dir):
+JUDGED = "the lazy dog runs away from the quick brown fox"
+
+
+def test_a_model_as_judge(model_dir):
     """Every token once, in windows of the judge's length, BOS before each."""
-    text = "the lazy dog runs away from the quick brown fox"
     model, tokenizer = inference.load(model_dir), tokenizers.load(model_dir)
-    tokens = tokenizer.encode(text)
+    tokens = tokenizer.encode(JUDGED)
     expected = sum(float(model.nll(torch.tensor([tokens[at : at + 16]])).sum()) for at in range(0, len(tokens), 16))
-    [(nats, count), short] = generation.load_judge(model_dir).nll([text, "the"])
+    [(nats, count), short] = generation.load_judge(model_dir).nll([JUDGED, "the"])
     assert short[1] == len(tokenizer.encode("the"))
     assert (nats, count) == (pytest.approx(expected, rel=1e-6), len(tokens))
 
+
+def test_gpt2_as_judge(gpt2_dir):
+    """As above, by the logits of transformers token by token."""
     from transformers import GPT2LMHeadModel
 
     judge = generation.load_judge(gpt2_dir)
     gpt2 = GPT2LMHeadModel.from_pretrained(gpt2_dir)
-    ids = [judge._tokenizer.convert_tokens_to_ids("Ġ" if sign == " " else sign) for sign in text]
+    ids = [judge._tokenizer.convert_tokens_to_ids("Ġ" if sign == " " else sign) for sign in JUDGED]
     expected = 0.0
     with torch.no_grad():
         for at in range(0, len(ids), 15):
@@ -68,27 +73,39 @@ def test_judges(model_dir, gpt2_dir):
             for place, token in enumerate(part):
                 logits = gpt2(torch.tensor([[0, *part[:place]]])).logits[0, -1]
                 expected -= float(logits.double().log_softmax(-1)[token])
-    [(nats, count)] = judge.nll([text])
-    assert (nats, count) == (pytest.approx(expected, rel=1e-5), len(text))
+    [(nats, count)] = judge.nll([JUDGED])
+    assert (nats, count) == (pytest.approx(expected, rel=1e-5), len(JUDGED))
+
+
+def test_a_folder_without_a_judge(model_dir):
     with pytest.raises(UserError, match="holds no judge"):
         generation.load_judge(model_dir / "nothing")
 
 
-def test_the_judge_beside_a_model(tmp_path):
-    """The best finished left-to-right run in the same directory; another objective or an unfinished run is none."""
+@pytest.fixture(scope="module")
+def neighbours(tmp_path_factory):
+    """Runs beside each other: the best finished left-to-right one is b; c has another objective, d is unfinished."""
+    folder = tmp_path_factory.mktemp("neighbours")
     runs = {"a": ("ar", 2.0, True), "b": ("ar", 1.5, True), "c": ("armd", 1.0, True), "d": ("ar", 1.2, False)}
     for name, (objective, score, finished) in runs.items():
-        checkpoint = tmp_path / name / "checkpoints" / "step-00000001"
+        checkpoint = folder / name / "checkpoints" / "step-00000001"
         checkpoint.mkdir(parents=True)
-        (tmp_path / name / "config.yaml").write_text(f"objective: {objective}\n")
+        (folder / name / "config.yaml").write_text(f"objective: {objective}\n")
         line = {"step": 1, "heldout_left_to_right": score, "heldout_left_to_right_bits_per_byte": score}
-        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        (folder / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
         if finished:
             manifest.write(checkpoint, {"step": 1})
-    for place in ("c", "c/checkpoints/step-00000001", "a"):
-        assert generation.find_judge(tmp_path / place).name == "b"
+    return folder
+
+
+@pytest.mark.parametrize("place", ["c", "c/checkpoints/step-00000001", "a"])
+def test_the_judge_beside_a_model(neighbours, place):
+    assert generation.find_judge(neighbours / place).name == "b"
+
+
+def test_no_judge_beside_a_model(neighbours):
     with pytest.raises(UserError, match="no judge beside"):
-        generation.find_judge(tmp_path)
+        generation.find_judge(neighbours)
 
 
 class _Fixed:
@@ -118,6 +135,9 @@ def test_figures():
     assert got.distinct_1 == pytest.approx(np.mean([1 / 4, 2 / 4, 1, 2 / 4]))
     assert got.distinct_2 == pytest.approx(np.mean([1 / 3, 2 / 3, 1, 1]))
     assert got.distinct_3 == pytest.approx(np.mean([1 / 2, 1, 1, 1]))
+
+
+def test_nothing_to_judge():
     with pytest.raises(UserError, match="no text to judge"):
         generation.quality([""], [[1]], _Fixed())
 
@@ -139,12 +159,18 @@ def test_the_command(model_dir, tmp_path):
     assert first[0]["tokens_per_pass"] == 1
     assert first[1]["tokens_per_pass"] == pytest.approx(16 / 7)
     assert first[2]["tokens_per_pass"] >= 1
-    for bad, line in (
+
+
+@pytest.mark.parametrize(
+    ("way", "line"),
+    [
         ("width=3", "unknown field 'width'"),
         ("streams=x", "'x' is not a number"),
         ("draft=-1", "draft must"),
         ("stop=1", "leave out stop"),
-    ):
-        done = run_tool(*words, "--ways", bad)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-        assert line in done.stderr
+    ],
+)
+def test_ways_that_are_refused(model_dir, way, line):
+    done = run_tool("tools/eval_generation.py", model_dir, "--judge", model_dir, "--samples", 6, "--ways", way)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert line in done.stderr

@@ -51,27 +51,40 @@ def test_orders_differ():
     assert [score.nll_se > 0 for score in scores] == [False, True, False]
 
 
-def test_the_error_of_what_is_drawn():
-    """Bound and random orders: the mean over draws, and its spread over many repetitions."""
+@pytest.mark.parametrize(
+    ("config", "order"),
+    [
+        pytest.param(BASELINES["mdm"], "bound", id="mdm-bound"),
+        pytest.param(MODELS["paper"], "shuffled:16", id="armd-shuffled"),
+    ],
+)
+def test_the_error_of_what_is_drawn(config, order):
+    """The mean over draws, and its spread over many repetitions."""
     text = likelihood.cut(np.random.default_rng(1).integers(0, 50, 64), 16)
-    for config, order in ((BASELINES["mdm"], "bound"), (MODELS["paper"], "shuffled:16")):
-        model = standalone(config)
-        whole = likelihood.score(alone(model), text, order, 1, repeats=64)
-        few = likelihood.score(alone(model), text, order, 1, repeats=4)
-        assert abs(few.nll - whole.nll) < 5 * few.nll_se
-        assert whole.nll_se == pytest.approx(few.nll_se / 4, rel=0.9)
+    model = standalone(config)
+    whole = likelihood.score(alone(model), text, order, 1, repeats=64)
+    few = likelihood.score(alone(model), text, order, 1, repeats=4)
+    assert abs(few.nll - whole.nll) < 5 * few.nll_se
+    assert whole.nll_se == pytest.approx(few.nll_se / 4, rel=0.9)
 
 
-def test_what_a_baseline_is_scored_in():
+@pytest.mark.parametrize(("kind", "order"), [("ar", "left-to-right"), ("mdm", "bound")])
+def test_what_a_baseline_is_scored_in(kind, order):
+    assert likelihood.default_orders(standalone(BASELINES[kind])) == [order]
+
+
+@pytest.mark.parametrize(
+    ("kind", "order", "line"),
+    [
+        ("mdm", "left-to-right", "use bound"),
+        ("ar", "bound", "exact nll"),
+        ("ar", "strided:2", "left to right only"),
+    ],
+)
+def test_what_a_baseline_is_not_scored_in(kind, order, line):
     chunks = likelihood.cut(np.arange(32) % 50, 16)
-    assert likelihood.default_orders(standalone(BASELINES["ar"])) == ["left-to-right"]
-    assert likelihood.default_orders(standalone(BASELINES["mdm"])) == ["bound"]
-    with pytest.raises(InputError, match="use bound"):
-        likelihood.score(alone(standalone(BASELINES["mdm"])), chunks, "left-to-right", 1)
-    with pytest.raises(InputError, match="exact nll"):
-        likelihood.score(alone(standalone(BASELINES["ar"])), chunks, "bound", 1)
-    with pytest.raises(InputError, match="left to right only"):
-        likelihood.score(alone(standalone(BASELINES["ar"])), chunks, "strided:2", 1)
+    with pytest.raises(InputError, match=line):
+        likelihood.score(alone(standalone(BASELINES[kind])), chunks, order, 1)
 
 
 @pytest.mark.parametrize("name", ["zigzag", "strided", "strided:0", "shuffled:-1", "shuffled:\u00b2"])

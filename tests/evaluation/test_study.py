@@ -38,18 +38,24 @@ def test_shipped_studies_are_valid(path, tmp_path):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"variants": {"ar": {}, "armd": {}, "mdm": {}}}, "needs the variant 'judge'"),
-        ({"slot": 3}, "slot: Extra inputs"),
-        ({"seeds": [1]}, "seeds"),
-        ({"streams": [2, 4]}, "streams must hold 1"),
-        (
+        pytest.param({"variants": {"ar": {}, "armd": {}, "mdm": {}}}, "needs the variant 'judge'", id="no-judge"),
+        pytest.param({"slot": 3}, "slot: Extra inputs", id="unknown-key"),
+        pytest.param({"seeds": [1]}, "seeds", id="one-seed"),
+        pytest.param({"streams": [2, 4]}, "streams must hold 1", id="streams-without-1"),
+        pytest.param(
             {"variants": {"ar": {}, "armd": {}, "mdm": {"seeds": [7]}, "judge": {}}},
             "'mdm' has the seed 7",
+            id="seed-of-one-variant",
         ),
-        ({"variants": {"ar": {}, "armd": {}, "mdm": {}, "judge": {}, "x": {"beside": "y"}}}, "needs the variant 'y'"),
-        (
+        pytest.param(
+            {"variants": {"ar": {}, "armd": {}, "mdm": {}, "judge": {}, "x": {"beside": "y"}}},
+            "needs the variant 'y'",
+            id="beside-no-variant",
+        ),
+        pytest.param(
             {"variants": {"ar": {}, "armd": {}, "mdm": {}, "judge": {}, "a b": {}, "a-b": {}}},
             "a-b-0",
+            id="one-directory-twice",
         ),
     ],
 )
@@ -59,6 +65,9 @@ def test_studies_that_are_refused(tmp_path, change, line):
     path.write_text(yaml.safe_dump(good | change))
     with pytest.raises(UserError, match=line):
         studies.load(path)
+
+
+def test_a_study_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="no study file"):
         studies.load(tmp_path / "none.yaml")
 

@@ -53,26 +53,40 @@ def test_detokenisers(kind, text, mended):
     assert suites.DETOKENISERS[kind](text) == mended
 
 
-def test_every_form_of_a_file(tmp_path):
+ROWS = ["First things first.", "Then \u00e9 the rest, in two parts."]
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory):
     """The same records as lines, jsonl, parquet, and csv with and without names."""
-    rows = ["First things first.", "Then \u00e9 the rest, in two parts."]
-    ag = suites.SETS["AG News"]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
-    pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet")
-    (tmp_path / "a.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    folder = tmp_path_factory.mktemp("forms")
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in ROWS), encoding="utf-8")
+    pq.write_table(pa.table({"text": ROWS}), folder / "a.parquet")
+    (folder / "a.txt").write_text("\n".join(ROWS) + "\n", encoding="utf-8")
     for name, head in (("named.csv", [["label", "text"]]), ("bare.csv", [])):
-        with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(head + [["3", row] if head else ["3", *row.split(" ", 1)] for row in rows])
-    for name in ("a.jsonl", "a.parquet", "a.txt", "named.csv", "bare.csv"):
-        documents, size = suites.read(ag, tmp_path / name, suites.Protocol())
-        assert documents == rows, name
-        assert size == sum(len(row.encode()) for row in rows)
-    (tmp_path / "b.jsonl").write_text('{"body": "x"}\n')
-    with pytest.raises(UserError, match="none of the fields text"):
-        suites.read(ag, tmp_path / "b.jsonl", suites.Protocol())
-    (tmp_path / "c.txt").write_text("\n\n")
-    with pytest.raises(UserError, match="holds no text"):
-        suites.read(ag, tmp_path / "c.txt", suites.Protocol())
+        with (folder / name).open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(head + [["3", row] if head else ["3", *row.split(" ", 1)] for row in ROWS])
+    return folder
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.txt", "named.csv", "bare.csv"])
+def test_every_form_of_a_file(forms, name):
+    documents, size = suites.read(suites.SETS["AG News"], forms / name, suites.Protocol())
+    assert documents == ROWS
+    assert size == sum(len(row.encode()) for row in ROWS)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        pytest.param("b.jsonl", '{"body": "x"}\n', "none of the fields text", id="other-fields"),
+        pytest.param("c.txt", "\n\n", "holds no text", id="empty-lines"),
+    ],
+)
+def test_files_without_text(tmp_path, name, content, line):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=line):
+        suites.read(suites.SETS["AG News"], tmp_path / name, suites.Protocol())
 
 
 def test_protocol(tokenizer):
@@ -124,8 +138,11 @@ def test_last_words(tokenizer, model_dir):
         expected += text == whole
     assert found.right == expected
     assert found.se == pytest.approx((found.value * (1 - found.value) / 3) ** 0.5)
+
+
+def test_no_passage_has_a_last_word(tokenizer, model_dir):
     with pytest.raises(UserError, match="no passage"):
-        accuracy.last_words(alone(model), tokenizer, ["word"], 16)
+        accuracy.last_words(alone(inference.load(model_dir)), tokenizer, ["word"], 16)
 
 
 def test_the_suite_by_the_command(model_dir, tmp_path):
@@ -159,11 +176,11 @@ def test_the_suite_by_the_command(model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--suite", "zeroshot"], "needs --data"),
-        (["--suite", "zeroshot", "--data", "/nowhere"], "/nowhere"),
-        (["--suite", "zeroshot", "--data", "."], "docs/howto/evaluation.md"),
-        (["--text", "README.md", "--length", "99"], "--length"),
-        (["--text", "README.md", "--repeats", "1"], "at least 2"),
+        pytest.param(["--suite", "zeroshot"], "needs --data", id="no-data"),
+        pytest.param(["--suite", "zeroshot", "--data", "/nowhere"], "/nowhere", id="absent-data"),
+        pytest.param(["--suite", "zeroshot", "--data", "."], "docs/howto/evaluation.md", id="no-file-of-the-suite"),
+        pytest.param(["--text", "README.md", "--length", "99"], "--length", id="long-chunks"),
+        pytest.param(["--text", "README.md", "--repeats", "1"], "at least 2", id="one-repeat"),
     ],
 )
 def test_refusals(tmp_path_factory, tokenizer, words, line):

@@ -90,59 +90,79 @@ def test_as_a_hugging_face_model(place, tmp_path):
     torch.testing.assert_close(inference.load(tmp_path).nll(tokens), own.nll(tokens))
 
 
-def test_generate_of_hugging_face(place):
+@pytest.fixture(scope="module")
+def hub(place):
+    """Model and tokenizer of transformers for the directory."""
+    return _auto(place)
+
+
+@pytest.fixture(scope="module")
+def own_tokenizer(place):
+    return tokenizers.load(place)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_generate_of_hugging_face(place, hub, side):
     """The usual settings, with padding on either side, give the texts of this project."""
-    hub, tokenizer = _auto(place)
+    model, tokenizer = hub
     own, words = inference.load(place), tokenizers.load(place)
     texts = ["def", "the"]
     prompts = [words.encode(text) for text in texts]
-    for side in ("left", "right"):
-        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side=side)
-        out = hub.generate(**batch, max_new_tokens=6, do_sample=True, top_p=0.9, streams=2, seed=3)
-        assert torch.equal(out[:, : batch.input_ids.shape[1]], batch.input_ids)
-        way = Decoding(streams=2, top_p=0.9, stop=True)
-        wanted = own.generate(prompts, new_tokens=6, decoding=way, seed=3)
-        for row, prompt in enumerate(prompts):
-            made = out[row, batch.input_ids.shape[1] :]
-            assert torch.equal(made, wanted[row, len(prompt) : len(prompt) + 6])
-    batch = tokenizer(texts[:1], return_tensors="pt")
-    greedy = hub.generate(**batch, max_length=10)
-    assert torch.equal(greedy, hub.generate(**batch, max_length=10))
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side=side)
+    out = model.generate(**batch, max_new_tokens=6, do_sample=True, top_p=0.9, streams=2, seed=3)
+    assert torch.equal(out[:, : batch.input_ids.shape[1]], batch.input_ids)
+    way = Decoding(streams=2, top_p=0.9, stop=True)
+    wanted = own.generate(prompts, new_tokens=6, decoding=way, seed=3)
+    for row, prompt in enumerate(prompts):
+        made = out[row, batch.input_ids.shape[1] :]
+        assert torch.equal(made, wanted[row, len(prompt) : len(prompt) + 6])
+
+
+def test_hugging_face_is_greedy_unless_it_samples(place, hub):
+    model, tokenizer = hub
+    batch = tokenizer(["def"], return_tensors="pt")
+    greedy = model.generate(**batch, max_length=10)
+    assert torch.equal(greedy, model.generate(**batch, max_length=10))
     assert greedy.shape == (1, 10)
     torch.manual_seed(0)
-    sampled = [hub.generate(**batch, do_sample=True) for _ in range(2)]
+    sampled = [model.generate(**batch, do_sample=True) for _ in range(2)]
     assert not torch.equal(*sampled)
-    assert sampled[0].shape == (1, own.config.length + 1)
+    assert sampled[0].shape == (1, inference.load(place).config.length + 1)
     torch.manual_seed(0)
-    assert torch.equal(sampled[0], hub.generate(**batch, do_sample=True))
-    cases = [
-        (lambda: hub.generate(**batch, num_beams=4), "num_beams"),
-        (lambda: hub.generate(**batch, max_new_tokens=40), "40 new tokens"),
-        (lambda: hub.generate(torch.tensor([[5, 6]])), "must begin with BOS"),
-        (lambda: hub(torch.tensor([[5, 6]])), "input_ids must be BOS"),
-        (
-            lambda: hub(batch.input_ids, attention_mask=torch.zeros_like(batch.input_ids)),
-            "padding",
+    assert torch.equal(sampled[0], model.generate(**batch, do_sample=True))
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        pytest.param(lambda model, batch: model.generate(**batch, num_beams=4), "num_beams", id="beams"),
+        pytest.param(lambda model, batch: model.generate(**batch, max_new_tokens=40), "40 new tokens", id="long-text"),
+        pytest.param(
+            lambda model, batch: model.generate(torch.tensor([[5, 6]])), "must begin with BOS", id="prompt-without-bos"
         ),
-    ]
-    for call, line in cases:
-        with pytest.raises(ValueError, match=line):
-            call()
+        pytest.param(
+            lambda model, batch: model(torch.tensor([[5, 6]])), "input_ids must be BOS", id="text-without-bos"
+        ),
+        pytest.param(
+            lambda model, batch: model(batch.input_ids, attention_mask=torch.zeros_like(batch.input_ids)),
+            "padding",
+            id="mask-of-nothing",
+        ),
+    ],
+)
+def test_what_hugging_face_cannot_ask_for(hub, call, line):
+    model, tokenizer = hub
+    batch = tokenizer(["def"], return_tensors="pt")
+    with pytest.raises(ValueError, match=line):
+        call(model, batch)
 
 
 @given(text=st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(list(TEXT))), max_size=40))
-def test_auto_tokenizer_gives_the_same_tokens(pieces, bytelevel, text):
-    for place in (pieces, bytelevel):
-        if place not in _AUTO:
-            _AUTO[place] = _auto(place)[1], tokenizers.load(place)
-        hub, own = _AUTO[place]
-        tokens = own.encode(text)
-        assert hub(text).input_ids == [own.bos_id, *tokens]
-        assert hub.decode([own.bos_id, *tokens], skip_special_tokens=True) == own.decode(tokens)
-    assert own.decode(tokens) == text
-
-
-_AUTO: dict = {}
+def test_auto_tokenizer_gives_the_same_tokens(hub, own_tokenizer, text):
+    tokens = own_tokenizer.encode(text)
+    assert hub[1](text).input_ids == [own_tokenizer.bos_id, *tokens]
+    decoded = hub[1].decode([own_tokenizer.bos_id, *tokens], skip_special_tokens=True)
+    assert decoded == own_tokenizer.decode(tokens) == text
 
 
 def test_the_single_file_is_the_package(place):
@@ -162,11 +182,17 @@ def test_the_single_file_is_the_package(place):
     assert out[2] == "[]"
 
 
-def test_folders_that_do_not_load(pieces, tmp_path):
+def test_a_type_that_is_not_supported(pieces):
     with pytest.raises(InputError, match=r"torch\.float16"):
         inference.load(pieces, dtype=torch.float16)
-    for device in ("cuda:99", "nonsense", "meta"):
-        with pytest.raises(InputError, match=f"device {device}"):
-            inference.load(pieces, device=device)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense", "meta"])
+def test_devices_that_are_not_there(pieces, device):
+    with pytest.raises(InputError, match=f"device {device}"):
+        inference.load(pieces, device=device)
+
+
+def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(InputError, match="not a model directory"):
         inference.load(tmp_path)

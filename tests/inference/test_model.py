@@ -121,67 +121,107 @@ def test_strided_blocks_are_the_training_layout(start, count, streams):
     assert [b for b, block in enumerate(blocks, 1) for _ in block] == layout.block_ids.tolist()
 
 
-def test_bad_input_is_one_line():
-    model = standalone(MODELS["paper"])
-    ok = torch.zeros(1, 4, dtype=torch.long)
-    cases = [
-        (lambda: model.nll(torch.zeros(1, 17, dtype=torch.long)), "does not fit this model"),
-        (lambda: model.nll(torch.zeros(1, 0, dtype=torch.long)), "does not fit this model"),
-        (lambda: model.nll(ok + 50), "token 50 .* vocabulary of 50"),
-        (lambda: model.nll(ok - 1), "token -1 is not"),
-        (lambda: model.nll(ok.float()), "whole numbers"),
-        (lambda: model.nll(ok, torch.tensor([1, 1, 2, 3])), "permutation of 1..4"),
-        (lambda: model.nll(ok, torch.tensor([0, 1, 2, 3])), "permutation of 1..4"),
-        (lambda: model.nll(ok, torch.tensor([1, 2, 3])), "order must be"),
-        (lambda: model.nll(ok, None, torch.tensor([1, 3, 2, 4])), "never decrease"),
-        (lambda: model.nll(ok, None, torch.tensor([0, 1, 2, 4])), "start at 1"),
-        (lambda: model.generate(torch.zeros(1, 17, dtype=torch.long)), "17 tokens"),
-        (lambda: model.generate([1, 2, 3], length=2), "prompt has 3 tokens"),
-        (lambda: model.generate(length=17), "length 17 does not fit"),
-        (lambda: model.generate(length=0), "length 0 does not fit"),
-        (lambda: model.generate([1, 2], length=8, new_tokens=3), "length or new_tokens"),
-        (lambda: model.generate([1, 2], new_tokens=15), "15 new"),
-        (lambda: model.generate([1, 2], new_tokens=-1), "new_tokens must be"),
-        (lambda: model.generate(batch=0), "nothing to generate"),
-        (lambda: model.generate([1, 50]), "token 50 "),
-        (lambda: model.generate([1, FREE]), "token -1 "),
-        (lambda: model.generate("text"), "texts must be"),
-        (lambda: model.generate([1.5]), "texts must be"),
-        (lambda: model.generate([[1], 2]), "texts must be"),
-        (lambda: model.generate(seed=[1, 2], batch=3), "2 seeds for 3"),
-        (lambda: model.generate(seed=1.5), "seed must be"),
-        (lambda: model.generate(seed=None), "seed must be"),
-        (lambda: model.fill([1, -2, 3]), "token -2 "),
-        (lambda: model.fill([FREE] * 17), "17 tokens"),
-        (lambda: model.fill([1, FREE, FREE], order=[2, 2]), "2 free positions"),
-        (lambda: model.fill([1, FREE, FREE], order=[1, 2]), "2 free positions"),
-        (lambda: model.fill([1, FREE, FREE], Decoding(streams=2), order=[3, 2]), "streams"),
-        (lambda: model.conditional_nll([1, 2, 3], []), "target"),
-        (lambda: model.conditional_nll([1, 2, 3], [1, 4]), "from 1 to 3"),
-        (lambda: model.conditional_nll([1, 2, 3], [1], given=[1]), "from 1 to 3"),
-        (lambda: model.conditional_nll([[1, 2], [3]], [1]), "of one length"),
-        (lambda: model.conditional_nll([1, FREE, 3], [2], given=[1]), "targets and given"),
-    ]
-    for call, line in cases:
-        with pytest.raises(InputError, match=line):
-            call()
+OK = torch.zeros(1, 4, dtype=torch.long)
 
 
 @pytest.mark.parametrize(
-    ("field", "values"),
+    ("call", "line"),
     [
-        ("streams", (0, -1, 1.0, True)),
-        ("draft", (-1, 65, 2.0)),
-        ("temperature", (-1.0, float("nan"), float("inf"), "hot")),
-        ("top_k", (-1, 1.5)),
-        ("top_p", (0, 1.1, float("nan"))),
-        ("min_p", (-0.1, 1.1)),
+        pytest.param(
+            lambda model: model.nll(torch.zeros(1, 17, dtype=torch.long)), "does not fit this model", id="long-text"
+        ),
+        pytest.param(
+            lambda model: model.nll(torch.zeros(1, 0, dtype=torch.long)), "does not fit this model", id="empty-text"
+        ),
+        pytest.param(lambda model: model.nll(OK + 50), "token 50 .* vocabulary of 50", id="large-token"),
+        pytest.param(lambda model: model.nll(OK - 1), "token -1 is not", id="negative-token"),
+        pytest.param(lambda model: model.nll(OK.float()), "whole numbers", id="tokens-of-floats"),
+        pytest.param(
+            lambda model: model.nll(OK, torch.tensor([1, 1, 2, 3])), "permutation of 1..4", id="order-with-repeats"
+        ),
+        pytest.param(lambda model: model.nll(OK, torch.tensor([0, 1, 2, 3])), "permutation of 1..4", id="order-from-0"),
+        pytest.param(lambda model: model.nll(OK, torch.tensor([1, 2, 3])), "order must be", id="short-order"),
+        pytest.param(
+            lambda model: model.nll(OK, None, torch.tensor([1, 3, 2, 4])), "never decrease", id="blocks-that-fall"
+        ),
+        pytest.param(lambda model: model.nll(OK, None, torch.tensor([0, 1, 2, 4])), "start at 1", id="blocks-from-0"),
+        pytest.param(
+            lambda model: model.generate(torch.zeros(1, 17, dtype=torch.long)), "17 tokens", id="generate-long-prompt"
+        ),
+        pytest.param(
+            lambda model: model.generate([1, 2, 3], length=2), "prompt has 3 tokens", id="generate-shorter-than-prompt"
+        ),
+        pytest.param(lambda model: model.generate(length=17), "length 17 does not fit", id="generate-too-long"),
+        pytest.param(lambda model: model.generate(length=0), "length 0 does not fit", id="generate-nothing"),
+        pytest.param(
+            lambda model: model.generate([1, 2], length=8, new_tokens=3),
+            "length or new_tokens",
+            id="generate-two-lengths",
+        ),
+        pytest.param(lambda model: model.generate([1, 2], new_tokens=15), "15 new", id="generate-too-many-new"),
+        pytest.param(
+            lambda model: model.generate([1, 2], new_tokens=-1), "new_tokens must be", id="generate-negative-new"
+        ),
+        pytest.param(lambda model: model.generate(batch=0), "nothing to generate", id="generate-no-texts"),
+        pytest.param(lambda model: model.generate([1, 50]), "token 50 ", id="generate-large-token"),
+        pytest.param(lambda model: model.generate([1, FREE]), "token -1 ", id="generate-free-token"),
+        pytest.param(lambda model: model.generate("text"), "texts must be", id="generate-string"),
+        pytest.param(lambda model: model.generate([1.5]), "texts must be", id="generate-floats"),
+        pytest.param(lambda model: model.generate([[1], 2]), "texts must be", id="generate-ragged-nesting"),
+        pytest.param(
+            lambda model: model.generate(seed=[1, 2], batch=3), "2 seeds for 3", id="generate-two-seeds-for-three"
+        ),
+        pytest.param(lambda model: model.generate(seed=1.5), "seed must be", id="generate-float-seed"),
+        pytest.param(lambda model: model.generate(seed=None), "seed must be", id="generate-no-seed"),
+        pytest.param(lambda model: model.fill([1, -2, 3]), "token -2 ", id="fill-negative-token"),
+        pytest.param(lambda model: model.fill([FREE] * 17), "17 tokens", id="fill-long-text"),
+        pytest.param(
+            lambda model: model.fill([1, FREE, FREE], order=[2, 2]), "2 free positions", id="fill-order-with-repeats"
+        ),
+        pytest.param(
+            lambda model: model.fill([1, FREE, FREE], order=[1, 2]), "2 free positions", id="fill-order-of-given"
+        ),
+        pytest.param(
+            lambda model: model.fill([1, FREE, FREE], Decoding(streams=2), order=[3, 2]),
+            "streams",
+            id="fill-order-with-streams",
+        ),
+        pytest.param(lambda model: model.conditional_nll([1, 2, 3], []), "target", id="conditional-no-target"),
+        pytest.param(
+            lambda model: model.conditional_nll([1, 2, 3], [1, 4]), "from 1 to 3", id="conditional-target-beyond"
+        ),
+        pytest.param(
+            lambda model: model.conditional_nll([1, 2, 3], [1], given=[1]), "from 1 to 3", id="conditional-target-given"
+        ),
+        pytest.param(
+            lambda model: model.conditional_nll([[1, 2], [3]], [1]), "of one length", id="conditional-lengths"
+        ),
+        pytest.param(
+            lambda model: model.conditional_nll([1, FREE, 3], [2], given=[1]),
+            "targets and given",
+            id="conditional-free-token",
+        ),
     ],
 )
-def test_bad_settings_are_one_line(field, values):
-    for value in values:
-        with pytest.raises(InputError, match=f"{field} must be"):
-            Decoding(**{field: value})
+def test_bad_input_is_one_line(call, line):
+    with pytest.raises(InputError, match=line):
+        call(standalone(MODELS["paper"]))
+
+
+BAD_SETTINGS = {
+    "streams": (0, -1, 1.0, True),
+    "draft": (-1, 65, 2.0),
+    "temperature": (-1.0, float("nan"), float("inf"), "hot"),
+    "top_k": (-1, 1.5),
+    "top_p": (0, 1.1, float("nan")),
+    "min_p": (-0.1, 1.1),
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, row in BAD_SETTINGS.items() for value in row])
+def test_bad_settings_are_one_line(field, value):
+    with pytest.raises(InputError, match=f"{field} must be"):
+        Decoding(**{field: value})
 
 
 def test_the_package_imports_neither_megatron_nor_deepspeed():

@@ -66,20 +66,27 @@ def test_block_masks_show_what_is_visible(rows, keys, seed):
         assert torch.equal(found[there], wanted[there])
 
 
-def test_kernels_are_measured_and_equal_to_dense():
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((1, 2, 4, 1, 33, 8), id="one-stream"),
+        pytest.param((2, 2, 4, 1, 33, 8), id="two-streams"),
+        pytest.param((2, 1, 2, 2, 33, 8), id="grouped-heads"),
+    ],
+)
+def test_kernels_are_measured_and_equal_to_dense(shape):
     """On CPU, PyTorch's flash attention is the one kernel that can be asked for."""
-    for shape in [(1, 2, 4, 1, 33, 8), (2, 2, 4, 1, 33, 8), (2, 1, 2, 2, 33, 8)]:
-        table = attention.measure(shape, torch.float32, torch.device("cpu"), repeats=3)
-        assert "flash" in table
-        assert all(seconds > 0 for seconds in table.values())
-        streams, batch, key_heads, more, rows, _ = shape
-        tensors, _ = _inputs(streams, batch, key_heads * more, key_heads, rows, rows, 1, torch.float32)
-        expected, expected_gradients = _gradients(attention.dense, tensors, None)
-        for kernel in table:
-            got, gradients = _gradients(functools.partial(attention.sdpa, kernel=kernel), tensors, None)
-            torch.testing.assert_close(got, expected)
-            for a, b in zip(gradients, expected_gradients, strict=True):
-                torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    table = attention.measure(shape, torch.float32, torch.device("cpu"), repeats=3)
+    assert "flash" in table
+    assert all(seconds > 0 for seconds in table.values())
+    streams, batch, key_heads, more, rows, _ = shape
+    tensors, _ = _inputs(streams, batch, key_heads * more, key_heads, rows, rows, 1, torch.float32)
+    expected, expected_gradients = _gradients(attention.dense, tensors, None)
+    for kernel in table:
+        got, gradients = _gradients(functools.partial(attention.sdpa, kernel=kernel), tensors, None)
+        torch.testing.assert_close(got, expected)
+        for a, b in zip(gradients, expected_gradients, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -28,11 +28,11 @@ def test_every_number_becomes_the_nearest_one(values, dtype):
     assert rounded(x.bfloat16(), dtype).dtype is torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", [FORWARD, BACKWARD])
-def test_tiny_numbers_stay_numbers(dtype):
-    for size in (1e-30, 1e-35, 1e-38):
-        x = torch.tensor([size, 0.0, -size / 2], dtype=torch.bfloat16)
-        assert rounded(x, dtype).isfinite().all()
+@pytest.mark.parametrize("size", [1e-30, 1e-35, 1e-38])
+@pytest.mark.parametrize("dtype", [FORWARD, BACKWARD], ids=str)
+def test_tiny_numbers_stay_numbers(dtype, size):
+    x = torch.tensor([size, 0.0, -size / 2], dtype=torch.bfloat16)
+    assert rounded(x, dtype).isfinite().all()
 
 
 @pytest.mark.one_process

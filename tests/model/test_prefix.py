@@ -39,17 +39,14 @@ def test_chunks_equal_the_sum(kind, chunk, monkeypatch):
     _compare(MODELS[kind], None, 0)
 
 
-def test_short_texts_are_one_chunk_and_long_ones_have_a_state():
+@pytest.mark.parametrize(
+    ("length", "dim", "work"),
+    [(1024, 768, 1024), (1536, 768, 1536), (1538, 768, 1024 + 1536), (8192, 64, 256), (512, 8, 144)],
+)
+def test_short_texts_are_one_chunk_and_long_ones_have_a_state(length, dim, work):
     """The work for a target is the smaller of the two ways'."""
-    for length, dim, work in (
-        (1024, 768, 1024),
-        (1536, 768, 1536),
-        (1538, 768, 1024 + 1536),
-        (8192, 64, 256),
-        (512, 8, 144),
-    ):
-        config = ModelConfig(layers=2, hidden=128, heads=2, length=length, prefix={"dim": dim})
-        assert flops.embedding_macs(config) == work * 128
+    config = ModelConfig(layers=2, hidden=128, heads=2, length=length, prefix={"dim": dim})
+    assert flops.embedding_macs(config) == work * 128
 
 
 @given(st.lists(st.integers(1, 16), min_size=16, max_size=16), st.sampled_from(list(MODELS)))

@@ -56,30 +56,44 @@ def test_measurements_in_other_processes_exist(module):
     assert not re.search(r"run_in_process\(\s*\"", source), "a name without its module"
 
 
-def test_bad_words_are_refused(tmp_path):
-    run = tmp_path / "run"
+@pytest.fixture(scope="module")
+def curve_run(tmp_path_factory):
+    """The directory of a run with the metrics of two steps."""
+    run = tmp_path_factory.mktemp("curves") / "run"
     run.mkdir()
     records = [{"step": step, "loss": 5.0 - step, "phase": "x", "grad_norm": None} for step in (1, 2)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    done = run_tool("tools/curves.py", "--out", tmp_path / "x.png", f"a={run}", f"b={run},{run}")
+    return run
+
+
+def test_curves_are_drawn(curve_run, tmp_path):
+    done = run_tool("tools/curves.py", "--out", tmp_path / "x.png", f"a={curve_run}", f"b={curve_run},{curve_run}")
     assert "b: step 2, loss 3.0000 (+0.0000 to the first line), 2 runs, 3.0000 to 3.0000" in done.stdout
     assert (tmp_path / "x.png").stat().st_size > 1000
-    for words, line in (
-        (["tools/bench.py", "train", "--hidden", 65], "--hidden"),
-        (["tools/bench.py", "train", "--fp8", "--length", 24], "model.length = 24"),
-        (["tools/bench.py", "train", "--length", 8, 16, "--plot", tmp_path / "x.foo"], ".png, .pdf, .svg"),
-        (
-            ["tools/plan.py", "--config", "configs/125m.yaml", "--along", "parallel.recompute=none,full"],
-            "wants numbers",
-        ),
-        (["tools/plan.py", "--config", "configs/125m.yaml", "--along", "model.length=8,16", "train.seed=1"], "as many"),
-        (["tools/curves.py", "--out", tmp_path / "x.png", "a"], "is not NAME=RUN"),
-        (["tools/curves.py", "--out", tmp_path / "x.png", f"a={tmp_path}"], "has no metrics.jsonl"),
-        (["tools/curves.py", "--out", tmp_path / "x.png", f"a={run}", f"a={run}"], "'a'"),
-        (["tools/curves.py", "--out", tmp_path / "x.png", "--figure", "phase", f"a={run}"], "has a number 'phase'"),
-        (["tools/bench.py", "train", "--plot", tmp_path / "x.png"], "several values of"),
-        (["tools/bench.py", "train", "--length", 8, 16, "--batch", 1, 2], "several values of"),
-    ):
-        done = run_tool(*words)
-        assert done.returncode == 2
-        assert line in done.stderr
+
+
+BENCH = ["tools/bench.py", "train"]
+PLAN = ["tools/plan.py", "--config", "configs/125m.yaml", "--along"]
+CURVES = ["tools/curves.py", "--out", "{tmp}/x.png"]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        pytest.param([*BENCH, "--hidden", 65], "--hidden", id="bench-odd-width"),
+        pytest.param([*BENCH, "--fp8", "--length", 24], "model.length = 24", id="bench-fp8-length"),
+        pytest.param([*BENCH, "--length", 8, 16, "--plot", "{tmp}/x.foo"], ".png, .pdf, .svg", id="bench-picture-type"),
+        pytest.param([*BENCH, "--plot", "{tmp}/x.png"], "several values of", id="bench-plot-of-one-value"),
+        pytest.param([*BENCH, "--length", 8, 16, "--batch", 1, 2], "several values of", id="bench-two-ranges"),
+        pytest.param([*PLAN, "parallel.recompute=none,full"], "wants numbers", id="plan-along-words"),
+        pytest.param([*PLAN, "model.length=8,16", "train.seed=1"], "as many", id="plan-unequal-counts"),
+        pytest.param([*CURVES, "a"], "is not NAME=RUN", id="curves-no-run"),
+        pytest.param([*CURVES, "a={tmp}"], "has no metrics.jsonl", id="curves-no-metrics"),
+        pytest.param([*CURVES, "a={run}", "a={run}"], "'a'", id="curves-one-name-twice"),
+        pytest.param([*CURVES, "--figure", "phase", "a={run}"], "has a number 'phase'", id="curves-figure-of-words"),
+    ],
+)
+def test_bad_words_are_refused(curve_run, tmp_path, words, line):
+    done = run_tool(*(str(word).format(tmp=tmp_path, run=curve_run) for word in words))
+    assert done.returncode == 2
+    assert line in done.stderr
