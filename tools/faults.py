@@ -82,7 +82,7 @@ def main() -> int:
             campaign.close()
     if args.json:
         write_atomically(args.json, json.dumps(campaign.rows, indent=1) + "\n")
-    print("\n" + ("\n".join(failures) if failures else "every loss and every sample is that of the calm run"))
+    print("\n" + ("\n".join(failures) if failures else "all losses and samples equal those of the undisturbed run"))
     return int(bool(failures))
 
 
@@ -125,7 +125,7 @@ class _Campaign:
         order = [
             name for _ in range(-(-self.count // len(kinds))) for name in self.draw.sample(sorted(kinds), len(kinds))
         ]
-        print(f"{'fault':<36} {'at step':>7} {'detected':>9} {'lost':>5} {'again at work':>14}  outcome")
+        print(f"{'fault':<36} {'at step':>7} {'detected':>9} {'lost':>5} {'working again':>14}  outcome")
         self._launch()
         self._wait("the first checkpoint", lambda: self.run_dir.newest_checkpoint() is not None)
         for name in order[: self.count]:
@@ -248,7 +248,7 @@ class _Campaign:
         self._wait("its detection", lambda: len(self.run_dir.restarts()) > deaths)
         self.noticed = time.monotonic()
         self._restarted(starts)
-        return "started again by itself: " + self.run_dir.restarts()[-1]["reason"][:40]
+        return "restarted automatically: " + self.run_dir.restarts()[-1]["reason"][:40]
 
     def _kill_rank(self) -> str:
         return self._died(lambda: os.kill(self.draw.choice(self._ranks()), signal.SIGKILL))
@@ -268,7 +268,7 @@ class _Campaign:
         self._wait("the end of the jobs", lambda: not jobs.alive(self.run_dir), launch=False)
         self.noticed = time.monotonic()
         self._restarted(starts)
-        return "its jobs were cancelled, the same command went on"
+        return "jobs cancelled; the same command resumed"
 
     def _terminate(self) -> str:
         starts, _ = self._mark()
@@ -279,7 +279,7 @@ class _Campaign:
         self.noticed = time.monotonic()
         assert "the state is saved" in self.log.read_text()
         self._restarted(starts)
-        return "saved and ended, the same command went on"
+        return "checkpoint saved, job ended; the same command resumed"
 
     def _stop_everything(self) -> None:
         assert self.process
@@ -308,7 +308,7 @@ class _Campaign:
         self._restarted(starts)
         self.noticed = time.monotonic()
         assert f"{newest.name} is damaged" in self._output() + self.log.read_text()
-        return f"{newest.name} named and passed over"
+        return f"{newest.name} named and skipped"
 
     def _damage_shard(self, truncate: bool) -> str:
         starts, _ = self._mark()
@@ -326,7 +326,7 @@ class _Campaign:
         assert f"{shard.name} is damaged" in self.log.read_text()[said:]
         shard.write_bytes(good)
         self._restarted(starts)
-        return f"{shard.name} named, refused until it was restored"
+        return f"{shard.name} named, refused until restored"
 
     def _nan(self) -> str:
         self._mark()
@@ -334,7 +334,7 @@ class _Campaign:
         os.kill(self.draw.choice(self._ranks()), signal.SIGUSR1)
         self._wait("its detection", lambda: self._output().count("is skipped") > count)
         self.noticed = time.monotonic()
-        return "the step was not applied"
+        return "step not applied"
 
     def _fill_disk(self) -> str:
         self._mark()
@@ -350,7 +350,7 @@ class _Campaign:
         filler.unlink()
         self._wait("its detection", lambda: self._unwritten() > said)
         self.noticed = time.monotonic()
-        return "said so, trained on, wrote again when there was room"
+        return "training continued, waiting lines written later"
 
     # --- the end
 

@@ -116,7 +116,7 @@ def _run(study: Any, args: argparse.Namespace) -> None:
     page.mkdir(exist_ok=True)
     studies.write_results(page / "results.json", results)
     study_page.write(page, json.loads((page / "results.json").read_text(encoding="utf-8")))
-    print(f"{page / 'README.md'}: {results['minutes']:.0f} minutes in this session")
+    print(f"{page / 'README.md'}: {results['minutes']:.0f} minutes of work")
 
 
 def _check_begun(config: Any) -> None:

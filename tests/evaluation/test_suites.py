@@ -1,4 +1,4 @@
-"""The zero-shot suite: how its texts are read and mended, last words, and the command over processes."""
+"""The zero-shot suite: how its texts are read and detokenised, last words, and the command over processes."""
 
 import csv
 import json
@@ -38,7 +38,7 @@ def command(*words):
 
 
 @pytest.mark.parametrize(
-    ("kind", "text", "mended"),
+    ("kind", "text", "expected"),
     [
         ("wikitext", " = Robert Boulter = \n", " = Robert Boulter =\n"),
         ("wikitext", ' guest @-@ starring in " The Bill " ( 2000 ) , 1 @,@ 000 times . \n',
@@ -49,8 +49,8 @@ def command(*words):
         ("none", " as it is ", " as it is "),
     ],
 )  # fmt: skip
-def test_detokenisers(kind, text, mended):
-    assert suites.DETOKENISERS[kind](text) == mended
+def test_detokenisers(kind, text, expected):
+    assert suites.DETOKENISERS[kind](text) == expected
 
 
 ROWS = ["First things first.", "Then \u00e9 the rest, in two parts."]

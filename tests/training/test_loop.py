@@ -94,7 +94,7 @@ def _train_on_poison(rank, processes, rendezvous, config, bad, kind):
     [("loss", 0, "float32"), ("spike", 1, "float32"), ("gradient", 3, "bfloat16"), ("gradient", 1, "bfloat16")],
 )  # fmt: skip
 def test_single_bad_steps_are_not_applied(data, tmp_path, capfd, kind, zero, dtype):
-    """Two bad steps: said so, with their samples; weights stay finite; a resumed run is the uninterrupted one."""
+    """Two bad steps are logged with their samples; weights stay finite; a resumed run is the uninterrupted one."""
     config = long(data, data / "text.jsonl", tmp_path / "run", dtype=dtype)
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"zero": zero})})
     config.directory.mkdir()
