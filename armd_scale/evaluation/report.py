@@ -203,8 +203,10 @@ def lines(summary: dict[str, Any], run: RunDirectory) -> list[str]:
     out.append(f"  {'xz':<18}{'':>24}{summary['xz_bits_per_byte']:>12.4f}")
     out.append(f"  {'unigram':<18}{'':>24}{summary['unigram_bits_per_byte']:>12.4f}")
     best = summary["heldout"][0]["bits_per_byte"]
-    verb = "beats" if best < summary["xz_bits_per_byte"] else "does NOT beat"
-    out += [f"  the model {verb} xz on this text", ""]
+    for name in ("xz", "unigram"):
+        verb = "beats" if best < summary[f"{name}_bits_per_byte"] else "does NOT beat"
+        out.append(f"  the model {verb} {name} on this text")
+    out.append("")
     for sample in summary["samples"]:
         out.append(
             f"  S = {sample['streams']}: {sample['steps']} steps, {sample['seconds']:.3f} s, "

@@ -50,8 +50,8 @@ class TextSet:
     name: str
     files: tuple[str, ...]
     """File names of the text, in the order of preference."""
-    sha256: str | None
-    """SHA-256 of the expected file; None if unknown."""
+    sha256: tuple[str, ...]
+    """SHA-256 of the expected file, in its usual forms; empty if unknown."""
     fields: tuple[str, ...]
     """Field of a record that holds the text, or columns to join (``2+3``)."""
     detokeniser: str
@@ -67,7 +67,7 @@ SETS = {
         TextSet(
             "LAMBADA",
             ("lambada_test.jsonl", "lambada.jsonl"),
-            "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
+            ("4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",),
             ("text",),
             "lambada",
             ("EleutherAI/lambada_openai", "default", "test"),
@@ -75,7 +75,7 @@ SETS = {
         TextSet(
             "WikiText2",
             ("wikitext2_raw_test.txt", "wiki.test.raw", "wikitext2.parquet"),
-            "4f3e427e4aff23acff917a8a51aeae21bf12832256e26914c8fc250dcef4103c",
+            ("4f3e427e4aff23acff917a8a51aeae21bf12832256e26914c8fc250dcef4103c",),
             ("text",),
             "wikitext",
             ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
@@ -84,7 +84,10 @@ SETS = {
         TextSet(
             "PTB",
             ("ptb.test.txt", "ptb_test.txt"),
-            "91a2fa938d84baddaa05a3d67a5698924847eca8a4e7faa1518f3fd11c3d6d73",
+            (
+                "91a2fa938d84baddaa05a3d67a5698924847eca8a4e7faa1518f3fd11c3d6d73",
+                "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",  # with its last line feed
+            ),
             ("sentence", "text"),
             "ptb",
             ("ptb-text-only/ptb_text_only", None, "test"),
@@ -92,7 +95,7 @@ SETS = {
         TextSet(
             "WikiText103",
             ("wikitext103_raw_test.txt", "wikitext103.parquet"),
-            "4f3e427e4aff23acff917a8a51aeae21bf12832256e26914c8fc250dcef4103c",
+            ("4f3e427e4aff23acff917a8a51aeae21bf12832256e26914c8fc250dcef4103c",),
             ("text",),
             "wikitext",
             ("Salesforce/wikitext", "wikitext-103-raw-v1", "test"),
@@ -100,7 +103,7 @@ SETS = {
         TextSet(
             "1BW",
             ("lm1b_heldout_00000.txt", "lm1b_test.txt", "news.en.heldout-00000-of-00050"),
-            "265dccd51762253e20425c21ff6ddf09e6da2e11a365da399b0390eebb2d52c8",
+            ("265dccd51762253e20425c21ff6ddf09e6da2e11a365da399b0390eebb2d52c8",),
             ("text",),
             "lm1b",
             ("billion-word-benchmark/lm1b", "plain_text", "test"),
@@ -108,7 +111,7 @@ SETS = {
         TextSet(
             "AG News",
             ("ag_news_test.csv", "test.csv", "ag_news.jsonl", "ag_news.parquet"),
-            "521465c2428ed7f02f8d6db6ffdd4b5447c1c701962353eb2c40d548c3c85699",
+            ("521465c2428ed7f02f8d6db6ffdd4b5447c1c701962353eb2c40d548c3c85699",),
             ("text", "2+3"),
             "none",
             ("fancyzhx/ag_news", "default", "test"),
@@ -116,7 +119,7 @@ SETS = {
         TextSet(
             "Scientific abstracts",
             ("scientific_papers_test.jsonl", "scientific_papers.parquet", "abstracts.jsonl", "abstracts.txt"),
-            None,
+            (),
             ("abstract", "text"),
             "scientific",
             ("armanc/scientific_papers", "arxiv", "test"),

@@ -334,13 +334,15 @@ def _like(tokens: Tensor, given: Tensor | None, default: Tensor, name: str) -> T
         raise InputError(f"{name} of shape {list(given.shape)} does not fit {list(tokens.shape)}") from error
 
 
-def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> ARMD:
-    """Load a model directory. ``dtype``: None keeps the stored type. Raises ``InputError``."""
+def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None) -> ARMD:
+    """Load a model directory. ``dtype``: a type or its name; None keeps the stored type. Raises ``InputError``."""
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is not a model directory: config.json is missing; export it with `armd export`")
-    if dtype not in (None, torch.float32, torch.bfloat16, torch.float64):
-        raise InputError(f"a model cannot run in {dtype}: choose torch.float32, torch.bfloat16 or torch.float64")
+    kinds = {None: None} | {name: getattr(torch, name) for name in ("float32", "bfloat16", "float64")}
+    name = str(dtype).removeprefix("torch.") if dtype is not None else None
+    if name not in kinds:
+        raise InputError(f"a model cannot run in {name}: choose float32, bfloat16 or float64")
     device = check_device(device)
     config = read_config(folder / "config.json")
     weights = _read_weights(folder)
@@ -349,16 +351,16 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if wanted != found:
-        name = sorted(set(wanted.items()) ^ set(found.items()))[0][0]
+        wrong = sorted(set(wanted.items()) ^ set(found.items()))[0][0]
         raise InputError(
-            f"the weights in {folder} do not fit config.json: {name} is {found.get(name, 'missing')}, "
-            f"expected {wanted.get(name, 'nothing')}; export it again"
+            f"the weights in {folder} do not fit config.json: {wrong} is {found.get(wrong, 'missing')}, "
+            f"expected {wanted.get(wrong, 'nothing')}; export it again"
         )
-    for name, tensor in weights.items():
+    for parameter, tensor in weights.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"the weights in {folder} are damaged: {name} is not finite; export it again")
+            raise InputError(f"the weights in {folder} are damaged: {parameter} is not finite; export it again")
     model.load_state_dict(weights, assign=True)
-    return model.requires_grad_(False).eval().to(device=device, dtype=dtype)
+    return model.requires_grad_(False).eval().to(device=device, dtype=kinds[name])
 
 
 def check_device(device: str | torch.device) -> torch.device:

@@ -203,10 +203,13 @@ def _write_weights(weights: checkpoint.Weights, model: ModelConfig, directory: P
             files.append([])
         files[-1].append(name)
     file_of: dict[str, str] = {}
+    umask = os.umask(0)
+    os.umask(umask)
     for number, names in enumerate(files, start=1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
         tensors = {name: weights.read(name)[: shapes[name][0]].contiguous() for name in names}
         save_file(tensors, directory / file, metadata={"format": "pt"})
+        (directory / file).chmod(0o666 & ~umask)  # safetensors gives the owner alone access
         file_of |= dict.fromkeys(names, file)
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}

@@ -41,6 +41,8 @@ def test_a_checkpoint_is_scored_as_it_is(data, tmp_path, objective, parallel):
     last = [record for record in records if name in record][-1]
     assert all(other in last for other in others)
     run_processes(1, _export, config, tmp_path / "out", 10**9)
+    modes = {path.stat().st_mode for path in (tmp_path / "out").glob("*.*")}
+    assert len(modes) == 1, "every file is readable by those whom the umask lets read"
     exported, (model, tokenizer) = inference.load(tmp_path / "out"), open_model(config.directory)
     assert (model.config, tokenizer.vocab_size) == (exported.config, exported.config.vocab_size)
     for key, tensor in exported.state_dict().items():

@@ -110,7 +110,7 @@ def test_the_files_of_the_table():
     found = {name: suites.find(text, folder) for name, text in suites.SETS.items()}
     for name, path in found.items():
         if path is not None:
-            assert sha256(path) == suites.SETS[name].sha256
+            assert sha256(path) in suites.SETS[name].sha256
     assert found["WikiText103"] == found["WikiText2"]
     documents, _ = suites.read(suites.SETS["WikiText2"], found["WikiText2"], suites.Protocol())
     assert len(documents) == 2891

@@ -183,8 +183,13 @@ def test_the_single_file_is_the_package(place):
 
 
 def test_a_type_that_is_not_supported(pieces):
-    with pytest.raises(InputError, match=r"torch\.float16"):
+    with pytest.raises(InputError, match=r"float16: choose float32"):
         inference.load(pieces, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "torch.bfloat16", torch.bfloat16])
+def test_a_type_or_its_name(pieces, dtype):
+    assert inference.load(pieces, dtype=dtype).embedding.weight.dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "nonsense", "meta"])
