@@ -255,8 +255,11 @@ class DataConfig(Section):
     directory: str | None = None
     """Directory of the tokenizer and the shards; null: ``data`` in the run directory. Runs can share it."""
     text: list[str] = ["builtin:python"]
-    """Files, directories or globs of text (txt, jsonl, parquet, tar; gz and zst of txt and jsonl), or
-    ``builtin:python``: the language reference and the docstrings of the Python installation."""
+    """Files, directories, globs or URLs of text (txt, jsonl, json, parquet, tar; compressed with gz, zst, bz2 or xz),
+    or ``builtin:python``: the language reference and the docstrings of the Python installation."""
+    txt_document: Annotated[str, Field(min_length=1)] = "file"
+    """A document of a txt file: the whole ``file``, a ``line``, a ``paragraph`` (a blank line ends it), or the text
+    between separators: any other value is the separator, such as ``<|endoftext|>``."""
     text_field: str = "text"
     """Field of a jsonl record, or parquet column, that holds the text."""
     id_field: str = "id"
@@ -266,9 +269,19 @@ class DataConfig(Section):
     heldout_text: list[str] = []
     """Validation text; empty: ``heldout_fraction`` of the documents of ``text``, selected by their hash."""
     heldout_fraction: Fraction = 0.02
-    """Share of the documents held out when ``heldout_text`` is empty."""
+    """Share of the text held out when ``heldout_text`` is empty. Of a few large documents, such as a single file, the
+    last part of each document is held out."""
+    check_text: Literal["size", "mtime", "sha256"] = "mtime"
+    """How a change of the text files after the preparation is noticed: size alone, size and time of modification, or
+    content. With ``sha256`` the files are read once more at every start."""
     tokenizer: str | None = None
-    """A sentencepiece ``.model`` file or a directory with ``tokenizer.json``; null: train sentencepiece on ``text``."""
+    """A sentencepiece ``.model`` file, a ``tokenizer.json``, or a directory with one of them; null: train sentencepiece
+    on ``text``."""
+    bos_token: str | None = None
+    """Token at the begin of a text; null: as ``tokenizer_config.json`` or ``special_tokens_map.json`` beside the
+    tokenizer says, or EOS if the tokenizer has none."""
+    eos_token: str | None = None
+    """Token at the end of a text; null: as ``tokenizer_config.json`` or ``special_tokens_map.json`` says."""
     vocab_size: Positive = 4096
     """Vocabulary size of a tokenizer that is trained on ``text``."""
     samples_per_shard: Positive = 8192

@@ -1,13 +1,20 @@
 """Reporting of bad input.
 
 - ``UserError``: bad input; the message says what is wrong and what to do.
+- ``is_permanent``: whether an error repeats with the same input;
 - ``cli``: runs a command line; a ``UserError`` becomes a line on stderr and exit code 2.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+_PERMANENT = frozenset(
+    (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+)
+"""Error numbers of files that are missing or may not be used."""
 
 
 class UserError(ValueError):
@@ -18,6 +25,17 @@ def is_bad_input(error: BaseException) -> bool:
     """Whether the user can fix an error: bad input, or a file that cannot be read or written."""
     # The standalone model cannot import this module and marks its errors by an attribute.
     return isinstance(error, UserError | OSError) or getattr(error, "bad_input", False)
+
+
+def is_permanent(error: BaseException) -> bool:
+    """Whether an error repeats with the same input, so that a retry is of no use.
+
+    Errors of devices, networks and memory can pass; torch raises them as ``RuntimeError``.
+    """
+    if isinstance(error, OSError):
+        return error.errno in _PERMANENT
+    faults = (ValueError, TypeError, LookupError, AttributeError, NameError, ImportError, AssertionError)
+    return isinstance(error, (*faults, NotImplementedError, RecursionError)) or is_bad_input(error)
 
 
 def cli(main: Callable[[], int | None]) -> NoReturn:

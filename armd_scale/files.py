@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from armd_scale import logs
 from armd_scale.errors import UserError
 
 _PICTURES = (".png", ".pdf", ".svg")
@@ -49,12 +50,18 @@ def check_picture(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file ``path``; ``UserError`` when another process holds the lock. ``what``: the locked object."""
+def exclusive(path: Path, what: str, wait: bool = False) -> Iterator[None]:
+    """Hold the lock file ``path``. ``what``: the locked object.
+
+    ``wait``: wait for another process that holds the lock; else another process is a ``UserError``.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"another process works on {what}: wait for that process or stop it") from error
+            if not wait:
+                raise UserError(f"another process works on {what}: wait for that process or stop it") from error
+            logs.DATA.info("waiting for another process that works on %s", what)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

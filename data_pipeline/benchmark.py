@@ -22,7 +22,7 @@ def measure(text: list[str], vocab: int, tokenizer: str | None) -> dict[str, Any
     """Print all comparisons on ``text`` and return them; ``tokenizer``: a Hugging Face tokenizer to measure too."""
     from armd_scale.data import readers
     from armd_scale.data import tokenizer as tokenizers
-    from data_pipeline.prepare import paragraphs
+    from data_pipeline.train_tokenizer import sample
 
     facts: dict[str, Any] = {"versions": _versions(), "cpu": platform.processor() or platform.machine()}
     print("one core per measurement; " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
@@ -34,7 +34,7 @@ def measure(text: list[str], vocab: int, tokenizer: str | None) -> dict[str, Any
                 size += len(document.encode())
         trained = Path(folder) / "sentencepiece"
         trained.mkdir()
-        tokenizers.train(paragraphs(readers.documents([str(jsonl)])), trained / "tokenizer.model", vocab)
+        tokenizers.train(sample([str(jsonl)]), trained / "tokenizer.model", vocab)
         names = {f"sentencepiece {vocab}": str(trained)} | ({"Hugging Face": tokenizer} if tokenizer else {})
         for name, path in names.items():
             print(f"\npreparing {size / 1e6:.1f} MB with {name}, from jsonl to packed tokens on disk")

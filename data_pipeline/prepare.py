@@ -15,24 +15,25 @@ The prepared data depends on the text and the settings only.
 """
 
 import concurrent.futures
+import contextlib
 import json
 import multiprocessing
 import os
 import shutil
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from armd_scale.config import RunConfig
-from armd_scale.data import readers, shards
+from armd_scale.data import readers, shards, sources
 from armd_scale.data import tokenizer as tokenizers
 from armd_scale.errors import UserError
 from armd_scale.files import exclusive, write_atomically
 from armd_scale.logs import DATA as log
-from data_pipeline import documents, units
+from data_pipeline import documents, holdout, train_tokenizer, units
+from data_pipeline.holdout import SPLITS
 
 _BEFORE = {
     "min_characters": 0,
@@ -40,21 +41,22 @@ _BEFORE = {
     "deduplicate": False,
     "id_field": "id",
     "source_field": "source",
+    "txt_document": "file",
 }
 """Values of settings that did not exist when older data was prepared."""
 _SMALL = 4 << 20  # bytes or tokens below which processes are not worth their start
-_TRAINING_TEXT = 32 << 20  # bytes of text for the training of a tokenizer
 _MOST_SOURCES = 50  # sources that an index lists by name
 
 
 def prepare(config: RunConfig) -> dict[str, Any]:
     """Prepare the data of a run in this job, or check existing data; returns the index of the training split."""
-    with _lock(config):
-        if begin(config):
-            tokenise(config)
-            merge(config)
-            pack(config)
-            return finish(config)
+    if not _is_complete(config):  # a data set that others prepared can be read-only
+        with _lock(config):
+            if begin(config):
+                tokenise(config)
+                merge(config)
+                pack(config)
+                return finish(config)
     return shards.PackedDataset(config.data_directory / "train").index
 
 
@@ -68,27 +70,28 @@ def step(config: RunConfig, name: str, share: int = 0, shares: int = 1) -> Any:
 
 def begin(config: RunConfig) -> bool:
     """Begin or resume a preparation; False if the data is complete. ``UserError`` if the directory holds other data."""
-    final = config.data_directory.resolve()
-    record = _completed(final)
-    if record is not None:
-        _check(config, final, record)
+    if _is_complete(config):
         return False
+    final = config.data_directory.resolve()
     if final.exists() and any(final.iterdir()):
         raise UserError(f"{final} holds files but no prepared data: choose another data.directory or remove it")
-    sources = _sources(config)
-    if set(sources["text"]) & set(sources["heldout_text"]):
-        raise UserError("data.text and data.heldout_text share files: remove the held-out files from data.text")
+    files = _files(config)
     folder = _partial(config)
-    _keep_or_clear(folder, _settings(config, sources))
-    _check_prompt(config, _tokenizer(config, folder / "tokenizer", sources["text"]))
+    settings = {**_options(config), "sources": _sources(config), **_fingerprints(config, files)}
+    _keep_or_clear(config, folder, settings)
     data = config.data
+    fields = readers.Fields(data.text_field, data.id_field, data.source_field, data.txt_document)
+    rule = (
+        holdout.NOTHING if data.heldout_text else holdout.plan(_documents(files["text"], fields), data.heldout_fraction)
+    )
+    _check_prompt(config, _tokenizer(config, folder / "tokenizer", files["text"], fields, rule))
     units.Job(
         folder=str(folder),
-        fields=readers.Fields(data.text_field, data.id_field, data.source_field),
-        heldout_fraction=0.0 if data.heldout_text else data.heldout_fraction,
+        fields=fields,
+        heldout=rule,
         min_characters=data.min_characters,
         max_characters=data.max_characters,
-        units=units.cut(sources),
+        units=units.cut(files, fields),
     ).save()
     return True
 
@@ -103,14 +106,21 @@ def tokenise(config: RunConfig, share: int = 0, shares: int = 1) -> None:
 
 
 def merge(config: RunConfig) -> None:
-    """Add up the counts of the units, and mark duplicates. ``UserError`` if too many records are bad."""
+    """Add up the counts of the units, and mark duplicates.
+
+    ``UserError`` if too many records are bad, or if a file has changed since the preparation began.
+    """
     folder = _partial(config)
+    settings = json.loads((folder / "work/settings.json").read_text(encoding="utf-8"))
+    changed = _changed_files(config, settings, "mtime")
+    if changed:
+        raise UserError(f"text changed while it was prepared ({', '.join(changed)}): run the same command again")
     job = units.Job.load(str(folder))
     facts = [units.tokenise(str(folder), number) for number in range(len(job.units))]
-    counts = {name: sum(fact[name] for fact in facts) for name in ("records", *units.SPLITS, *units.REMOVED)}
+    counts = {name: sum(fact[name] for fact in facts) for name in ("records", *SPLITS, *units.REMOVED)}
     _report_bad(config, folder, [job.place(number) for number in range(len(facts))], counts)
     dedupe = config.data.deduplicate and facts
-    lost = units.drop_duplicates(str(folder)) if dedupe else dict.fromkeys(units.SPLITS, 0)
+    lost = units.drop_duplicates(str(folder)) if dedupe else dict.fromkeys(SPLITS, 0)
     counts["duplicate"] = sum(lost.values())
     for split, count in lost.items():
         counts[split] -= count
@@ -120,7 +130,7 @@ def merge(config: RunConfig) -> None:
 def pack(config: RunConfig, share: int = 0, shares: int = 1) -> None:
     """Write a share of the shards in processes of this machine."""
     folder = _partial(config)
-    for split in units.SPLITS:
+    for split in SPLITS:
         places = _places(config, units.open_stream(str(folder), split))[share::shares]
         work = [(str(folder), split, place, config.model.length) for place in places]
         sizes = [place.stop - place.start for place in places]
@@ -131,7 +141,7 @@ def finish(config: RunConfig) -> dict[str, Any]:
     """Write the indices and rename the directory; returns the index of the training split."""
     folder, final = _partial(config), config.data_directory.resolve()
     tokenizer = tokenizers.load(folder / "tokenizer")
-    train, heldout = (_close(config, folder, split, tokenizer) for split in units.SPLITS)
+    train, heldout = (_close(config, folder, split, tokenizer) for split in SPLITS)
     for name, part in (("text", train), ("held-out text", heldout)):
         if part["samples"] < 1:
             raise UserError(
@@ -156,7 +166,7 @@ def finish(config: RunConfig) -> dict[str, Any]:
 
 def _lock(config: RunConfig) -> Any:
     folder = config.data_directory.resolve()
-    return exclusive(folder.with_name(f".{folder.name}.lock"), f"the data in {folder}")
+    return exclusive(folder.with_name(f".{folder.name}.lock"), f"the data in {folder}", wait=True)
 
 
 def _partial(config: RunConfig) -> Path:
@@ -166,23 +176,40 @@ def _partial(config: RunConfig) -> Path:
 
 
 def _sources(config: RunConfig) -> dict[str, list[str]]:
+    return {"text": config.data.text, "heldout_text": config.data.heldout_text}
+
+
+def _files(config: RunConfig) -> dict[str, list[str]]:
     """The files of the training and of the held-out text."""
-    return {"text": readers.files(config.data.text), "heldout_text": readers.files(config.data.heldout_text)}
+    expanded = {name: sources.expand(names) for name, names in _sources(config).items()}
+    left_out = expanded["text"].left_out + expanded["heldout_text"].left_out
+    if left_out:
+        log.warning(sources.describe(left_out))
+    training = set(map(sources.identity, expanded["text"].names))
+    shared = [name for name in expanded["heldout_text"].names if sources.identity(name) in training]
+    if shared:
+        raise UserError(
+            f"data.text and data.heldout_text share files: remove the held-out files from data.text ({shared[0]})"
+        )
+    return {name: files.names for name, files in expanded.items()}
 
 
-def _settings(config: RunConfig, sources: dict[str, list[str]]) -> dict[str, Any]:
-    """All settings that the prepared data depends on; source files are identified by name and size."""
+def _documents(files: list[str], fields: readers.Fields) -> Iterator[str]:
+    """The usable documents of files."""
+    for part in readers.parts(files, fields):
+        yield from (record.text for record in readers.read(part, fields) if record.text.strip())
+
+
+def _options(config: RunConfig) -> dict[str, Any]:
+    """The settings that the prepared data depends on, apart from the text."""
     data = config.data
     return {
-        **{
-            name: [[file, readers.size(file) if file != readers.BUILTIN else sys.version] for file in files]
-            for name, files in sources.items()
-        },
         "text_field": data.text_field,
         "id_field": data.id_field,
         "source_field": data.source_field,
+        "txt_document": data.txt_document,
         "heldout_fraction": data.heldout_fraction,
-        "tokenizer": data.tokenizer,
+        "tokenizer": tokenizers.identity(_given_tokenizer(config)) if data.tokenizer else None,
         "vocab_size": None if data.tokenizer else data.vocab_size,
         "samples_per_shard": data.samples_per_shard,
         "min_characters": data.min_characters,
@@ -192,21 +219,72 @@ def _settings(config: RunConfig, sources: dict[str, list[str]]) -> dict[str, Any
     }
 
 
-def _check(config: RunConfig, folder: Path, record: dict[str, Any]) -> None:
+def _fingerprints(config: RunConfig, files: dict[str, list[str]]) -> dict[str, list[list[Any]]]:
+    check = config.data.check_text
+    return {name: [sources.fingerprint(file, check) for file in names] for name, names in files.items()}
+
+
+def _given_tokenizer(config: RunConfig) -> tokenizers.Tokenizer:
+    """The tokenizer of the configuration."""
+    data = config.data
+    assert data.tokenizer is not None
+    return tokenizers.load(data.tokenizer, bos=data.bos_token, eos=data.eos_token)
+
+
+def _is_complete(config: RunConfig) -> bool:
+    """Whether the data is complete. ``UserError`` if it was prepared with other settings or from other text."""
+    folder = config.data_directory.resolve()
+    record = _completed(folder)
+    if record is None:
+        return False
     before = {**_BEFORE, **record["settings"]}
+    tokenizer = tokenizers.load(folder / "tokenizer")
+    if isinstance(before["tokenizer"], str):  # a path, in data of version 0.1
+        before["tokenizer"] = tokenizers.identity(tokenizer)
     try:
-        settings = _settings(config, _sources(config))
-    except UserError as error:  # complete shards do not need their text
+        options = _options(config)
+    except UserError as error:  # complete shards do not need the original of their tokenizer
+        if Path(str(config.data.tokenizer)).expanduser().exists():
+            raise
+        log.warning("the tokenizer is missing, using the tokenizer in %s (%s)", folder, error)
+        options = _options(config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": None})}))
+        options |= {name: before[name] for name in ("tokenizer", "vocab_size")}
+    differing = [name for name, value in options.items() if before.get(name) != value]
+    try:
+        differing += _changed_files(config, before, config.data.check_text)
+    except UserError as error:  # nor do they need their text
         log.warning("the text is missing, using the shards in %s (%s)", folder, error)
-        gone = {name: before[name] for name in ("text", "heldout_text")}
-        settings = _settings(config, {"text": [], "heldout_text": []}) | gone
-    differing = [name for name in settings if before.get(name) != settings[name]]
     if differing:
         raise UserError(
             f"the data in {folder} was prepared with other settings ({', '.join(differing)}): "
             "choose another data.directory or remove the directory"
         )
-    _check_prompt(config, tokenizers.load(folder / "tokenizer"))
+    _check_prompt(config, tokenizer)
+    return True
+
+
+def _changed_files(config: RunConfig, before: dict[str, Any], check: sources.Check) -> list[str]:
+    """What has changed in the text since the settings ``before`` were recorded.
+
+    Remote files are not looked up again: a changed list of sources is noticed, a changed file is not.
+    """
+    changed = []
+    for name, patterns in _sources(config).items():
+        known = before.get("sources", {}).get(name)
+        if any(map(sources.is_remote, patterns)) and known not in (None, patterns):
+            changed.append(f"data.{name}")
+            continue
+        local = sources.expand([pattern for pattern in patterns if not sources.is_remote(pattern)]).names
+        recorded = {entry[0]: entry for entry in before[name] if not sources.is_remote(entry[0])}
+        for file in [file for file in recorded if file not in local]:
+            changed.append(f"{file} is missing")
+        for file in local:
+            now = sources.fingerprint(file, check)
+            if file not in recorded:
+                changed.append(f"{file} is new")
+            elif not sources.unchanged(recorded[file], now, check):
+                changed.append(f"{file} has changed; data.check_text=size accepts a copy with another time")
+    return changed
 
 
 def _left_out(counts: dict[str, int]) -> str:
@@ -214,18 +292,23 @@ def _left_out(counts: dict[str, int]) -> str:
     return f"; left out: {', '.join(removed)}" if removed else ""
 
 
-def _keep_or_clear(folder: Path, settings: dict[str, Any]) -> None:
+def _keep_or_clear(config: RunConfig, folder: Path, settings: dict[str, Any]) -> None:
     """Keep a temporary directory with the same settings, else clear it."""
     path = folder / "work/settings.json"
-    try:
-        same = json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(settings))
-    except (OSError, ValueError):
-        same = False
-    if not same:
-        shutil.rmtree(folder, ignore_errors=True)
-        for name in ("work", *units.SPLITS):
-            (folder / name).mkdir(parents=True)
-        write_atomically(path, json.dumps(settings))
+    before: dict[str, Any] | None = None
+    with contextlib.suppress(OSError, ValueError):
+        before = json.loads(path.read_text(encoding="utf-8"))
+    if before is not None:
+        texts = {"text", "heldout_text"}
+        differing = [name for name in settings if name not in texts and before.get(name) != settings[name]]
+        differing = differing or _changed_files(config, before, config.data.check_text)
+        if not differing:
+            return
+        log.warning("the preparation starts again, as %s changed since it was interrupted", ", ".join(differing))
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("work", *SPLITS):
+        (folder / name).mkdir(parents=True)
+    write_atomically(path, json.dumps(settings))
 
 
 def _report_bad(config: RunConfig, folder: Path, places: list[Path], counts: dict[str, int]) -> None:
@@ -357,10 +440,13 @@ def _completed(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def _tokenizer(config: RunConfig, folder: Path, text: list[str]) -> tokenizers.Tokenizer:
+def _tokenizer(
+    config: RunConfig, folder: Path, files: list[str], fields: readers.Fields, rule: holdout.Rule
+) -> tokenizers.Tokenizer:
+    """Copy the tokenizer of the configuration, or train a tokenizer on the text that is not held out."""
     folder.mkdir(parents=True, exist_ok=True)
     if config.data.tokenizer:
-        tokenizer = tokenizers.load(config.data.tokenizer)
+        tokenizer = _given_tokenizer(config)
         tokenizers.copy(tokenizer, folder)
         if not tokenizers.gives_back(tokenizer):
             log.warning("the tokenizer %s does not restore every text when decoding", tokenizer.path)
@@ -368,26 +454,4 @@ def _tokenizer(config: RunConfig, folder: Path, text: list[str]) -> tokenizers.T
     path = folder / "tokenizer.model"
     if path.is_file():  # from an interrupted preparation with the same settings
         return tokenizers.load(path)
-    return tokenizers.train(paragraphs(_training_text(config, text)), path, config.data.vocab_size, config.seed)
-
-
-def _training_text(config: RunConfig, text: list[str]) -> Iterator[str]:
-    """Documents for the training of a tokenizer: those that are not held out."""
-    data = config.data
-    for part in readers.parts(text):
-        for record in readers.read(part, readers.Fields(data.text_field)):
-            held_out = not data.heldout_text and units.held_out(record.text, data.heldout_fraction)
-            if not record.problem and record.text.strip() and not held_out:
-                yield record.text
-
-
-def paragraphs(documents: Iterable[str]) -> Iterator[str]:
-    """Paragraphs of the first ``_TRAINING_TEXT`` characters, for the training of a tokenizer."""
-    size = 0
-    for document in documents:
-        for paragraph in document.split("\n\n"):
-            if paragraph.strip():
-                yield paragraph + "\n"
-        size += len(document)
-        if size > _TRAINING_TEXT:
-            return
+    return tokenizers.train(train_tokenizer.sample(files, fields, rule), path, config.data.vocab_size, config.seed)

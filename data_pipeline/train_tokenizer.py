@@ -1,15 +1,55 @@
-"""Train a sentencepiece tokenizer on text.
+"""Trains a sentencepiece tokenizer on a sample of text.
 
 python -m data_pipeline.train_tokenizer --text 'corpus/*.jsonl.zst' --vocab 32000 --out tokenizer [--kind bpe]
 """
 
 import argparse
+import bisect
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from armd_scale.data import readers
+from armd_scale.data import readers, sources
 from armd_scale.data import tokenizer as tokenizers
+from armd_scale.data.readers import FIELDS, Fields, Part
 from armd_scale.errors import UserError, cli
-from data_pipeline.prepare import paragraphs
+from armd_scale.logs import DATA
+from data_pipeline import holdout
+
+_SAMPLE = 32 << 20  # characters of text
+_LONGEST_PIECE = 1 << 14  # characters; sentencepiece passes over lines of more than a megabyte
+_PARTS = 256  # parts of files that a sample of a large corpus comes from
+_BUILTIN_SIZE = 4 << 20  # bytes
+
+
+def sample(files: Iterable[str], fields: Fields = FIELDS, rule: holdout.Rule = holdout.NOTHING) -> Iterator[str]:
+    """Paragraphs from all files, about ``_SAMPLE`` characters, without the held-out text of ``rule``.
+
+    A part of a file gives text in proportion to its size; of a file that is read as a whole, its begin is used. Long
+    paragraphs are cut.
+    """
+    for part, budget in _budgets(list(readers.parts(files, fields))):
+        for record in readers.read(part, fields):
+            text = rule.split(record.text)[0][:budget] if not record.problem else ""
+            budget -= len(text)
+            for paragraph in text.split("\n\n"):
+                if paragraph.strip():
+                    for at in range(0, len(paragraph), _LONGEST_PIECE):
+                        yield paragraph[at : at + _LONGEST_PIECE] + "\n"
+            if not budget:
+                break
+
+
+def _budgets(parts: list[Part]) -> Iterator[tuple[Part, int]]:
+    """The parts to read, with the characters to use of each part."""
+    sizes = [part.size or _BUILTIN_SIZE for part in parts]
+    edges = list(itertools.accumulate(sizes, initial=0))
+    if len(parts) <= _PARTS:
+        yield from ((part, max(1, _SAMPLE * size // edges[-1])) for part, size in zip(parts, sizes, strict=True))
+        return
+    drawn = Counter(bisect.bisect_right(edges, (2 * n + 1) * edges[-1] // (2 * _PARTS)) - 1 for n in range(_PARTS))
+    yield from ((parts[number], _SAMPLE // _PARTS * count) for number, count in sorted(drawn.items()))
 
 
 def main() -> None:
@@ -25,7 +65,10 @@ def main() -> None:
     if target.exists():
         raise UserError(f"{target} exists, and data may depend on it: choose another directory")
     args.out.mkdir(parents=True, exist_ok=True)
-    texts = paragraphs(readers.documents(args.text, args.field))
+    files = sources.expand(args.text)
+    if files.left_out:
+        DATA.warning(sources.describe(files.left_out))
+    texts = sample(files.names, Fields(args.field))
     tokenizer = tokenizers.train(texts, target, args.vocab, args.seed, args.kind)
     print(f"{target}: {tokenizer.vocab_size} pieces ({args.kind}), SHA-256 {tokenizers.digest(tokenizer)}")
 

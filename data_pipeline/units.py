@@ -28,12 +28,12 @@ from armd_scale.data.readers import PART_BYTES, Part, Record
 from armd_scale.data.shards import Place
 from armd_scale.data.tokenizer import token_type
 from armd_scale.files import write_atomically
+from data_pipeline.holdout import SPLITS, Rule
 
-SPLITS = ("train", "heldout")
 DOCUMENT = np.dtype([("tokens", "<u4"), ("bytes", "<u8"), ("hash", "<u8", 2)])
 """A document: number of tokens with EOS, number of UTF-8 bytes, and the first half of the SHA-256."""
-REMOVED = ("bad", "empty", "short", "long")
-"""Reasons to remove a record."""
+REMOVED = ("bad", "empty", "short", "long", "ignored")
+"""Reasons to remove a record; ``ignored``: a member of a tar that is no text."""
 _BATCH = 1 << 20  # characters tokenised at a time
 _EXCERPT = 200  # characters kept of the problem of a bad record
 
@@ -43,7 +43,8 @@ class Job(NamedTuple):
 
     folder: str
     fields: readers.Fields
-    heldout_fraction: float
+    heldout: Rule
+    """The part of ``text`` that is held out."""
     min_characters: int
     max_characters: int | None
     units: list[tuple[str, list[Part]]]
@@ -62,15 +63,16 @@ class Job(NamedTuple):
         """The job of a directory."""
         fields = json.loads((Path(folder) / "work/job.json").read_text(encoding="utf-8"))
         units = [(source, [Part(*part) for part in parts]) for source, parts in fields["units"]]
-        return Job(**fields | {"fields": readers.Fields(*fields["fields"]), "units": units})
+        named = {"fields": readers.Fields(*fields["fields"]), "heldout": Rule(*fields["heldout"]), "units": units}
+        return Job(**fields | named)
 
 
-def cut(sources: dict[str, list[str]]) -> list[tuple[str, list[Part]]]:
+def cut(files: dict[str, list[str]], fields: readers.Fields) -> list[tuple[str, list[Part]]]:
     """Group the files of each source into units of about ``PART_BYTES``: large files are split, small files grouped."""
     units: list[tuple[str, list[Part]]] = []
-    for source, names in sources.items():
+    for source, names in files.items():
         parts: list[Part] = []
-        for part in readers.parts(names):
+        for part in readers.parts(names, fields):
             if parts and sum(p.size for p in parts) + part.size > PART_BYTES:
                 units.append((source, parts))
                 parts = []
@@ -78,15 +80,6 @@ def cut(sources: dict[str, list[str]]) -> list[tuple[str, list[Part]]]:
         if parts:
             units.append((source, parts))
     return units
-
-
-def held_out(text: str, fraction: float) -> bool:
-    """Whether a document is held out, which depends on its hash, so that copies stay together."""
-    return _below(_digest(text.encode("utf-8")), fraction)
-
-
-def _below(digest: np.ndarray, fraction: float) -> bool:
-    return int(digest[0]) < fraction * 2**64
 
 
 def tokenise(folder: str, number: int) -> dict[str, Any]:
@@ -123,13 +116,11 @@ def _tokenise(job: Job, number: int, tokenizer: tokenizers.Tokenizer, folder: Pa
         records = _usable(job, parts, counts, bad)
         eos = np.array([tokenizer.eos_id], token_type(tokenizer.vocab_size))
         writers = {split: _Writer(folder, split, eos) for split in SPLITS}
-        for batch in _batches(records):
-            texts = [record.text for record, _ in batch]
-            for (record, file), tokens in zip(batch, tokenizer.encode_batch(texts), strict=True):
-                raw = record.text.encode("utf-8")
-                digest = _digest(raw)
-                heldout = source == "heldout_text" or _below(digest, job.heldout_fraction)
-                writers[SPLITS[heldout]].add(len(raw), digest, tokens, record.id, record.source or file)
+        for batch in _batches(_pieces(job, source, records)):
+            encoded = tokenizer.encode_batch([piece.text for piece in batch])
+            for (split, text, record, file), tokens in zip(batch, encoded, strict=True):
+                raw = text.encode("utf-8")
+                writers[split].add(len(raw), _digest(raw), tokens, record.id, record.source or file)
                 counts["tokens"] += len(tokens) + 1
                 counts["bytes"] += len(raw)
     for split, writer in writers.items():
@@ -279,14 +270,27 @@ class _Writer:
         return len(self._documents)
 
 
+class _Piece(NamedTuple):
+    """A document of a split: a record, or its part that is not held out or held out."""
+
+    split: str
+    text: str
+    record: Record
+    file: str
+    """Name of the file, for the source."""
+
+
 def _usable(job: Job, parts: list[Part], counts: Counter[str], bad: Any) -> Iterator[tuple[Record, str]]:
-    """The usable documents with the names of their files; counts all records."""
+    """The usable records with the names of their files; counts all records."""
     for part in parts:
         file = part.file if part.file == readers.BUILTIN else part.file.rpartition("/")[2]
+        file = file.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         for record in readers.read(part, job.fields):
             counts["records"] += 1
             length = len(record.text)
-            if record.problem:
+            if record.ignored:
+                counts["ignored"] += 1
+            elif record.problem:
                 counts["bad"] += 1
                 bad.write(json.dumps({"place": record.place, "problem": record.problem[:_EXCERPT]}) + "\n")
             elif not record.text.strip():
@@ -299,12 +303,20 @@ def _usable(job: Job, parts: list[Part], counts: Counter[str], bad: Any) -> Iter
                 yield record, file
 
 
-def _batches(records: Iterable[tuple[Record, str]]) -> Iterator[list[tuple[Record, str]]]:
-    batch: list[tuple[Record, str]] = []
-    size = 0
+def _pieces(job: Job, source: str, records: Iterable[tuple[Record, str]]) -> Iterator[_Piece]:
     for record, file in records:
-        batch.append((record, file))
-        size += len(record.text)
+        texts = ("", record.text) if source == "heldout_text" else job.heldout.split(record.text)
+        for split, text in zip(SPLITS, texts, strict=True):
+            if text.strip():
+                yield _Piece(split, text, record, file)
+
+
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    batch: list[_Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
         if size > _BATCH:
             yield batch
             batch, size = [], 0

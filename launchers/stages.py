@@ -16,7 +16,7 @@ import submitit
 from armd_scale import logs
 from armd_scale.config import RunConfig, load_run
 from armd_scale.data.shards import fill_vocabulary
-from armd_scale.errors import UserError, is_bad_input
+from armd_scale.errors import UserError, is_bad_input, is_permanent
 from armd_scale.run_directory import RunDirectory
 from launchers import restart
 
@@ -51,7 +51,7 @@ def _record(step: str, error: Exception) -> None:
     line = str(error) if is_bad_input(error) else f"{type(error).__name__}: {error}"
     facts = {
         "line": " ".join(line.split())[:2000],
-        "bad_input": isinstance(error, UserError) or getattr(error, "bad_input", False),
+        "bad_input": is_permanent(error),
         "rank": _rank(),
         "reached": getattr(error, "step", None),
         "step": step,

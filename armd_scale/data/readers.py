@@ -1,46 +1,41 @@
-"""Reads documents from txt, jsonl, both compressed with gz or zst, parquet, and tar files of txt and jsonl.
+"""Reads documents from the files of ``sources``: txt, jsonl, json, parquet and tar.
 
-- ``files``: expands a list of files, directories, globs and URLs to a sorted list of files;
-- ``parts``: parts of files that are read independently: byte ranges of an uncompressed jsonl file, row groups of a
-  parquet file, whole files of other formats;
+- ``parts``: parts of files that are read independently: byte ranges of a file of lines, row groups of a parquet file,
+  whole files of other formats;
 - ``read``: the records of a part, good and bad, with their locations;
 - ``documents``: all documents of a list of sources; a bad record is an error.
-
-URLs are opened with fsspec.
 """
 
-import glob
-import gzip
-import io
 import json
+import lzma
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import fsspec
-import zstandard
-
+from armd_scale.data import sources
 from armd_scale.data.builtin import python_documents
-from armd_scale.errors import UserError
+from armd_scale.data.sources import BUILTIN, Format
+from armd_scale.errors import UserError, is_permanent
 
-BUILTIN = "builtin:python"
 PART_BYTES = 32 << 20
 """Size of a part of a file that can be split."""
 LONGEST_LINE = 256 << 20
 """Longest line of a jsonl file in bytes; longer lines are bad records."""
-_FORMATS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst", ".parquet", ".tar")
+_BOM = "\ufeff"
 
 
 class Part(NamedTuple):
-    """A part of a file: bytes of a jsonl file or row groups of a parquet file; ``stop`` -1: the whole file."""
+    """A part of a file: bytes of a file of lines or row groups of a parquet file; ``stop`` -1: the whole file."""
 
     file: str
     start: int
     stop: int
     size: int
     """Approximate size on disk in bytes."""
+    kind: str = "txt"
+    """Fields of the ``Format`` of the file."""
+    packing: str = ""
 
 
 class Record(NamedTuple):
@@ -54,73 +49,77 @@ class Record(NamedTuple):
     """Value of the id field."""
     source: str | None = None
     """Value of the source field."""
+    ignored: bool = False
+    """Whether this is a member of a tar that is no text."""
 
 
 class Fields(NamedTuple):
-    """Names of the fields of a jsonl record or the columns of a parquet file."""
+    """Where documents stand in a file."""
 
     text: str = "text"
+    """Name of the field of a jsonl record or the column of a parquet file."""
     id: str = "id"
     source: str = "source"
+    txt: str = "file"
+    """Documents of a txt file: ``file``, ``line``, ``paragraph``, or the text that separates documents."""
 
 
 FIELDS = Fields()
 
 
-def documents(sources: list[str], field: str = "text") -> Iterator[str]:
-    """All non-empty documents of ``sources``, in the order of the sorted file names.
+def documents(names: list[str], field: str = "text") -> Iterator[str]:
+    """All non-empty documents of the sources ``names``, in the order of the sorted file names.
 
-    A txt file, or an explicitly named file of unknown format, is a document. A jsonl line or a parquet row holds a
-    document in ``field``. Raises ``UserError`` with the file and the record that cannot be read.
+    A txt file is a document; a record of another format holds a document in ``field``. Raises ``UserError`` with the
+    file and the record that cannot be read.
     """
-    for part in parts(files(sources)):
+    for part in parts(sources.expand(names).names):
         for record in read(part, Fields(field)):
-            if record.problem:
+            if record.problem and not record.ignored:
                 raise UserError(f"{record.place} {record.problem}")
             if record.text.strip():
                 yield record.text
 
 
-def files(sources: list[str]) -> list[str]:
-    """Expand ``sources`` to files without repetition, in the order of reading."""
-    expanded = (name for source in sources for name in ([source] if source == BUILTIN else _files(source)))
-    return list(dict.fromkeys(expanded))
-
-
-def size(file: str) -> int:
-    """Size of a file in bytes."""
-    if "://" in file:
-        system, path = fsspec.core.url_to_fs(file)
-        return int(system.size(path) or 0)
-    return Path(file).stat().st_size
-
-
-def parts(names: Iterable[str]) -> Iterator[Part]:
-    """The parts of files, in order. The parts depend on the files only."""
+def parts(names: Iterable[str], fields: Fields = FIELDS) -> Iterator[Part]:
+    """The parts of files, in order. The parts depend on the files and on the kind of documents of a txt file only."""
     for name in names:
         if name == BUILTIN:
             yield Part(name, 0, -1, 0)
-        elif name.endswith(".jsonl"):
-            whole = size(name)
-            for start in range(0, whole, PART_BYTES):
-                yield Part(name, start, min(start + PART_BYTES, whole), min(PART_BYTES, whole - start))
-        elif name.endswith(".parquet"):
+            continue
+        format_ = sources.format_of(name)
+        if format_ == Format("parquet"):
             yield from _parquet_parts(name)
+            continue
+        whole = sources.size(name) or 0
+        has_lines = format_.kind == "jsonl" or (format_.kind == "txt" and fields.txt == "line")
+        if has_lines and not format_.packing and whole and (whole <= PART_BYTES or sources.can_seek(name)):
+            for start in range(0, whole, PART_BYTES):
+                stop = min(start + PART_BYTES, whole)
+                yield Part(name, start, stop, stop - start, format_.kind)
         else:
-            yield Part(name, 0, -1, size(name))
+            yield Part(name, 0, -1, whole, *format_)
 
 
 def read(part: Part, fields: Fields = FIELDS) -> Iterator[Record]:
-    """The records of a part, including empty records. Raises ``UserError`` if the file cannot be read."""
+    """The records of a part, including empty records.
+
+    Raises ``UserError`` if the file is damaged or does not exist, and ``OSError`` for faults that can pass.
+    """
     if part.file == BUILTIN:
         yield from (Record(text, f"{BUILTIN} document {n}") for n, text in enumerate(python_documents(), start=1))
-    elif part.file.endswith(".parquet"):
-        yield from _read_parquet(part, fields)
-    else:
-        try:
-            yield from _read_stream(part, fields)
-        except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-            raise UserError(f"{part.file} cannot be read: {error}") from error
+        return
+    try:
+        yield from _read_parquet(part, fields) if part.kind == "parquet" else _read_stream(part, fields)
+    except UserError:
+        raise
+    except (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
+        raise UserError(f"{part.file} cannot be read: {error}") from error
+    except OSError as error:
+        # Decompression reports damage by an error without a number.
+        damaged = error.errno is None and not sources.is_remote(part.file)
+        kind = UserError if damaged or is_permanent(error) else OSError
+        raise kind(f"{part.file} cannot be read: {error}") from error
 
 
 def encodable(text: str) -> bool:
@@ -132,72 +131,106 @@ def encodable(text: str) -> bool:
     return True
 
 
-def _files(source: str) -> list[str]:
-    if "://" in source:
-        return _remote_files(source)
-    path = Path(source)
-    if path.is_file():
-        paths = [path]
-    elif path.is_dir():
-        paths = [p for p in path.rglob("*") if p.is_file() and p.name.endswith(_FORMATS)]
-    else:
-        paths = [Path(name) for name in glob.glob(source, recursive=True)]
-    if not paths:
-        raise UserError(f"there is no text at {source}: give files, a directory or a glob of {', '.join(_FORMATS)}")
-    return [str(path) for path in sorted(paths)]
-
-
-def _remote_files(source: str) -> list[str]:
-    try:
-        system, path = fsspec.core.url_to_fs(source)
-        if system.isdir(path):
-            names = [name for name in system.find(path) if name.endswith(_FORMATS)]
-        else:
-            names = [name for name in system.glob(path) if system.isfile(name)]
-    except (ValueError, ImportError, OSError) as error:
-        raise UserError(f"{source} cannot be opened: {error}") from error
-    if not names:
-        raise UserError(f"there is no text at {source}: give files, a directory or a glob of {', '.join(_FORMATS)}")
-    return sorted(system.unstrip_protocol(name) for name in names)
-
-
-def _open(file: str) -> IO[bytes]:
-    return fsspec.open(file, "rb").open() if "://" in file else open(file, "rb", buffering=1 << 20)
-
-
 def _read_stream(part: Part, fields: Fields) -> Iterator[Record]:
-    with _open(part.file) as file:
+    with sources.open_file(part.file) as file:
         if part.stop >= 0:
-            yield from _lines(_range(file, part), part.file, fields, first=None if part.start else 1)
-        elif part.file.endswith(".tar"):
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                for member in archive:
-                    if member.isfile() and member.name.endswith((".parquet", ".tar")):
-                        yield Record("", f"{part.file}/{member.name}", "is not read inside a tar: unpack it")
-                    elif member.isfile() and member.name.endswith(_FORMATS):
-                        content = archive.extractfile(member)
-                        assert content is not None
-                        yield from _plain(content, member.name, f"{part.file}/{member.name}", fields)
-                file.seek(archive.offset)
-                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise OSError("the end mark is missing")  # tarfile accepts a truncated archive
+            first = None if part.start else 1
+            yield from _lines(_range(file, part), part.file, fields, first, part.kind)
+        elif part.kind == "tar":
+            yield from _read_tar(part, file, fields)
         else:
-            yield from _plain(file, part.file, part.file, fields)
+            yield from _plain(sources.unpack(file, part.packing), part.kind, part.file, fields)
 
 
-def _plain(file: IO[bytes], name: str, place: str, fields: Fields) -> Iterator[Record]:
-    """The records of a txt or jsonl file, compressed or not."""
-    if name.endswith(".gz"):
-        file = io.BufferedReader(gzip.GzipFile(fileobj=file))  # type: ignore[arg-type]
-    elif name.endswith(".zst"):
-        file = io.BufferedReader(_ZstdStream(file), 1 << 20)
-    if ".jsonl" in Path(name).suffixes[-2:]:
-        yield from _lines(_all_lines(file), place, fields, first=1)
-        return
+def _read_tar(part: Part, file: IO[bytes], fields: Fields) -> Iterator[Record]:
+    """The records of the members of a tar, or of several archives in a row."""
+    file = sources.unpack(file, part.packing)
+    # A compressed archive is read as a stream, in blocks, so that the next archive begins where this one ends.
+    mode = "r|" if part.packing else "r:"
+    while True:
+        with tarfile.open(fileobj=file, mode=mode, bufsize=tarfile.BLOCKSIZE) as archive:  # type: ignore[call-overload]
+            for member in archive:
+                if not member.isdir():
+                    yield from _member(archive, member, f"{part.file}/{member.name}", fields)
+            if not part.packing:
+                file.seek(archive.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise EOFError("the end mark is missing")  # tarfile accepts a truncated archive
+        while (ahead := file.peek(1)[:1]) == b"\0":  # type: ignore[attr-defined]
+            file.read(tarfile.BLOCKSIZE)
+        if not ahead:
+            return
+
+
+def _member(archive: tarfile.TarFile, member: tarfile.TarInfo, place: str, fields: Fields) -> Iterator[Record]:
+    format_ = sources.known(member.name)
+    if format_ is None or member.name.rpartition("/")[2].startswith("."):
+        yield Record("", place, "is no text", ignored=True)
+    elif format_.kind in ("parquet", "tar"):
+        yield Record("", place, "is not read inside a tar: unpack it")
+    else:
+        try:
+            content = archive.extractfile(member)
+        except (KeyError, tarfile.StreamError) as error:
+            yield Record("", place, f"is a link that cannot be followed: unpack the tar ({error})")
+            return
+        if content is None:
+            yield Record("", place, "is neither a file nor a link")
+        else:
+            yield from _plain(sources.unpack(content, format_.packing), format_.kind, place, fields)
+
+
+def _plain(file: IO[bytes], kind: str, place: str, fields: Fields) -> Iterator[Record]:
+    """The records of a txt, jsonl or json file that is not compressed."""
+    if kind == "json":
+        yield from _read_json(file.read(), place, fields)
+    elif kind == "jsonl" or fields.txt == "line":
+        yield from _lines(_all_lines(file), place, fields, 1, kind)
+    elif fields.txt == "file":
+        yield _text(file.read(), place)
+    else:
+        separators = (b"\n\n", b"\n\r\n") if fields.txt == "paragraph" else (fields.txt.encode("utf-8"),)
+        for number, raw in enumerate(_separated(file, separators), start=1):
+            yield _text(raw.strip(b"\r\n"), f"{place} document {number}")
+
+
+def _text(raw: bytes, place: str) -> Record:
     try:
-        yield Record(file.read().decode("utf-8"), place)
+        return Record(raw.decode("utf-8").removeprefix(_BOM), place)
     except UnicodeDecodeError as error:
-        yield Record("", place, f"is not UTF-8 text: {error}")
+        return Record("", place, f"is not UTF-8 text: {error}")
+
+
+def _separated(file: IO[bytes], separators: tuple[bytes, ...]) -> Iterator[bytes]:
+    """The pieces of a file between separators."""
+    longest = max(map(len, separators))
+    buffer, searched = bytearray(), 0
+    while chunk := file.read(1 << 20):
+        buffer += chunk
+        begin = 0
+        while True:
+            places = [(at, len(text)) for text in separators if (at := buffer.find(text, max(begin, searched))) >= 0]
+            if not places:
+                break
+            at, length = min(places)
+            yield bytes(buffer[begin:at])
+            begin = at + length
+        del buffer[:begin]
+        searched = max(0, len(buffer) - longest + 1)
+    yield bytes(buffer)
+
+
+def _read_json(raw: bytes, place: str, fields: Fields) -> Iterator[Record]:
+    """The records of a json file: an array of records, or one record."""
+    try:
+        content = _parse(raw)
+    except (ValueError, RecursionError) as error:
+        yield Record("", place, f"is not JSON: {error}")
+        return
+    if isinstance(content, list):
+        yield from (_record(item, f"{place} record {n}", fields) for n, item in enumerate(content, start=1))
+    else:
+        yield _record(content, place, fields)
 
 
 def _range(file: IO[bytes], part: Part) -> Iterator[tuple[int, bytes]]:
@@ -243,22 +276,42 @@ def _line(file: IO[bytes]) -> bytes:
     return giant
 
 
-def _lines(lines: Iterator[tuple[int, bytes]], place: str, fields: Fields, first: int | None) -> Iterator[Record]:
-    """Records of jsonl lines; ``first``: number of the first line, None if only byte offsets are known."""
+def _lines(
+    lines: Iterator[tuple[int, bytes]], place: str, fields: Fields, first: int | None, kind: str
+) -> Iterator[Record]:
+    """Records of lines of jsonl or text; ``first``: number of the first line, None if only byte offsets are known."""
     for count, (at, line) in enumerate(lines):
         if line.strip():
             where = f"{place} byte {at}" if first is None else f"{place} line {first + count}"
-            yield _record(line, where, fields)
+            if isinstance(line, _Giant):
+                yield Record("", where, f"is a line of {line.whole} bytes, more than {LONGEST_LINE}")
+            else:
+                yield _text(line.rstrip(b"\r\n"), where) if kind == "txt" else _json_line(line, where, fields)
 
 
-def _record(line: bytes, place: str, fields: Fields) -> Record:
-    if isinstance(line, _Giant):
-        return Record("", place, f"is a line of {line.whole} bytes, more than {LONGEST_LINE}")
+def _json_line(line: bytes, place: str, fields: Fields) -> Record:
     try:
-        record = json.loads(line)
-        text = record[fields.text]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        return _record(_parse(line), place, fields)
+    except (ValueError, RecursionError) as error:
         return Record("", place, f"is not a JSON object with a field '{fields.text}': {error!r}")
+
+
+def _parse(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except ValueError as error:
+        if "integer string conversion" not in str(error):
+            raise
+        return json.loads(raw, parse_int=str)  # a number of more than 4,300 digits in another field
+
+
+def _record(record: Any, place: str, fields: Fields) -> Record:
+    if not isinstance(record, dict) or fields.text not in record:
+        held = f"; its fields: {', '.join(map(str, record))[:200]}" if isinstance(record, dict) else ""
+        return Record("", place, f"is not a JSON object with a field '{fields.text}'{held}")
+    text = record[fields.text]
+    if text is None:
+        text = ""
     if not isinstance(text, str):
         return Record("", place, f"field '{fields.text}' is not text")
     if not encodable(text):
@@ -277,15 +330,15 @@ def _parquet_parts(name: str) -> Iterator[Part]:
     import pyarrow.parquet
 
     try:
-        with _open(name) as stream, pyarrow.parquet.ParquetFile(stream) as file:
+        with sources.open_file(name) as stream, pyarrow.parquet.ParquetFile(stream) as file:
             sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
-    except (pyarrow.ArrowException, OSError) as error:
+    except pyarrow.ArrowException as error:
         raise UserError(f"{name} cannot be read: {error}") from error
     start = 0
     for stop in range(1, len(sizes) + 1):
         total = sum(sizes[start:stop])
         if total >= PART_BYTES or stop == len(sizes):
-            yield Part(name, start, stop, total)
+            yield Part(name, start, stop, total, "parquet")
             start = stop
 
 
@@ -293,68 +346,45 @@ def _read_parquet(part: Part, fields: Fields) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
-    path = part.file
+    if part.packing:
+        raise UserError(f"{part.file} is a compressed parquet file: decompress it, as parquet has its own compression")
     try:
-        with _open(path) as stream, pyarrow.parquet.ParquetFile(stream) as file:
-            names = file.schema_arrow.names
-            if fields.text not in names:
-                raise UserError(f"{path} has no column '{fields.text}'; its columns: {', '.join(names)}")
-            kind = file.schema_arrow.field(fields.text).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise UserError(f"{path}: column '{fields.text}' is {kind}, not text")
+        with sources.open_file(part.file) as stream, pyarrow.parquet.ParquetFile(stream) as file:
+            columns = _columns(file.schema_arrow, part.file, fields)
             row = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
-            groups = range(part.start, part.stop)
-            columns = list(dict.fromkeys(name for name in fields if name in names))
-            for batch in file.iter_batches(columns=columns, batch_size=1024, row_groups=list(groups)):
+            groups = list(range(part.start, part.stop))
+            for batch in file.iter_batches(columns=columns, batch_size=1024, row_groups=groups):
                 empty = [None] * len(batch)
-                ids, sources = (batch.column(name) if name in columns else empty for name in (fields.id, fields.source))
-                for value, id_, source in zip(batch.column(fields.text), ids, sources, strict=True):
-                    yield _parquet_record(value, f"{path} row {row}", id_, source)
+                ids, names = (batch.column(name) if name in columns else empty for name in (fields.id, fields.source))
+                for text, id_, source in zip(batch.column(fields.text), ids, names, strict=True):
+                    yield _parquet_record(text, f"{part.file} row {row}", id_, source)
                     row += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{part.file} cannot be read: {error}") from error
+
+
+def _columns(schema: Any, file: str, fields: Fields) -> list[str]:
+    """The fields that are columns of a parquet file. ``UserError`` if the text is missing, repeated or no text."""
+    from pyarrow import types
+
+    columns = list(dict.fromkeys(name for name in (fields.text, fields.id, fields.source) if name in schema.names))
+    if fields.text not in columns:
+        raise UserError(f"{file} has no column '{fields.text}'; its columns: {', '.join(schema.names)}")
+    for name in columns:
+        if schema.names.count(name) > 1:
+            raise UserError(f"{file} has {schema.names.count(name)} columns named '{name}': rename all but one")
+    kind = schema.field(fields.text).type
+    value = kind.value_type if types.is_dictionary(kind) else kind
+    is_text = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    if not any(check(value) for check in is_text):
+        raise UserError(f"{file}: column '{fields.text}' is {kind}, not text")
+    return columns
 
 
 def _parquet_record(value: Any, place: str, id_: Any, source: Any) -> Record:
     try:
         text = value.as_py()
-        names = [_name(None if field is None else field.as_py()) for field in (id_, source)]
+        id_, source = (_name(None if field is None else field.as_py()) for field in (id_, source))
     except UnicodeDecodeError as error:
         return Record("", place, f"is not UTF-8 text: {error}")
-    return Record(text or "", place, None, *names)  # null is an empty text
-
-
-class _ZstdStream(io.RawIOBase):
-    """The text of a zst file of any number of frames; damage and a missing end raise ``OSError``."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._started = False
-        self._packed = self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
-        while not self._ready:
-            self._packed = self._packed or self._file.read(1 << 18)
-            if not self._packed:
-                if self._started:
-                    raise OSError("the file ends in the middle of a zstd frame")
-                return 0
-            try:
-                self._ready = self._frame.decompress(self._packed)
-            except zstandard.ZstdError as error:
-                raise OSError(str(error)) from error
-            self._packed, self._started = self._frame.unused_data, not self._frame.eof
-            if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+    return Record(text or "", place, id=id_, source=source)  # null is an empty text

@@ -210,7 +210,7 @@ def open_mixture(config: RunConfig) -> list[PackedDataset]:
                 f"the samples in {data.folder} have {data.length} tokens but model.length is {config.model.length}: "
                 "prepare them again in another data.directory"
             )
-        if data.index["tokenizer_sha256"] != datasets[0].index["tokenizer_sha256"]:
+        if any(data.index[key] != datasets[0].index[key] for key in ("tokenizer_sha256", "bos_id", "eos_id")):
             raise UserError(
                 f"{data.folder} was made with another tokenizer than {datasets[0].folder}: prepare it again with "
                 f"data.tokenizer={folders[0] / 'tokenizer'}"

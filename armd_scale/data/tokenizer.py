@@ -1,24 +1,33 @@
 """Tokenizers with a common interface: text <-> token ids, BOS and EOS, and a hash.
 
 - sentencepiece: a ``.model`` file (``train`` uses byte fallback, so that any text can be encoded);
-- Hugging Face: a directory with ``tokenizer.json``, such as GPT-2's.
+- Hugging Face: a ``tokenizer.json``, such as GPT-2's.
+
+BOS and EOS are the tokens that a field, ``tokenizer_config.json`` or ``special_tokens_map.json`` names. No text is
+encoded with either of them, whatever it spells.
 
 If the byte pairs that no token spans are known, text is encoded by segments (``segments``), which is many times faster.
 """
 
 import hashlib
+import itertools
 import json
+import re
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from armd_scale.data.segments import SegmentEncoder, bytelevel_cuts, sentencepiece_cuts
 from armd_scale.errors import UserError
+from armd_scale.files import write_atomically
 
+CHAT_TEMPLATE = "chat_template.jinja"
+_CONFIG = "tokenizer_config.json"
 _SPACE = "\u2581"
 """Character that stands for a space in sentencepiece."""
 
@@ -54,10 +63,82 @@ class Tokenizer(Protocol):
         ...
 
 
-class SentencePieceTokenizer:
-    """A sentencepiece model."""
+class ControlTokens(NamedTuple):
+    """Names of the tokens that begin and end a text, as far as files or fields name them."""
 
-    def __init__(self, path: Path) -> None:
+    bos: str | None = None
+    eos: str | None = None
+
+
+class _LibraryTokenizer(ABC):
+    """A tokenizer of a library, whose BOS and EOS never come from text."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    path: Path
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0].tolist()
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        batch = self._segments.encode_batch(texts) if self._segments else self._arrays(texts)
+        controls = {self.bos_id, self.eos_id}
+        for number, tokens in enumerate(batch):
+            if any((tokens == control).any() for control in controls):
+                batch[number] = self._encode_as_text(texts[number])
+        return batch
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return self._decode([token for token in tokens if token not in (self.bos_id, self.eos_id)])
+
+    def _arrays(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.array(ids, token_type(self.vocab_size)) for ids in self._encode(texts)]
+
+    def _encode_as_text(self, text: str) -> np.ndarray:
+        """Tokens of a text in which the library finds BOS or EOS: the string of a control token is cut in two."""
+        controls = [self.bos_id, self.eos_id]
+        strings = "|".join(re.escape(self.token(control)) for control in controls)
+        edges = [0, *(match.start() + 1 for match in re.finditer(strings, text)), len(text)]
+        for pieces in ([text[a:b] for a, b in itertools.pairwise(edges)], list(text)):
+            tokens = np.concatenate(self._arrays(pieces))
+            if not np.isin(tokens, controls).any():
+                return tokens
+        return tokens[~np.isin(tokens, controls)]
+
+    def _control(self, names: Iterable[str | None]) -> int | None:
+        """The id of the first of ``names`` that is not None. ``UserError`` if it is no token."""
+        for name in names:
+            if name is not None:
+                token = self._id(name)
+                if token is None:
+                    raise UserError(f"{self.path} has no token '{name}': name a token of its vocabulary")
+                return token
+        return None
+
+    @cached_property
+    @abstractmethod
+    def _segments(self) -> SegmentEncoder | None:
+        """Encoder by segments; None if segments would change tokens."""
+
+    @abstractmethod
+    def _encode(self, texts: list[str]) -> list[list[int]]: ...
+
+    @abstractmethod
+    def _decode(self, tokens: list[int]) -> str: ...
+
+    @abstractmethod
+    def _id(self, token: str) -> int | None:
+        """The id of a token; None if the vocabulary does not have it."""
+
+    @abstractmethod
+    def token(self, index: int) -> str: ...
+
+
+class SentencePieceTokenizer(_LibraryTokenizer):
+    """A sentencepiece model; without names, BOS and EOS are the model's own."""
+
+    def __init__(self, path: Path, names: ControlTokens) -> None:
         import sentencepiece
 
         self.path = path
@@ -67,17 +148,14 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError) as error:
             raise UserError(f"{path} is not a sentencepiece model: {error}") from error
         self.vocab_size = self._processor.vocab_size()
-        self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
-        if self.bos_id < 0 or self.eos_id < 0:
-            raise UserError(f"{path} has no BOS or EOS piece: train it with both")
-
-    def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0].tolist()
-
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        if self._segments:
-            return self._segments.encode_batch(texts)
-        return [np.array(ids, token_type(self.vocab_size)) for ids in self._processor.encode(texts, num_threads=1)]
+        own = {"bos": self._processor.bos_id(), "eos": self._processor.eos_id()}
+        eos = self._control([names.eos])
+        if eos is None and own["eos"] < 0:
+            raise UserError(f"{path} has no EOS piece: name the piece that ends a text in data.eos_token")
+        self.eos_id = own["eos"] if eos is None else eos
+        bos = self._control([names.bos])
+        # A text begins behind the end of the text before it.
+        self.bos_id = bos if bos is not None else own["bos"] if own["bos"] >= 0 else self.eos_id
 
     @cached_property
     def _segments(self) -> SegmentEncoder | None:
@@ -95,8 +173,11 @@ class SentencePieceTokenizer:
         pieces = (piece.piece.replace(_SPACE, " ") for piece in model.pieces if piece.type in matching)
         return SegmentEncoder(sentencepiece_cuts(pieces), self._encode_segments, token_type(self.vocab_size))
 
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return self._processor.encode(texts, num_threads=1)
+
     def _encode_segments(self, segments: list[str]) -> list[list[int]]:
-        tokens = self._processor.encode(segments, num_threads=1)
+        tokens = self._encode(segments)
         for number, segment in enumerate(segments):
             if _SPACE in segment:  # sentencepiece would encode the character as a space
                 tokens[number] = list(self._spelt(segment))
@@ -109,48 +190,49 @@ class SentencePieceTokenizer:
                 yield from (self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode("utf-8"))
             yield from self._processor.encode(part)
 
-    def decode(self, tokens: Iterable[int]) -> str:
-        return self._processor.decode([t for t in tokens if t not in (self.bos_id, self.eos_id)])
+    def _decode(self, tokens: list[int]) -> str:
+        return self._processor.decode(tokens)
+
+    def _id(self, token: str) -> int | None:
+        index = self._processor.piece_to_id(token)
+        return index if self._processor.id_to_piece(index) == token else None
 
     def token(self, index: int) -> str:
         return self._processor.id_to_piece(index)
 
 
-class HuggingFaceTokenizer:
-    """A ``tokenizer.json``; BOS and EOS are the first of ``_BOS`` and ``_EOS`` in its vocabulary."""
+class HuggingFaceTokenizer(_LibraryTokenizer):
+    """A ``tokenizer.json``; without names, BOS and EOS are the first of ``_BOS``, ``_EOS`` among its special tokens."""
 
-    _BOS = ("<|endoftext|>", "<s>", "[CLS]", "<bos>")
-    _EOS = ("<|endoftext|>", "</s>", "[SEP]", "<eos>")
+    _BOS = ("<|endoftext|>", "<s>", "<|begin_of_text|>", "[CLS]", "<bos>")
+    _EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[SEP]", "<eos>")
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, path: Path, names: ControlTokens) -> None:
         import tokenizers
 
-        self.path = folder / "tokenizer.json"
+        self.path = path
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(self.path))
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises a bare Exception
-            raise UserError(f"{self.path} is not a Hugging Face tokenizer: {error}") from error
+            raise UserError(f"{path} is not a Hugging Face tokenizer: {error}") from error
         # The file may enable truncation or padding, or parse special tokens in text.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        self.vocab_size = self._tokenizer.get_vocab_size()
-        self.bos_id, self.eos_id = self._special(self._BOS), self._special(self._EOS)
-
-    def _special(self, names: tuple[str, ...]) -> int:
-        for name in names:
-            token = self._tokenizer.token_to_id(name)
-            if token is not None:
-                return token
-        raise UserError(f"{self.path} has none of the special tokens {', '.join(names)}")
-
-    def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0].tolist()
-
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        if self._segments:
-            return self._segments.encode_batch(texts)
-        return [np.array(ids, token_type(self.vocab_size)) for ids in self._encode(texts)]
+        vocabulary = self._tokenizer.get_vocab()
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1  # ids can have holes
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        special = {token.content for token in added if token.special} or set(vocabulary)
+        eos = self._control([names.eos, *(name for name in self._EOS if name in special)])
+        if eos is None:
+            raise UserError(
+                f"{path} does not say which token ends a text: name it in data.eos_token, "
+                f"for example {_few(special - {*self._BOS})}"
+            )
+        self.eos_id = eos
+        guessed = () if names.eos else (name for name in self._BOS if name in special)
+        bos = self._control([names.bos, *guessed])
+        self.bos_id = eos if bos is None else bos  # a text begins behind the end of the text before it
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
@@ -168,20 +250,31 @@ class HuggingFaceTokenizer:
             return None
         return SegmentEncoder(bytelevel_cuts(), self._encode, token_type(self.vocab_size))
 
-    def decode(self, tokens: Iterable[int]) -> str:
-        special = {self.bos_id, self.eos_id}
-        return self._tokenizer.decode([t for t in tokens if t not in special], skip_special_tokens=False)
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+
+    def _id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
 
     def token(self, index: int) -> str:
         return self._tokenizer.id_to_token(index) or ""
 
 
-def load(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """Load a ``.model`` file, or a directory with ``tokenizer.model`` or ``tokenizer.json``.
+def _few(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)[:5])
 
-    ``vocab_size``: vocabulary size of the model; ``UserError`` if the tokenizer has another.
+
+def load(path: str | Path, vocab_size: int | None = None, bos: str | None = None, eos: str | None = None) -> Tokenizer:
+    """Load a ``.model`` file, a ``tokenizer.json``, or a directory with one of them.
+
+    ``vocab_size``: vocabulary size of the model; ``UserError`` if the tokenizer has another. ``bos``, ``eos``: names of
+    the control tokens; None: as ``tokenizer_config.json`` or ``special_tokens_map.json`` beside the file name them.
     """
-    tokenizer = _load(Path(path))
+    file = _file(Path(path).expanduser())
+    named = control_tokens(file.parent)
+    names = ControlTokens(bos or named.bos, eos or named.eos)
+    kind = SentencePieceTokenizer if file.suffix == ".model" else HuggingFaceTokenizer
+    tokenizer: Tokenizer = kind(file, names)
     if vocab_size not in (None, tokenizer.vocab_size):
         raise UserError(
             f"{tokenizer.path} has {tokenizer.vocab_size} entries but the model {vocab_size}: use the model's tokenizer"
@@ -189,14 +282,36 @@ def load(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
     return tokenizer
 
 
-def _load(path: Path) -> Tokenizer:
-    if path.is_file() and path.suffix == ".model":
-        return SentencePieceTokenizer(path)
-    if (path / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(path / "tokenizer.model")
-    if (path / "tokenizer.json").is_file():
-        return HuggingFaceTokenizer(path)
-    raise UserError(f"there is no tokenizer at {path}: expected tokenizer.model or tokenizer.json")
+def _file(path: Path) -> Path:
+    """The file that defines a tokenizer; of two files in a directory, the one with its added tokens."""
+    for file in (path / "tokenizer.json", path / "tokenizer.model", path):
+        if file.is_file() and file.suffix in (".json", ".model"):
+            return file
+    raise UserError(
+        f"there is no tokenizer at {path}: expected tokenizer.json or tokenizer.model, which transformers' "
+        "AutoTokenizer.from_pretrained(...).save_pretrained(DIRECTORY) writes for other kinds"
+    )
+
+
+def control_tokens(folder: Path) -> ControlTokens:
+    """BOS and EOS of a directory, by ``tokenizer_config.json``, else by ``special_tokens_map.json``."""
+    settings = _settings(folder / "special_tokens_map.json") | {
+        name: value for name, value in _settings(folder / _CONFIG).items() if value is not None
+    }
+    bos, eos = (settings.get(name) for name in ("bos_token", "eos_token"))
+    return ControlTokens(*(token.get("content") if isinstance(token, dict) else token for token in (bos, eos)))
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}; fix it or remove it") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is not a JSON object: fix it or remove it")
+    return settings
 
 
 def gives_back(tokenizer: Tokenizer) -> bool:
@@ -210,11 +325,26 @@ def digest(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.path.read_bytes()).hexdigest()
 
 
+def identity(tokenizer: Tokenizer) -> list[Any]:
+    """[hash, BOS, EOS]: equal for tokenizers that write the same tokens."""
+    return [digest(tokenizer), tokenizer.bos_id, tokenizer.eos_id]
+
+
 def copy(tokenizer: Tokenizer, folder: Path) -> None:
-    """Copy the defining file to a directory, under the name that ``load`` expects."""
+    """Copy a tokenizer to a directory, under the names that ``load`` expects, with its chat template.
+
+    ``tokenizer_config.json`` of the copy names BOS and EOS.
+    """
     name = "tokenizer.model" if tokenizer.path.suffix == ".model" else "tokenizer.json"
-    if tokenizer.path.resolve() != (folder / name).resolve():
-        shutil.copyfile(tokenizer.path, folder / name)
+    if tokenizer.path.resolve() == (folder / name).resolve():
+        return
+    shutil.copyfile(tokenizer.path, folder / name)
+    settings = _settings(tokenizer.path.parent / _CONFIG)
+    settings |= {"bos_token": tokenizer.token(tokenizer.bos_id), "eos_token": tokenizer.token(tokenizer.eos_id)}
+    write_atomically(folder / _CONFIG, json.dumps(settings, indent=1))
+    template = tokenizer.path.with_name(CHAT_TEMPLATE)
+    if template.is_file():
+        shutil.copyfile(template, folder / CHAT_TEMPLATE)
 
 
 def train(texts: Iterable[str], path: Path, vocab_size: int, seed: int = 0, kind: str = "unigram") -> Tokenizer:
@@ -249,10 +379,10 @@ def train(texts: Iterable[str], path: Path, vocab_size: int, seed: int = 0, kind
             )
     except (RuntimeError, OSError) as error:
         partial.unlink(missing_ok=True)
-        reason = str(error).replace("\n", " ").rsplit("] ", 1)[-1]
+        reason = str(error).replace("\n", " ").rsplit("] ", 1)[-1].strip() or "it has no usable line"
         raise UserError(
             f"a tokenizer of {vocab_size} pieces cannot be trained on this text ({reason}): "
             "give more text or lower data.vocab_size"
         ) from error
     partial.replace(path)
-    return SentencePieceTokenizer(path)
+    return SentencePieceTokenizer(path, ControlTokens())

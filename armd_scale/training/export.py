@@ -125,7 +125,8 @@ def to_training(model_dir: Path, config: RunConfig) -> Path:
     tokenizer = tokenizers.load(model_dir, source.vocab_size)
     if config.data.tokenizer is None:
         raise UserError(f"data.tokenizer is not set, so the run would train its own: set data.tokenizer={model_dir}")
-    if tokenizers.digest(tokenizers.load(config.data.tokenizer)) != tokenizers.digest(tokenizer):
+    given = tokenizers.load(config.data.tokenizer, bos=config.data.bos_token, eos=config.data.eos_token)
+    if tokenizers.identity(given) != tokenizers.identity(tokenizer):
         raise UserError(f"{config.data.tokenizer} is not the model's tokenizer: set data.tokenizer={model_dir}")
     full = configs.with_vocabulary(config, source.vocab_size, source.bos_id)
     for name, value in vars(standalone_config(full.model, source.eos_id)).items():
