@@ -283,7 +283,8 @@ def _changed_files(config: RunConfig, before: dict[str, Any], check: sources.Che
             if file not in recorded:
                 changed.append(f"{file} is new")
             elif not sources.unchanged(recorded[file], now, check):
-                changed.append(f"{file} has changed; data.check_text=size accepts a copy with another time")
+                hint = "; data.check_text=size accepts a copy" if recorded[file][1] == now[1] else ""
+                changed.append(f"{file} has changed{hint}")
     return changed
 
 

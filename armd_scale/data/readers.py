@@ -33,7 +33,7 @@ class Part(NamedTuple):
     stop: int
     size: int
     """Approximate size on disk in bytes."""
-    kind: str = "txt"
+    kind: str
     """Fields of the ``Format`` of the file."""
     packing: str = ""
 
@@ -85,7 +85,7 @@ def parts(names: Iterable[str], fields: Fields = FIELDS) -> Iterator[Part]:
     """The parts of files, in order. The parts depend on the files and on the kind of documents of a txt file only."""
     for name in names:
         if name == BUILTIN:
-            yield Part(name, 0, -1, 0)
+            yield Part(name, 0, -1, 0, "txt")
             continue
         format_ = sources.format_of(name)
         if format_ == Format("parquet"):

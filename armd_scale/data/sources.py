@@ -202,8 +202,11 @@ def open_file(file: str) -> IO[bytes]:
     """Open a file or a URL."""
     if not is_remote(file):
         return open(file, "rb", buffering=1 << 20)
+    system, path = _system(file)
     # The files of some file systems have a ``readline`` without a limit.
-    return io.BufferedReader(_ask(file, lambda: fsspec.open(file, "rb").open()), 1 << 20)
+    reader = io.BufferedReader(_ask(file, lambda: system.open(path, "rb")), 1 << 20)
+    reader.system = system  # type: ignore[attr-defined]  # a zip closes when its file system is collected
+    return reader
 
 
 def unpack(file: IO[bytes], packing: str) -> IO[bytes]:

@@ -321,7 +321,7 @@ def test_tar_files_urls_and_row_groups(tmp_path):
     assert sum(part.stop - part.start for part in parts) == 10
     records = [record for part in parts for record in readers.read(part)]
     assert [record.text for record in records] == [f"row {n}" if n % 7 else "" for n in range(1000)]
-    halves = [readers.Part(str(tmp_path / "x.parquet"), a, b, 1) for a, b in ((0, 4), (4, 10))]
+    halves = [readers.Part(str(tmp_path / "x.parquet"), a, b, 1, "parquet") for a, b in ((0, 4), (4, 10))]
     assert [record for part in halves for record in readers.read(part)] == records
 
 
@@ -464,7 +464,7 @@ def test_text_that_has_changed_is_noticed(tmp_path, prose):
     index = prepare(config)
     with open(prose, "a") as file:
         file.write('{"text": "one more"}\n')
-    with pytest.raises(UserError, match=r"\(text\)"):
+    with pytest.raises(UserError, match=r"prose.jsonl has changed"):
         prepare(config)
     Path(prose).unlink()  # the shards are enough once they are there
     assert prepare(config) == index
