@@ -202,7 +202,9 @@ def test_columns_of_one_name(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
     with pytest.raises(UserError, match="2 columns named 'text'"):
         list(readers.documents([str(tmp_path / "x.parquet")]))
-    other = pyarrow.Table.from_arrays([pyarrow.array([1]), pyarrow.array([2]), pyarrow.array(["c"])], ["n", "n", "text"])
+    other = pyarrow.Table.from_arrays(
+        [pyarrow.array([1]), pyarrow.array([2]), pyarrow.array(["c"])], ["n", "n", "text"]
+    )
     pyarrow.parquet.write_table(other, tmp_path / "y.parquet")
     assert list(readers.documents([str(tmp_path / "y.parquet")])) == ["c"]
 

@@ -172,7 +172,7 @@ def test_pieces_of_a_file_hold_every_line_once(tmp_path_factory, lines, size):
     path = tmp_path_factory.mktemp("p") / "x.jsonl"
     path.write_bytes(b"\n".join(lines))
     whole = path.stat().st_size
-    parts = [readers.Part(str(path), start, min(start + size, whole), size) for start in range(0, whole, size)]
+    parts = [readers.Part(str(path), start, min(start + size, whole), size, "jsonl") for start in range(0, whole, size)]
     with path.open("rb") as file:
         found = [line for part in parts for _, line in readers._range(file, part)]
     assert b"".join(found) == path.read_bytes()
