@@ -17,11 +17,18 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from armd_scale import config_syntax
 from armd_scale.errors import UserError
 from armd_scale.files import write_atomically
 from armd_scale.run_directory import RunDirectory
@@ -40,8 +47,17 @@ MOST = 10**9
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+_SWITCHES = {"yes": True, "on": True, "no": False, "off": False}
 TRAINING_ONLY = "training only"
 """Marks a field of ``ModelConfig`` that the exported model does not need."""
+
+
+def _leaves(annotation: Any) -> set[Any]:
+    """The types that an annotation is composed of."""
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) in (Annotated, Literal):
+        arguments = arguments[:1] if typing.get_origin(annotation) is Annotated else ()
+    return {leaf for argument in arguments for leaf in _leaves(argument)} or {annotation}
 
 
 class Section(BaseModel):
@@ -55,6 +71,16 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_as_declared(cls, value: Any, info: ValidationInfo) -> Any:
+        """Numbers in fields of text are the text that the file spells; switches take ``yes`` and ``off`` too."""
+        assert info.field_name
+        declared = _leaves(cls.model_fields[info.field_name].annotation)
+        if declared <= {str, types.NoneType}:
+            return config_syntax.as_written(value)
+        return _SWITCHES.get(value.lower(), value) if bool in declared and isinstance(value, str) else value
 
 
 class PrefixConfig(Section):
@@ -675,20 +701,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no configuration file {path}; see configs/ for examples")
-    try:
-        tree: Any = OmegaConf.load(path)
-        if not OmegaConf.is_dict(tree) or not tree:
-            raise UserError(f"{path} is not a configuration: it must hold `section:` and `field: value` lines")
-        for override in overrides:
-            if "=" not in override or override.startswith("="):
-                raise UserError(f"override '{override}' is not of the form section.field=value")
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
-        # Not resolved: a "${...}" in a prompt or a path is text.
-        values = OmegaConf.to_container(tree, resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} cannot be read as YAML: {error}") from error
+    values = config_syntax.read(path, overrides)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
@@ -704,7 +717,7 @@ def load_run(run: RunDirectory) -> RunConfig:
 
 def save(config: RunConfig, path: str | Path) -> None:
     """Write the resolved configuration as YAML, atomically."""
-    write_atomically(Path(path), yaml.safe_dump(config.model_dump(), sort_keys=False))
+    write_atomically(Path(path), config_syntax.write(config.model_dump()))
 
 
 def with_vocabulary(config: RunConfig, vocab_size: int, bos_id: int) -> RunConfig:
@@ -729,6 +742,10 @@ def _explain(error: ValidationError) -> str:
         near = _nearest(location)
         return f"unknown key '{where}'; did you mean '{near}'?"
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "string_type" and isinstance(first["input"], bool | None):
+        message += f"; quote a word to make it text: {where}='{str(first['input']).lower()}'"
+    if first["type"] == "list_type" and isinstance(first["input"], dict):
+        message += "; give the whole list"
     if first["type"] == "value_error":
         return f"{where}: {message}" if where else message
     return f"{where} = {first['input']!r}: {message[0].lower()}{message[1:]}"

@@ -12,7 +12,6 @@ TROUBLESHOOTING = ROOT / "docs/reference/troubleshooting.md"
 PACKAGES = ("armd_scale", "data_pipeline", "launchers")
 FOREIGN = {
     "ModuleNotFoundError: No module named 'armd_scale'",  # Python
-    "cluster.environment.NCCL_IB_DISABLE = 1: input should be a valid string",  # pydantic
     "Watchdog caught collective operation timeout",  # PyTorch
 }
 """Messages of the troubleshooting page that are not texts of this project."""

@@ -17,8 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from armd_scale import config_syntax
 from armd_scale.errors import UserError, cli
 from armd_scale.files import exclusive
 
@@ -66,7 +65,7 @@ def _run(study: Any, args: argparse.Namespace) -> None:
         if not all(texts.values()):
             raise UserError(f"{args.data} must hold files train* and heldout*")
         shared["data"] |= {"text": texts["train"], "heldout_text": texts["heldout"]}
-    (out / "run.yaml").write_text(yaml.safe_dump(shared, sort_keys=False), encoding="utf-8")
+    (out / "run.yaml").write_text(config_syntax.write(shared), encoding="utf-8")
     if args.suite and not args.suite.is_dir():
         raise UserError(
             f"there is no directory {args.suite}: name the one with the zero-shot texts, or leave out --suite"

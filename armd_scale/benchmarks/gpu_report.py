@@ -42,7 +42,7 @@ version of that machine, here 3.12:
 ```sh
 pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp --platform manylinux_2_28_x86_64 \\
     --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform any -d DIR -c constraints.txt \\
-    megatron-core pydantic pydantic-core annotated-types typing-inspection einops msgpack psutil omegaconf webdataset \\
+    megatron-core pydantic pydantic-core annotated-types typing-inspection einops msgpack psutil PyYAML webdataset \\
     braceexpand zstandard submitit cloudpickle
 pip wheel --no-deps -w DIR -c constraints.txt deepspeed hjson antlr4-python3-runtime
 ```

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import yaml
 
+from armd_scale import config_syntax
 from armd_scale.errors import UserError
 from armd_scale.evaluation.likelihood import cut, units
 from armd_scale.evaluation.models import open_model
@@ -114,7 +114,7 @@ def find_judge(model: Path) -> Path:
         if own is None or run.path == own.path.resolve() or not run.exists():
             continue
         records = [record for record in run.metrics() if "heldout_left_to_right" in record]
-        settings = yaml.safe_load(run.config_path.read_text(encoding="utf-8")) or {}
+        settings = config_syntax.read(run.config_path)
         if records and settings.get("objective") == JUDGE and run.complete_checkpoints():
             scores[run.path] = records[-1]["heldout_left_to_right_bits_per_byte"]
     if not scores:

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from pydantic import Field, ValidationError
 
 from armd_scale import config as configs
+from armd_scale import config_syntax
 from armd_scale.config import Count, Objective, Positive, RunConfig, Section
 from armd_scale.data.shards import PackedDataset, fill_vocabulary
 from armd_scale.data.tokenizer import Tokenizer
@@ -99,9 +99,7 @@ def load(path: Path) -> Study:
     if not path.is_file():
         raise UserError(f"no study file {path}: see configs/fidelity/")
     try:
-        study = Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} cannot be read as YAML: {error}") from error
+        study = Study.model_validate(config_syntax.read(path))
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

@@ -25,7 +25,7 @@ from armd_scale.benchmarks import gpu_report, registry
 from armd_scale.errors import UserError
 from armd_scale.files import check_writable
 
-REQUIRED = ("torch", "transformers", "numpy", "deepspeed", "megatron.core", "omegaconf", "pydantic", "zstandard")
+REQUIRED = ("torch", "transformers", "numpy", "deepspeed", "megatron.core", "yaml", "pydantic", "zstandard")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

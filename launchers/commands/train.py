@@ -81,13 +81,12 @@ def _check(config: "RunConfig", cluster: str, args: argparse.Namespace) -> None:
 
 def _dry_run(config: "RunConfig", args: argparse.Namespace) -> None:
     """Print the resolved configuration, the plan of its layout, and the script of every job."""
-    import yaml
-
+    from armd_scale import config_syntax
     from armd_scale.planning import hardware, report
     from armd_scale.planning.plan import Planner, assume_vocabulary
     from launchers import jobs
 
-    print(yaml.safe_dump(config.model_dump(), sort_keys=False).rstrip())
+    print(config_syntax.write(config.model_dump()).rstrip())
     planner = Planner(hardware.find("h100" if config.cluster.gpus_per_node else "cpu"))
     plan = planner.plan(assume_vocabulary(config))
     print("\n" + report.table(plan, {config.parallel.recompute: plan}, config.model.vocab_size is None))

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from armd_scale import config as configs
+from armd_scale import config_syntax
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError
 from armd_scale.evaluation import study as studies
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_shipped_studies_are_valid(path, tmp_path):
     """Every run has a configuration of its own that differs from the others as it says."""
     study = studies.load(path)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(study.run))
+    (tmp_path / "run.yaml").write_text(config_syntax.write(study.run))
     made = {run: study.config(run, tmp_path, []) for run in studies.runs(study)}
     assert len({config.directory for config in made.values()}) == len(made)
     shapes = {}

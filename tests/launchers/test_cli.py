@@ -26,7 +26,7 @@ SCRIPTS = {
     "bench train": ["tools/bench.py", "train"],
     "bench gpu": ["tools/bench.py", "gpu"],
 }
-SLOW = ("torch", "pydantic", "omegaconf", "yaml", "submitit", "matplotlib")
+SLOW = ("torch", "pydantic", "yaml", "submitit", "matplotlib")
 
 
 def test_help_lists_every_command():
