@@ -465,8 +465,10 @@ class ReportConfig(Section):
     """Numbers of streams of the generated texts."""
     prompt: str = ""
     """Prompt of the generated texts."""
-    wandb: Literal["auto", "disabled"] = "auto"
-    """``auto``: log to Weights & Biases, online if ``WANDB_API_KEY`` is set, else offline in the run directory."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Weights & Biases: ``auto`` is the mode of ``WANDB_MODE``, or without it ``online`` after ``wandb login`` or with
+    ``WANDB_API_KEY``, else ``offline``. Offline runs, and those that cannot reach the server, are recorded in the run
+    directory."""
 
 
 class StageConfig(Section):

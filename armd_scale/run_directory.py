@@ -137,6 +137,11 @@ class RunDirectory:
         lines = self.metrics_path.read_text(encoding="utf-8").split("\n")[:-1]
         return [json.loads(line) for line in lines]
 
+    @property
+    def wandb(self) -> Path:
+        """Runs of Weights & Biases, one directory for each job."""
+        return self.path / "wandb"
+
     def heartbeat_path(self, rank: int) -> Path:
         """Where a rank is and how far it has come."""
         return self.path / "heartbeats" / f"{_rank(rank)}.json"

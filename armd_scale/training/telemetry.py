@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections import deque
@@ -121,8 +122,7 @@ class Telemetry:
         if not active:
             return
         self.rewind(first_step)
-        if config.report.wandb == "auto":
-            self._wandb = _start_wandb(config)
+        self._wandb = _start_wandb(config)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record, which must hold ``step``."""
@@ -156,18 +156,56 @@ class Telemetry:
 
 
 def _start_wandb(config: RunConfig) -> Any:
-    """A wandb run: online with a key, else offline in the run directory; None if wandb does not start."""
+    """A wandb run in the mode of ``report.wandb``; None if wandb is disabled or does not start."""
+    mode = wandb_mode(config)
+    if mode == "disabled":
+        return None
     try:
         import wandb
 
-        return wandb.init(
-            project="armd_scale",
-            name=config.name,
-            dir=str(config.directory),
-            config=config.model_dump(),
-            mode="online" if os.environ.get("WANDB_API_KEY") else "offline",
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        if mode == "auto":
+            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+        try:
+            return _init(config, mode)
+        except wandb.Error as error:
+            if mode != "online":
+                raise
+            log.warning("wandb is not reachable, the run is recorded offline (wandb sync uploads it): %s", error)
+            wandb.teardown()
+            return _init(config, "offline")
     except Exception as error:
         log.warning("wandb is not available, training continues without it: %s", error)
         return None
+
+
+def wandb_mode(config: RunConfig) -> str:
+    """``report.wandb``, where ``auto`` is the mode of ``WANDB_MODE``."""
+    if config.report.wandb != "auto":
+        return config.report.wandb
+    mode = os.environ.get("WANDB_MODE", "auto").lower()
+    return {"dryrun": "offline", "run": "online"}.get(mode, mode)  # older names
+
+
+def _init(config: RunConfig, mode: str) -> Any:
+    """Start wandb; variables of wandb's such as ``WANDB_PROJECT`` count first, and every job of a run has its id."""
+    import wandb
+
+    wanted = {"project": "armd_scale", "name": config.name, "id": _wandb_id(config.run_directory)}
+    return wandb.init(
+        **{name: value for name, value in wanted.items() if not os.environ.get(_WANDB_VARIABLES[name])},
+        resume="allow",
+        dir=str(config.directory),
+        config=config.model_dump(),
+        mode=mode,
+        settings=wandb.Settings(silent=True, console="off", init_timeout=_WANDB_SECONDS),
+    )
+
+
+_WANDB_VARIABLES = {"project": "WANDB_PROJECT", "name": "WANDB_NAME", "id": "WANDB_RUN_ID"}
+_WANDB_SECONDS = 30.0  # to reach the server
+
+
+def _wandb_id(run: RunDirectory) -> str | None:
+    """The id of the wandb run of earlier jobs; None for the first job."""
+    ids = [re.fullmatch(r"(?:offline-)?run-(\d{8}_\d{6})-(.+)", path.name) for path in run.wandb.glob("*run-*")]
+    return max(((found[1], found[2]) for found in ids if found), default=("", None))[1]

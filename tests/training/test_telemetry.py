@@ -4,6 +4,8 @@ import errno
 import json
 import random
 
+import pytest
+
 from armd_scale import logs
 from armd_scale.config import RunConfig
 from armd_scale.run_directory import RunDirectory
@@ -52,3 +54,44 @@ def test_training_goes_on_without_wandb(tmp_path, capsys):
     writer.close()
     assert [record["step"] for record in RunDirectory(tmp_path).metrics()] == [1, 2]
     assert capsys.readouterr().out.count("the network is gone") == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "variable", "mode"),
+    [
+        ("auto", None, "offline"),
+        ("auto", "disabled", None),
+        ("auto", "DRYRUN", "offline"),
+        ("offline", "online", "offline"),
+        ("disabled", "online", None),
+    ],
+)
+def test_the_mode_of_wandb(tmp_path, monkeypatch, field, variable, mode):
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", variable) if variable else monkeypatch.delenv("WANDB_MODE", raising=False)
+    config = RunConfig.model_validate({"run_dir": str(tmp_path), "report": {"wandb": field}})
+    monkeypatch.setattr(telemetry, "_init", lambda _config, mode: mode)
+    assert telemetry._start_wandb(config) == mode
+
+
+def test_a_server_of_wandb_that_cannot_be_reached(tmp_path, monkeypatch, capsys):
+    """The run is recorded offline; later jobs continue it under the same id, with the project of the environment."""
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(telemetry, "_WANDB_SECONDS", 1.0)
+    logs.configure(0)
+    config = RunConfig.model_validate({"run_dir": str(tmp_path), "name": "x"})
+    ids = []
+    for step in (1, 2):
+        writer = telemetry.Telemetry(config, active=True, first_step=0)
+        writer.write({"step": step})
+        ids.append((writer._wandb.id, writer._wandb.project, writer._wandb.name))
+        writer.close()
+        monkeypatch.setenv("WANDB_MODE", "offline")
+    assert ids[0] == ids[1]
+    assert ids[0][1:] == ("mine", "x")
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+    assert capsys.readouterr().out.count("wandb is not reachable") == 1
