@@ -374,6 +374,9 @@ class TrainConfig(Section):
 
     steps: Positive = 400_000
     """Steps of the base training; ``orders.strided_steps`` are additional."""
+    schedule_from: Positive | None = None
+    """Step of a checkpoint from which a changed number of steps may change the phase or the learning rate; null: such
+    a change is refused."""
     global_batch: Positive = 512
     """Sequences of an optimiser step over all ranks and micro-batches."""
     micro_batch: Positive = 8

@@ -16,7 +16,7 @@ from armd_scale import logs
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError
 from armd_scale.files import write_atomically
-from armd_scale.training import manifest
+from armd_scale.training import manifest, schedules
 from armd_scale.training.telemetry import MetricsReader, environment
 from launchers import jobs, restart, status
 
@@ -207,6 +207,8 @@ def _prepare_folder(config: RunConfig) -> None:
     newest = manifest.readable(run)
     if newest:
         manifest.check_identity(newest, config)
+        state = manifest.read(newest)
+        schedules.check(state.get("state", {}).get("schedule", {}), config, state["step"])
     try:
         configs.save(config, run.config_path)
         write_atomically(run.environment_path, json.dumps(environment(), indent=1) + "\n")

@@ -111,6 +111,8 @@ class _Trainer:
             facts = checkpoint.load(self.engine, source)
             self.step, state = facts["step"], facts["state"]
             self.updates = facts["updates"]
+            for line in schedules.check(state.get("schedule", {}), self.config, self.step):
+                log.info("the schedule changes: %s", line)
             log.info("resumed from %s", source)
         self.losses: list[float] = state.get("losses", [])  # of applied steps since the last record
         self.spikes = Spikes(self.config.train.spike_nats, state)
@@ -281,6 +283,7 @@ class _Trainer:
         """Start writing a checkpoint of the current step."""
         state = {
             "identity": identity(self.config),
+            "schedule": schedules.fields(self.config),
             "samples": self.step * self.config.train.global_batch,
             "losses": self.losses,
             **self.samples.state(),

@@ -186,11 +186,11 @@ def wandb_mode(config: RunConfig) -> str:
     return {"dryrun": "offline", "run": "online"}.get(mode, mode)  # older names
 
 
-def _init(config: RunConfig, mode: str) -> Any:
+def _init(config: RunConfig, mode: Any) -> Any:
     """Start wandb; variables of wandb's such as ``WANDB_PROJECT`` count first, and every job of a run has its id."""
     import wandb
 
-    wanted = {"project": "armd_scale", "name": config.name, "id": _wandb_id(config.run_directory)}
+    wanted: dict[str, Any] = {"project": "armd_scale", "name": config.name, "id": _wandb_id(config.run_directory)}
     return wandb.init(
         **{name: value for name, value in wanted.items() if not os.environ.get(_WANDB_VARIABLES[name])},
         resume="allow",

@@ -1,8 +1,11 @@
-"""The learning rate."""
+"""The learning rate, and changes of the schedule."""
+
+import json
 
 import pytest
 
 from armd_scale import config as configs
+from armd_scale.errors import UserError
 from armd_scale.training import schedules
 
 
@@ -15,3 +18,67 @@ def test_learning_rate():
     assert rates[8] == pytest.approx(0.55)
     constant = options.model_copy(update={"schedule": "constant"})
     assert schedules.learning_rate(10**6, constant, 12) == 1.0
+
+
+RUN = {
+    "train": {"steps": 100},
+    "orders": {"ar_steps": 10, "permutation_steps": 50, "rho": 4, "strided_steps": 20},
+    "optimizer": {"warmup_steps": 5},
+}
+
+
+def changed(before, after, step):
+    """The lines of a resume from ``step`` with ``after`` of a run with ``before``."""
+
+    def config(changes):
+        sections = {name: {**RUN.get(name, {}), **changes.get(name, {})} for name in {*RUN, *changes} - {"objective"}}
+        return configs.RunConfig.model_validate({**sections, "objective": changes.get("objective", "armd")})
+
+    saved = json.loads(json.dumps(schedules.fields(config(before))))
+    return schedules.check(saved, config({**before, **after}), step)
+
+
+COSINE = {"optimizer": {"schedule": "cosine"}}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "step", "jump"),
+    [
+        ({}, {"train": {"steps": 200}}, 120, "the phase was strided and becomes permutation, 4 tokens shuffled"),
+        (COSINE, {"orders": {"strided_steps": 100}}, 120, "the learning rate was 3.01e-05 and becomes"),
+        (COSINE, {"train": {"steps": 200}}, 60, "the learning rate was"),
+        ({"objective": "ar", **COSINE}, {"train": {"steps": 200}}, 100, "the learning rate was"),
+        ({}, {"orders": {"ar_steps": 80, "permutation_steps": 90}}, 60, "becomes left-to-right"),
+        ({}, {"optimizer": {"warmup_steps": 1000}}, 60, "the learning rate was 0.0003 and becomes 1.8e-05"),
+    ],
+)
+def test_a_schedule_that_jumps_is_refused(before, after, step, jump):
+    with pytest.raises(UserError, match=f"train.schedule_from={step}$") as error:
+        changed(before, after, step)
+    assert jump in str(error.value)
+    accepted = {**after, "train": {**after.get("train", {}), "schedule_from": step}}
+    assert changed(before, accepted, step)
+    with pytest.raises(UserError):
+        changed(before, accepted, step - 1)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "step", "lines"),
+    [
+        ({}, {}, 60, []),
+        ({}, {"train": {"steps": 200}}, 60, ["train.steps = 200 (before: 100)"]),
+        ({}, {"orders": {"strided_steps": 100}}, 120, ["orders.strided_steps = 100 (before: 20)"]),
+        ({"orders": {"strided_steps": 0}}, {"orders": {"strided_steps": 9}}, 100,
+         ["orders.strided_steps = 9 (before: 0)"]),
+        ({}, {"optimizer": {"lr": 1e-4}}, 60, ["optimizer.lr = 0.0001 (before: 0.0003)"]),
+        ({}, {"orders": {"streams": [8]}}, 110, ["orders.streams = [8] (before: [1, 2, 4])"]),
+        ({"objective": "mdm"}, {"orders": {"ar_steps": 20}}, 60, []),
+        (COSINE, {"train": {"steps": 200}}, 0, ["train.steps = 200 (before: 100)"]),
+    ],
+)  # fmt: skip
+def test_changes_of_the_schedule_are_named(before, after, step, lines):
+    assert changed(before, after, step) == lines
+
+
+def test_a_checkpoint_without_a_schedule():
+    assert schedules.check({}, configs.RunConfig(), 100) == []
