@@ -27,18 +27,23 @@ def sample(files: Iterable[str], fields: Fields = FIELDS, rule: holdout.Rule = h
     """Paragraphs from all files, about ``_SAMPLE`` characters, without the held-out text of ``rule``.
 
     A part of a file gives text in proportion to its size; of a file that is read as a whole, its begin is used. Long
-    paragraphs are cut.
+    paragraphs are cut. Raises ``UserError`` if there is no text, with the problem of the first record.
     """
+    problem, found = "", False
     for part, budget in _budgets(list(readers.parts(files, fields))):
         for record in readers.read(part, fields):
             text = rule.split(record.text)[0][:budget] if not record.problem else ""
             budget -= len(text)
+            problem = problem or f"{record.place} {record.problem}" * bool(record.problem)
             for paragraph in text.split("\n\n"):
                 if paragraph.strip():
+                    found = True
                     for at in range(0, len(paragraph), _LONGEST_PIECE):
                         yield paragraph[at : at + _LONGEST_PIECE] + "\n"
             if not budget:
                 break
+    if not found:
+        raise UserError(f"there is no text to train a tokenizer on: {problem or 'all documents are empty'}")
 
 
 def _budgets(parts: list[Part]) -> Iterator[tuple[Part, int]]:

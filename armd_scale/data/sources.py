@@ -8,6 +8,7 @@ A source is a file, a directory, a glob or a URL that fsspec opens.
 """
 
 import bz2
+import contextlib
 import glob
 import gzip
 import io
@@ -37,6 +38,7 @@ _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json",
 """Files that Hugging Face datasets writes beside the data."""
 _KNOWN = "txt, jsonl, json, parquet and tar, also compressed with gz, zst, bz2 or xz"
 _HEAD = 1 << 16  # bytes that decide the format of a file
+_POINTER, _LARGEST_POINTER = b"version https://git-lfs.github.com/spec/", 1024
 _WINDOW = 1 << 31  # zstd --long=31
 
 Check = Literal["size", "mtime", "sha256"]
@@ -124,8 +126,13 @@ def can_seek(file: str) -> bool:
 
 
 def format_of(file: str) -> Format:
-    """Format of a file: by its name, or by its content if the name is unknown or ends in json."""
+    """Format of a file: by its name, or by its content if the name is unknown or ends in json.
+
+    Raises ``UserError`` for binary files of unknown formats and for pointers of Git LFS.
+    """
     named = _by_name(file)
+    if _is_pointer(file):
+        raise UserError(f"{file} is a pointer of Git LFS to a file that is not here: run git lfs pull")
     if named and named.kind != "json":
         return named
     packing = named.packing if named else None
@@ -136,7 +143,18 @@ def format_of(file: str) -> Format:
     if packing:
         with open_file(file) as raw:
             head = unpack(raw, packing).read(_HEAD)
-    return Format(_sniff(head, bool(named)), packing)
+    kind = _sniff(head, bool(named))
+    if kind == "txt" and b"\0" in head:
+        raise UserError(f"{file} is binary, in no known format: convert it to one of {_KNOWN}")
+    return Format(kind, packing)
+
+
+def _is_pointer(file: str) -> bool:
+    if is_remote(file):
+        return False
+    with contextlib.suppress(OSError), open_file(file) as raw:
+        return os.path.getsize(file) < _LARGEST_POINTER and raw.read(len(_POINTER)) == _POINTER
+    return False
 
 
 def known(name: str) -> Format | None:

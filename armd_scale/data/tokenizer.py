@@ -347,6 +347,16 @@ def copy(tokenizer: Tokenizer, folder: Path) -> None:
         shutil.copyfile(template, folder / CHAT_TEMPLATE)
 
 
+def _advice(error: Exception) -> str:
+    """What to do, by the reason that sentencepiece gives."""
+    reason = " ".join(str(error).split()).rsplit("] ", 1)[-1] or "it has no usable line"
+    if most := re.search(r"size too high .* <= (\d+)", reason):
+        return f"it gives at most {most[1]}; give more text or lower data.vocab_size"
+    if least := re.search(r"required_chars\. \d+ vs (\d+)", reason):
+        return f"its characters alone are {least[1]}; raise data.vocab_size"
+    return f"{reason}; give more text or change data.vocab_size"
+
+
 def train(texts: Iterable[str], path: Path, vocab_size: int, seed: int = 0, kind: str = "unigram") -> Tokenizer:
     """Train a sentencepiece model (``unigram`` or ``bpe``) on texts and write it to ``path``.
 
@@ -379,10 +389,8 @@ def train(texts: Iterable[str], path: Path, vocab_size: int, seed: int = 0, kind
             )
     except (RuntimeError, OSError) as error:
         partial.unlink(missing_ok=True)
-        reason = str(error).replace("\n", " ").rsplit("] ", 1)[-1].strip() or "it has no usable line"
         raise UserError(
-            f"a tokenizer of {vocab_size} pieces cannot be trained on this text ({reason}): "
-            "give more text or lower data.vocab_size"
+            f"a tokenizer of {vocab_size} pieces cannot be trained on this text: {_advice(error)}"
         ) from error
     partial.replace(path)
     return SentencePieceTokenizer(path, ControlTokens())

@@ -255,3 +255,18 @@ def test_a_long_window_of_zst(tmp_path):
     settings = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
     (tmp_path / "x.jsonl.zst").write_bytes(zstandard.ZstdCompressor(compression_params=settings).compress(content))
     assert sum(1 for _ in readers.documents([str(tmp_path / "x.jsonl.zst")])) == 20_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("x.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n", "run git lfs pull"),
+        ("x.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n", "run git lfs pull"),
+        ("x.arrow", b"ARROW1\0\0" + bytes(100), "is binary, in no known format"),
+        ("x.zip", b"PK\x03\x04" + bytes(100), "is binary, in no known format"),
+    ],
+)
+def test_files_that_hold_no_text(tmp_path, name, content, line):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=line):
+        sources.format_of(str(tmp_path / name))

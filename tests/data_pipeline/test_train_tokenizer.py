@@ -3,6 +3,7 @@
 import pytest
 
 from armd_scale.data import tokenizer as tokenizers
+from armd_scale.errors import UserError
 from data_pipeline import holdout, train_tokenizer
 
 
@@ -45,3 +46,27 @@ def test_a_text_without_blank_lines(tmp_path):
     lines = train_tokenizer.sample([f"{tmp_path}/greek.txt", f"{tmp_path}/latin.txt"])
     tokenizer = tokenizers.train(lines, tmp_path / "t.model", 300)
     assert len(tokenizer.encode(greek)) < 12
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b'{"content": "a"}\n', "x.jsonl line 1 .*text"),
+        (b"<html>404 Not Found</html>\n", "x.jsonl line 1"),
+        ("\u00e9\n".encode("latin-1"), "x.jsonl line 1 "),
+        (b'{"text": "  "}\n', "all documents are empty"),
+        (b"", "all documents are empty"),
+    ],
+)
+def test_files_without_usable_text(tmp_path, content, line):
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=f"there is no text to train a tokenizer on: .*{line}"):
+        list(train_tokenizer.sample([str(tmp_path / "x.jsonl")]))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "line"), [(5000, r"it gives at most \d+; give more text"), (260, r"alone are \d+; raise")]
+)
+def test_a_vocabulary_that_does_not_fit_the_text(tmp_path, pieces, line):
+    with pytest.raises(UserError, match=line):
+        tokenizers.train(["the cat sat on the mat\n"] * 9, tmp_path / "t.model", pieces)
