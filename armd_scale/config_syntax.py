@@ -107,6 +107,7 @@ def read(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
         if not equals or not all(keys):
             raise UserError(f"override '{override}' is not of the form section.field=value")
         try:
+            override.encode("utf-8")  # an argument of other bytes holds lone surrogates
             _set(tree, keys, _value(value))
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"override '{override}' cannot be read: {_line(error)}") from error

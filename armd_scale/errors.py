@@ -5,7 +5,9 @@
 - ``cli``: runs a command line; a ``UserError`` becomes a line on stderr and exit code 2.
 """
 
+import codecs
 import errno
+import locale
 import os
 import sys
 from collections.abc import Callable
@@ -39,7 +41,12 @@ def is_permanent(error: BaseException) -> bool:
 
 
 def cli(main: Callable[[], int | None]) -> NoReturn:
-    """Run ``main`` as a program and exit: 0 (or its result), 2 on bad input, 130 when interrupted."""
+    """Run ``main`` as a program and exit: 0 (or its result), 2 on bad input, 130 when interrupted.
+
+    In a locale without UTF-8 the program starts again in UTF-8, as libraries read their files in the locale's encoding.
+    """
+    if codecs.lookup(locale.getpreferredencoding(False)).name != "utf-8":
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "PYTHONUTF8": "1"})
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:

@@ -33,6 +33,7 @@ _PACKAGES = ("armd_scale", "data_pipeline", "launchers")
 _ENVIRONMENT = {
     "PYTHONSAFEPATH": "1",  # import from the snapshot, not from the working directory
     "PYTHONUNBUFFERED": "1",
+    "PYTHONUTF8": "1",  # torch reads its own files in the encoding of the locale
     "TOKENIZERS_PARALLELISM": "false",
     "NCCL_DEBUG": "WARN",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a lost peer raises an error

@@ -96,6 +96,7 @@ def test_fields(file, overrides, name, value):
         ("train.steps=1e9999", "too large"),
         ("train..steps=1", "not of the form"),
         ("train.steps=1.5", "train.steps = 1.5"),
+        ("report.prompt=\udce9", "cannot be read"),
         ("train.steps=12:30", "train.steps = '12:30'"),
     ],
 )

@@ -1,6 +1,7 @@
 """The command ``armd``: its help, its errors, and the scripts that stand for its sub-commands."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -169,3 +170,11 @@ def test_prepare_and_inspect(tmp_path):
     done = run_armd("inspect", tmp_path / "run/data", "--samples", 1)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("every shard has its size and SHA-256") == 2
+
+
+def test_a_locale_without_utf8():
+    settings = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "launchers.cli", "train", "--config", "\u00e9.yaml"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, env={**os.environ, **settings})
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "there is no configuration file \u00e9.yaml" in done.stderr
