@@ -224,20 +224,17 @@ class Network(nn.Module):
 
         ``std``: standard deviation of the projections (``model.init_std``).
         """
-        residual = std / math.sqrt(2 * self.config.layers)
         if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=std)
+            residual = any(module in (layer.attention.output, layer.mlp["down"]) for layer in self.layers)
+            nn.init.normal_(module.weight, std=std / math.sqrt(2 * self.config.layers) if residual else std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, _Norm):
             nn.init.ones_(module.weight)
         elif isinstance(module, _Attention):
-            nn.init.normal_(module.output.weight, std=residual)
             for scale in (module.query_norm, module.key_norm):
                 if scale is not None:
                     nn.init.ones_(scale)
-        elif isinstance(module, _Layer):
-            nn.init.normal_(module.mlp["down"].weight, std=residual)
         elif isinstance(module, nn.ParameterDict):
             for name, parameter in module.items():
                 nn.init.normal_(parameter, std=self.config.prefix_dim**-0.5 if name == "table" else std)
