@@ -168,8 +168,9 @@ class ARMDForCausalLM(PreTrainedModel, GenerationMixin):
         """
         c, ids = self.model.config, input_ids if inputs is None else inputs
         given = self._given(generation_config, {**settings, "logits_processor": logits_processor})
-        endless = "eos_token_id" in settings and settings["eos_token_id"] is None
-        ends = () if endless else _tokens(given.pop("eos_token_id", c.eos_id))
+        ends = _tokens(given.pop("eos_token_id", c.eos_id))
+        if settings.get("eos_token_id", ends) is None:
+            ends = ()
         pad = given.pop("pad_token_id", ends[0] if ends else c.eos_id)
         copies, sampled = given.pop("num_return_sequences", 1), given.pop("do_sample", False)
         if copies > 1 and not sampled:

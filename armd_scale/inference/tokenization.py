@@ -75,9 +75,10 @@ class ARMDTokenizer(_Frame, PreTrainedTokenizer):
         changed = text.precompiled_charsmap or text.add_dummy_prefix or text.remove_extra_whitespaces
         known = kind.model_type in (kind.UNIGRAM, kind.BPE) and not kind.treat_whitespace_as_suffix
         self._by_segments = bool(not changed and known and kind.byte_fallback)  # as armd_scale.data.tokenizer decides
-        settings.setdefault("bos_token", self._processor.id_to_piece(self._processor.bos_id()))
-        settings.setdefault("eos_token", self._processor.id_to_piece(self._processor.eos_id()))
-        settings.setdefault("pad_token", settings["eos_token"])
+        for name, index in (("bos_token", self._processor.bos_id()), ("eos_token", self._processor.eos_id())):
+            if index >= 0:  # else the model has no such piece
+                settings.setdefault(name, self._processor.id_to_piece(index))
+        settings.setdefault("pad_token", settings.get("eos_token"))
         frame = _frame(settings)
         self.add_bos_token, self.add_eos_token = frame.values()
         super().__init__(**settings, **frame)
