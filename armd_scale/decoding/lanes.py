@@ -159,7 +159,9 @@ class Lanes:
         self.known = self._zeros(slots + 1).bool()
         self._free = self._zeros(slots).bool()
         self._length = self._zeros()
-        self._stop = self._zeros().bool()
+        self._ends = self._zeros(network.config.vocab_size).bool()  # tokens that end a text
+        self._first_end = self._zeros(1)  # first position at which they may be generated
+        self._holds = [False] * count  # whether that is behind the first free position
         self.known[:, 0], self.text[:, 0] = True, network.config.bos_id
         self._graphs: _Graphs | None = None
         if network.device.type == "cuda":
@@ -176,8 +178,13 @@ class Lanes:
         known, free = torch.zeros_like(text).bool(), torch.zeros_like(text).bool()
         tokens, at = torch.zeros(2, len(tasks), rows, dtype=torch.long)
         text[:, 0], known[:, 0] = self.network.config.bos_id, True
+        ends = torch.zeros(len(tasks), self.network.config.vocab_size, dtype=torch.bool)
+        first_end = torch.zeros(len(tasks), 1, dtype=torch.long)
         for row, (lane, task) in enumerate(tasks.items()):
             self.sampler.set(lane, task.decoding)
+            ends[row, list(task.decoding.ends(self.network.config.eos_id))] = True
+            held = sorted(task.order)[: task.decoding.min_tokens]
+            first_end[row], self._holds[lane] = max(held, default=0) + 1, bool(held) and task.decoding.stop
             given = torch.tensor(task.given, dtype=torch.long)
             at[row, : len(given)] = given
             tokens[row, : len(given)] = text[row, given] = torch.tensor(task.tokens, dtype=torch.long)[given - 1]
@@ -188,7 +195,7 @@ class Lanes:
         self.text[lanes], self.known[lanes] = text.to(device), known.to(device)
         self._free[lanes] = free[:, :-1].to(device)
         self._length[lanes] = torch.tensor([len(task.tokens) for task in tasks.values()], device=device)
-        self._stop[lanes] = torch.tensor([task.decoding.stop for task in tasks.values()], device=device)
+        self._ends[lanes], self._first_end[lanes] = ends.to(device), first_end.to(device)
         self.cache.prefix[lanes], self.cache.rows[lanes] = 0, 0
         if rows and self.cached:
             self.network.prefill(tokens.to(device), at.to(device), (at > 0).to(device), self.cache, lanes)
@@ -197,17 +204,17 @@ class Lanes:
 
     def release(self, lane: int) -> None:
         """Free a lane; it idles until the next ``admit``."""
-        self._length[lane] = 0
+        self._length[lane], self._ends[lane], self._holds[lane] = 0, False, False
         self.sampler.set(lane, Decoding())
 
     def finished(self) -> Tensor:
-        """Lanes [B] whose text is complete: every position, or with ``stop`` all positions up to the first EOS."""
+        """Lanes [B] whose text is complete: every position, or with ``stop`` all positions up to the first end."""
         known = self.known[:, : self.slots]
         complete = known.long().cumprod(dim=1).sum(dim=1) - 1
         position = torch.arange(self.slots, device=known.device)
-        ends = known & self._free & (self.text[:, : self.slots] == self.network.config.eos_id)
+        ends = known & self._free & self._ends.gather(1, self.text[:, : self.slots])
         first_end = position.where(ends, self.slots).amin(dim=1)
-        return (complete >= self._length) | (self._stop & (complete >= first_end))
+        return (complete >= self._length) | (complete >= first_end)
 
     def step(self) -> Step:
         """Advance every lane by one pass."""
@@ -218,7 +225,8 @@ class Lanes:
         if self._graphs is None:
             return Step(*self._advance(*inputs))
         with torch.cuda.device(self.network.device):
-            return Step(*self._graphs.run(self._advance, inputs, (*self.sampler.kinds, self.sampler.draft)))
+            kind = (*self.sampler.kinds, self.sampler.draft, any(self._holds))
+            return Step(*self._graphs.run(self._advance, inputs, kind))
 
     def _start(self, lane: int, one: Task, last: int) -> None:
         """Set up a lane. All given tokens but the token at position ``last`` (0: BOS) are in the cache."""
@@ -227,6 +235,14 @@ class Lanes:
     def _advance(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """A step on the device -> positions and tokens [B, T] written."""
         raise NotImplementedError
+
+    def _predict(self, hidden: Tensor, at: Tensor) -> Tensor:
+        """Logits of activations [B, T, d] at positions [B, T]: no text ends before it has ``min_tokens``."""
+        logits = self.network.predict(hidden)
+        if not any(self._holds):
+            return logits
+        early = (at < self._first_end)[..., None] & self._ends[:, None]
+        return logits.masked_fill(early, float("-inf"))
 
     def _known_targets(self, targets: Tensor) -> Tensor:
         """Slots [B, M] with rows of G: known positions and ``targets`` [B, T]; slot 0 if there are none."""
@@ -289,7 +305,7 @@ class Strided(Lanes, name="strided"):
         seen = self.known[:, None, : self.slots]
         sight = Sight(seen, seen, self._known_targets(targets)[:, None])
         hidden = self.network.step(self.text.gather(1, at), at, targets, self.cache, keep, sight)
-        tokens = self.sampler.draw(self.network.predict(hidden), self._uniform.gather(1, targets))
+        tokens = self.sampler.draw(self._predict(hidden, targets), self._uniform.gather(1, targets))
         self._write(targets, tokens)
         return targets, tokens
 
@@ -359,7 +375,7 @@ class Exact(Lanes, name="exact"):
         sight = Sight(seen | (rank < column[: width + 1, None]), seen | before, top | before | own)
         earlier = (column[: width + 1] <= column[:, None]) & keep[:, None]
         hidden = self.network.step(context, at, positions, self.cache, keep, sight, earlier)
-        score = self.sampler.probabilities(self.network.predict(hidden))
+        score = self.sampler.probabilities(self._predict(hidden, positions))
 
         # Accept drafted tokens, and draw the next token.
         p, q = (rows.gather(-1, tokens[..., None])[..., 0] for rows in (proposed, score[:, :width]))
@@ -407,13 +423,13 @@ class Frontier:
         """Number of positions returned."""
         self.ended = False
         self.stopped = False
-        """Whether the text ended at EOS."""
+        """Whether the text ended at EOS or another token that ends it."""
         self._free = set(task.order)
-        self._end = eos_id if task.decoding.stop else None
+        self._ends = task.decoding.ends(eos_id)
         self.push([], [])
 
     def push(self, positions: Sequence[int], tokens: Sequence[int]) -> list[int]:
-        """Add a step's tokens; returns the generated tokens that are now complete, without EOS."""
+        """Add a step's tokens; returns the generated tokens that are now complete, without the token that ends it."""
         for position, token in zip(positions, tokens, strict=True):
             if position:
                 self.tokens[position - 1] = token
@@ -422,7 +438,7 @@ class Frontier:
             token = self.tokens[self.passed]
             self.passed += 1
             if self.passed in self._free:
-                self.ended = self.stopped = token == self._end
+                self.ended = self.stopped = token in self._ends
                 fresh += [] if self.stopped else [token]
         self.ended = self.ended or self.passed == len(self.tokens)
         return fresh

@@ -11,6 +11,7 @@ Shapes: B sequences, R rows, d hidden, H query and G key heads, D head width, V 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -152,17 +153,29 @@ class Cache:
             self.prefix[lanes] = keys.transpose(1, 2) @ rows
 
 
+class _Norm(nn.Module):
+    """LayerNorm or RMSNorm, both with a scale and no bias."""
+
+    def __init__(self, config: ARMDConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden))
+        self.eps, self.centred = config.norm_eps, config.norm == "layernorm"
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return normalise(rows, self.weight, self.eps, self.centred)
+
+
 class _Attention(nn.Module):
     """Weights of an attention; the names are those of the training model."""
 
     def __init__(self, config: ARMDConfig) -> None:
         super().__init__()
         width = config.hidden // config.heads
-        self.query = _weight(config.heads * width, config.hidden, bias=config.qkv_bias)
-        self.key_value = _weight(config.kv_heads * 2 * width, config.hidden, bias=config.qkv_bias)
-        self.output = _weight(config.hidden, config.heads * width)
-        self.query_norm = nn.Parameter(torch.empty(width)) if config.qk_norm else None
-        self.key_norm = nn.Parameter(torch.empty(width)) if config.qk_norm else None
+        self.query = nn.Linear(config.hidden, config.heads * width, bias=config.qkv_bias)
+        self.key_value = nn.Linear(config.hidden, config.kv_heads * 2 * width, bias=config.qkv_bias)
+        self.output = nn.Linear(config.heads * width, config.hidden, bias=False)
+        self.query_norm = nn.Parameter(torch.ones(width)) if config.qk_norm else None
+        self.key_norm = nn.Parameter(torch.ones(width)) if config.qk_norm else None
 
 
 class _Layer(nn.Module):
@@ -170,11 +183,12 @@ class _Layer(nn.Module):
 
     def __init__(self, config: ARMDConfig) -> None:
         super().__init__()
-        self.attention_norm = _weight(config.hidden)
+        self.attention_norm = _Norm(config)
         self.attention = _Attention(config)
-        self.mlp_norm = _weight(config.hidden)
+        self.mlp_norm = _Norm(config)
         inner = config.ffn * (2 if config.mlp == "swiglu" else 1)
-        self.mlp = nn.ModuleDict({"up": _weight(inner, config.hidden), "down": _weight(config.hidden, config.ffn)})
+        up, down = nn.Linear(config.hidden, inner, bias=False), nn.Linear(config.ffn, config.hidden, bias=False)
+        self.mlp = nn.ModuleDict({"up": up, "down": down})
 
 
 class Network(nn.Module):
@@ -183,16 +197,16 @@ class Network(nn.Module):
     def __init__(self, config: ARMDConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = _weight(config.vocab_size + config.traits.mask, config.hidden)
+        self.embedding = nn.Embedding(config.vocab_size + config.traits.mask, config.hidden)
         self.layers = nn.ModuleList([_Layer(config) for _ in range(config.layers)])
-        self.norm = _weight(config.hidden)
+        self.norm = _Norm(config)
         if not config.tied_head:
-            self.head = _weight(config.vocab_size, config.hidden)
+            self.head = nn.Linear(config.hidden, config.vocab_size, bias=False)
         prefix, aggregates = {}, config.traits.streams == 2
         if aggregates and config.prefix_kernel == "learned":
-            prefix["table"] = nn.Parameter(torch.empty(config.length + 1, config.prefix_dim))
+            prefix["table"] = nn.Parameter(torch.randn(config.length + 1, config.prefix_dim))
         if aggregates and config.prefix_target_position:
-            prefix["target_projection"] = nn.Parameter(torch.empty(config.hidden, config.prefix_dim))
+            prefix["target_projection"] = nn.Parameter(torch.randn(config.hidden, config.prefix_dim))
         self.prefix = nn.ParameterDict(prefix)
         self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
@@ -204,6 +218,26 @@ class Network(nn.Module):
     def precise(self) -> torch.dtype:
         """Type of sums and probabilities: float32, or float64 for a float64 model."""
         return torch.promote_types(self.embedding.weight.dtype, torch.float32)
+
+    def initialise(self, module: nn.Module, std: float) -> None:
+        """Draw new weights of a module of this network, without those of its children, as training does.
+
+        ``std``: standard deviation of the projections (``model.init_std``).
+        """
+        if isinstance(module, nn.Linear | nn.Embedding):
+            residual = any(module in (layer.attention.output, layer.mlp["down"]) for layer in self.layers)
+            nn.init.normal_(module.weight, std=std / math.sqrt(2 * self.config.layers) if residual else std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, _Norm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, _Attention):
+            for scale in (module.query_norm, module.key_norm):
+                if scale is not None:
+                    nn.init.ones_(scale)
+        elif isinstance(module, nn.ParameterDict):
+            for name, parameter in module.items():
+                nn.init.normal_(parameter, std=self.config.prefix_dim**-0.5 if name == "table" else std)
 
     # Passes ----------------------------------------------------------------------------------------------------
 
@@ -315,8 +349,10 @@ class Network(nn.Module):
 
     def predict(self, hidden: Tensor) -> Tensor:
         """Logits of activations [..., d]."""
-        head = self.embedding.weight[: self.config.vocab_size] if self.config.tied_head else self.head.weight
-        return _linear(self._norm(hidden, self.norm), head)
+        normed = self.norm(hidden)
+        if not self.config.tied_head:
+            return _project(normed, self.head)
+        return _linear(normed, self.embedding.weight[: self.config.vocab_size])
 
     # Layers ----------------------------------------------------------------------------------------------------
 
@@ -329,7 +365,7 @@ class Network(nn.Module):
         h = torch.cat([x, g], dim=1)
         together = _together(sight, x.shape[1], g.shape[1])
         for index, layer in enumerate(self.layers):
-            normed = self._norm(h, layer.attention_norm)
+            normed = layer.attention_norm(h)
             if index >= self.config.two_stream_layers:
                 keys = self._keys(index, normed, rope_g, store)
                 attended = self._attend(layer, normed, rope_g, keys, sight.top)
@@ -350,10 +386,10 @@ class Network(nn.Module):
                     )
             h = h + attended
             if self.config.target_mlp or index >= self.config.two_stream_layers - 1:
-                h = h + self._mlp(layer, self._norm(h, layer.mlp_norm))
+                h = h + self._mlp(layer, layer.mlp_norm(h))
             else:
                 x = h[:, :context]
-                h = torch.cat([x + self._mlp(layer, self._norm(x, layer.mlp_norm)), h[:, context:]], dim=1)
+                h = torch.cat([x + self._mlp(layer, layer.mlp_norm(x)), h[:, context:]], dim=1)
         return h
 
     def _keys(self, index: int, rows: Tensor, rope: Tensor, store: Store | None) -> tuple[Tensor, Tensor]:
@@ -378,15 +414,12 @@ class Network(nn.Module):
             if mask is not None:
                 mask = (mask if mask.shape[1] == 1 else mask.repeat(1, group, 1))[:, None]
             out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask).reshape(query.shape)
-        return _linear(out.transpose(1, 2).flatten(2), layer.attention.output.weight)
+        return _project(out.transpose(1, 2).flatten(2), layer.attention.output)
 
     def _mlp(self, layer: nn.Module, rows: Tensor) -> Tensor:
-        hidden = _linear(rows, layer.mlp["up"].weight)
+        hidden = _project(rows, layer.mlp["up"])
         hidden = gate(hidden) if self.config.mlp == "swiglu" else gelu(hidden)
-        return _linear(hidden, layer.mlp["down"].weight)
-
-    def _norm(self, rows: Tensor, weight: nn.Module) -> Tensor:
-        return normalise(rows, weight.weight, self.config.norm_eps, self.config.norm == "layernorm")
+        return _project(hidden, layer.mlp["down"])
 
     def _rotate(self, heads: Tensor, rope: Tensor, scale: Tensor | None) -> Tensor:
         """Rotary embedding of heads [B, H, R, D] by tables [B, 1, R, 2, D / 2], after their norm if there is one."""
@@ -395,7 +428,7 @@ class Network(nn.Module):
         return rotate(heads, *rope.unbind(-2))
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.embedding.weight)
+        return self.embedding(tokens)
 
     def _finish_seed(self, seed: Tensor, query: Tensor, size: Tensor) -> Tensor:
         """Scale the prefix sum of targets that see ``size`` rows; add the projected target position if configured."""
@@ -442,19 +475,22 @@ def _together(sight: Sight, context: int, targets: int) -> Mask:
     return torch.cat([sight.x.expand(-1, context, -1), sight.g.expand(-1, targets, -1)], dim=1)
 
 
-def _weight(*shape: int, bias: bool = False) -> nn.Module:
-    """A module that holds a tensor named ``weight``, and with ``bias`` one more."""
-    holder = nn.Module()
-    holder.weight = nn.Parameter(torch.empty(*shape))
-    if bias:
-        holder.bias = nn.Parameter(torch.empty(shape[0]))
-    return holder
-
-
 def _project(rows: Tensor, linear: nn.Module) -> Tensor:
-    """``rows`` [..., d] through a linear that may have a bias."""
-    out = _linear(rows, linear.weight)
-    return out + linear.bias if hasattr(linear, "bias") else out
+    """``linear`` of ``rows`` [..., d]: by ``_linear`` if it is few rows on a CPU and nothing changes the module.
+
+    LoRA and quantisers replace the module or its weight, others add hooks or replace ``forward``.
+    """
+    if _is_slow(rows) and type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, Tensor):
+        own = vars(linear)
+        if not ("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]):
+            out = _linear(rows, linear.weight)
+            return out if linear.bias is None else out + linear.bias
+    return linear(rows)
+
+
+def _is_slow(rows: Tensor) -> bool:
+    """Whether the usual kernels read the weights slowly: one or two rows on a CPU, in inference."""
+    return rows.device.type == "cpu" and rows.numel() <= 2 * rows.shape[-1] and not torch.is_grad_enabled()
 
 
 def _linear(rows: Tensor, weight: Tensor) -> Tensor:
@@ -464,9 +500,9 @@ def _linear(rows: Tensor, weight: Tensor) -> Tensor:
     slowly: one row is computed as two, and on up to two threads the product is transposed
     (docs/results/cpu.md has the figures).
     """
-    count = rows.numel() // rows.shape[-1]
-    if count > 2 or rows.device.type != "cpu" or torch.is_grad_enabled():
+    if not _is_slow(rows):
         return F.linear(rows, weight)
+    count = rows.numel() // rows.shape[-1]
     pair = rows.reshape(count, -1).expand(2, -1).contiguous()
     out = (weight @ pair.t()).t() if torch.get_num_threads() <= 2 else F.linear(pair, weight)
     return out[:count].reshape(*rows.shape[:-1], -1)

@@ -46,15 +46,25 @@ class Decoding:
     """Causal diffusion: number of tokens proposed at a time after the finished text; 0: a single token."""
     confidence: float = 0.9
     """Causal diffusion: probability that the likeliest token must have for a proposed token to be accepted."""
+    stop_ids: tuple[int, ...] = ()
+    """With ``stop``: tokens that end a text; none: the model's EOS."""
+    min_tokens: int = 0
+    """With ``stop``: number of generated tokens, by position, before the text may end."""
 
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
             value = getattr(self, name)
-            whole = name in ("streams", "draft", "top_k", "steps", "block")
+            whole = name in ("streams", "draft", "top_k", "steps", "block", "min_tokens")
             number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
             if not number or not low <= value <= high:
                 limits = f"from {low} to {high:g}" if high < 2**31 else f"of at least {low}"
                 raise InputError(f"{name} must be {'a whole number' if whole else 'a number'} {limits}, not {value!r}")
+        if not all(isinstance(token, int) and token >= 0 for token in self.stop_ids):
+            raise InputError(f"stop_ids must be tokens of the vocabulary, not {list(self.stop_ids)}")
+
+    def ends(self, eos_id: int) -> tuple[int, ...]:
+        """Tokens that end a text; none without ``stop``."""
+        return (self.stop_ids or (eos_id,)) if self.stop else ()
 
     @property
     def strategy(self) -> str:
@@ -73,6 +83,7 @@ _RANGES = (
     ("steps", 0, 2**31),
     ("block", 0, 64),
     ("confidence", 0, 1),
+    ("min_tokens", 0, 2**31),
 )
 
 

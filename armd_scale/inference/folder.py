@@ -38,7 +38,7 @@ _AUTO_MAP = {
 }
 
 FILES = re.compile(
-    r"config\.json|generation_config\.json|tokenizer\.(json|model)|tokenizer_config\.json|README\.md|"
+    r"config\.json|generation_config\.json|tokenizer\.(json|model)|tokenizer_config\.json|chat_template\.jinja|README\.md|"
     r"(modeling|huggingface|tokenization)_armd\.py|__pycache__|model.*\.safetensors(\.index\.json)?"
 )
 """Names of the files of a model directory."""
@@ -146,8 +146,14 @@ def _import_lines(imports: set[Any]) -> str:
 
 
 def write_tokenizer_settings(folder: Path, length: int, bos: str, eos: str) -> None:
-    """Write ``tokenizer_config.json`` for the tokenizer file in ``folder``: BOS before each text."""
-    settings: dict[str, Any] = {
+    """Write ``tokenizer_config.json`` for the tokenizer file in ``folder``: BOS before each text.
+
+    The chat template of a ``tokenizer_config.json`` in ``folder`` is kept.
+    """
+    file = folder / "tokenizer_config.json"
+    old: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings = {name: old[name] for name in ("chat_template",) if old.get(name)}
+    settings |= {
         "bos_token": bos,
         "eos_token": eos,
         "pad_token": eos,
@@ -159,7 +165,7 @@ def write_tokenizer_settings(folder: Path, length: int, bos: str, eos: str) -> N
     name = "ARMDTokenizer" if pieces else "ARMDTokenizerFast"
     place = f"tokenization_armd.{name}"
     settings |= {"tokenizer_class": name, "auto_map": {"AutoTokenizer": [place, None] if pieces else [None, place]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def card(name: str, config: ARMDConfig, facts: dict[str, Any]) -> str:

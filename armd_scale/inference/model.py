@@ -123,14 +123,13 @@ class ARMD(Network):
     ) -> Tensor:
         """Texts that continue prompts, [B, length]; shorter texts are padded with EOS.
 
-        ``prompts``: one, or several, which may differ in length; without any, ``batch`` texts from nothing.
+        ``prompts``: one, or several, which may differ in length; without any, ``batch`` texts from nothing. A BOS at
+        the head of a prompt, as tokenizers write it, is the BOS of the text: it is returned and counts for nothing.
         ``length``: tokens of a text, prompt included (default: the model's length), or ``new_tokens`` behind each
         prompt. ``seed``: one for the batch, or one per sequence. A sequence depends on its own prompt, seed and
         ``decoding`` alone; row 0 of a batch with one seed is the sequence of that seed. Raises ``InputError``.
         """
-        rows = self._prompts(prompts, length, batch, new_tokens)
-        tasks = self.plan(rows, decoding, seed)
-        return self._filled_up(self.complete(tasks), max(map(len, rows)))
+        return self._write(self._prompts(prompts, length, batch, new_tokens), decoding, seed)
 
     def fill(
         self,
@@ -141,11 +140,28 @@ class ARMD(Network):
     ) -> Tensor:
         """Texts with their free positions (token -1) generated given all other tokens: [B, N].
 
-        The free positions are written left to right, by streams over them, or one after the other in ``order``.
-        Raises ``InputError``.
+        The free positions are written left to right, by streams over them, or one after the other in ``order``. A BOS
+        at the head of a text is returned and is position 0. Raises ``InputError``.
         """
-        tasks = self.plan(self._rows(tokens, free=True), decoding, seed, order)
-        return self._filled_up(self.complete(tasks), max(len(task.tokens) for task in tasks))
+        return self._write(self._rows(tokens, free=True, headed=True), decoding, seed, order)
+
+    def without_bos(self, tokens: Sequence[int]) -> list[int]:
+        """Tokens of a prompt without a BOS at its head: every text begins with BOS, which is not one of its tokens."""
+        return list(tokens[1:] if tokens[:1] == [self.config.bos_id] else tokens)
+
+    def _write(
+        self,
+        rows: list[list[int]],
+        decoding: Decoding | None,
+        seed: int | Sequence[int],
+        order: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Texts with their free positions generated, behind the BOS of those that have one, padded with EOS."""
+        bare = [self.without_bos(row) for row in rows]
+        heads = [row[: len(row) - len(text)] for row, text in zip(rows, bare, strict=True)]
+        texts = self.complete(self.plan(bare, decoding, seed, order))
+        headed = [torch.cat([text.new_tensor(head), text]) for head, text in zip(heads, texts, strict=True)]
+        return self._filled_up(headed, max(map(len, rows)))
 
     def plan(
         self,
@@ -190,7 +206,7 @@ class ARMD(Network):
             step += 1
 
     def complete(self, tasks: Sequence[Task]) -> list[Tensor]:
-        """The finished texts; with ``stop``, a text ends with its first generated EOS."""
+        """The finished texts; with ``stop``, a text ends with its first generated EOS or other end."""
         size = max((len(one.tokens) for one in tasks), default=0)
         text = torch.zeros(len(tasks), size + 1, dtype=torch.long)
         for row, planned in enumerate(tasks):
@@ -201,9 +217,9 @@ class ARMD(Network):
         texts = []
         for written, planned in zip(text.cpu(), tasks, strict=True):
             stop = len(planned.tokens) + 1
-            if planned.decoding.stop:
-                ends = [p for p in planned.order if written[p] == self.config.eos_id]
-                stop = min([stop, *(p + 1 for p in ends)])
+            ends = planned.decoding.ends(self.config.eos_id)
+            if ends:
+                stop = min([stop, *(p + 1 for p in planned.order if int(written[p]) in ends)])
             texts.append(written[1:stop].to(self.device))
         return texts
 
@@ -224,6 +240,8 @@ class ARMD(Network):
         """The decoding of a text with the objective's defaults. Raises ``InputError``."""
         label = self.config.traits.label
         decoding = self.objective.complete(decoding, row.count(FREE))
+        if decoding.stop_ids:
+            self._check_tokens(0, max(decoding.stop_ids))
         if not self.config.traits.any_order:
             if FREE in row and any(token != FREE for token in row[row.index(FREE) :]):
                 raise InputError(f"{label} models cannot fill gaps: leave the free tokens at the end")
@@ -271,26 +289,27 @@ class ARMD(Network):
             length = self.config.length
         if length is not None and not 1 <= length <= self.config.length:
             raise InputError(f"length {length} does not fit this model: choose 1 to {self.config.length}")
-        rows = [[] for _ in range(batch)] if prompts is None else self._rows(prompts, empty=True)
+        rows = [[] for _ in range(batch)] if prompts is None else self._rows(prompts, empty=True, headed=True)
         for row in rows:
-            size = len(row) + (new_tokens or 0) if length is None else length
+            given = len(self.without_bos(row))
+            size = given + (new_tokens or 0) if length is None else length
             if new_tokens is not None and new_tokens < 0:
                 raise InputError(f"new_tokens must be 0 or more, not {new_tokens}")
-            if len(row) > size or size > self.config.length:
+            if given > size or size > self.config.length:
                 raise InputError(
-                    f"the prompt has {len(row)} tokens but the text may have {min(size, self.config.length)}: shorten "
+                    f"the prompt has {given} tokens but the text may have {min(size, self.config.length)}: shorten "
                     f"it or change the length (this model: up to {self.config.length})"
                     if new_tokens is None
-                    else f"a prompt of {len(row)} tokens and {new_tokens} new ones do not fit this model: up to "
+                    else f"a prompt of {given} tokens and {new_tokens} new ones do not fit this model: up to "
                     f"{self.config.length} together"
                 )
-            row += [FREE] * (size - len(row))
-        if not rows or not max(map(len, rows)):
+            row += [FREE] * (size - given)
+        if not any(self.without_bos(row) for row in rows):
             raise InputError("there is nothing to generate: no text, or none with a token")
         return rows
 
-    def _rows(self, texts: Texts, free: bool = False, empty: bool = False) -> list[list[int]]:
-        """Texts as lists, each token in the vocabulary (or -1 where ``free``)."""
+    def _rows(self, texts: Texts, free: bool = False, empty: bool = False, headed: bool = False) -> list[list[int]]:
+        """Texts as lists, each token in the vocabulary (or -1 where ``free``); ``headed``: BOS may precede them."""
         wrong = "texts must be whole numbers, one list or several"
         values: Any = texts.tolist() if isinstance(texts, Tensor) else texts
         try:
@@ -301,8 +320,9 @@ class ARMD(Network):
         except TypeError as error:
             raise InputError(wrong) from error
         for row in rows:
-            if row or not empty:
-                self._check_length(len(row))
+            count = len(self.without_bos(row) if headed else row)
+            if count or not empty:
+                self._check_length(count)
             known = [token for token in row if not (free and token == FREE)]
             if known:
                 self._check_tokens(min(known), max(known))

@@ -83,7 +83,7 @@ class Confident(Lanes, name="confident"):
         row = (self._last - self._first + proposals).clamp(max=len(column) - 1)
         positions = targets.gather(1, row).where(proposals < self._block, 0)
         hidden = hidden.gather(1, row[..., None].expand(-1, -1, hidden.shape[-1]))
-        logits = self.network.predict(hidden).to(self.network.precise)
+        logits = self._predict(hidden, positions).to(self.network.precise)
         sure = logits.softmax(-1).amax(-1) >= self._confidence
         accepted = (((proposals == 0) | sure) & (positions > 0)).long().cumprod(dim=1).bool()
         positions = positions.where(accepted, 0)

@@ -73,8 +73,8 @@ class Ancestral(Strided, name="ancestral"):
         hidden = hidden.gather(1, (targets - 1).clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
         numbers = self._uniform.gather(1, targets)
         size = max(1, LOGIT_ROWS // self.count)
-        parts = zip(hidden.split(size, dim=1), numbers.split(size, dim=1), strict=True)
-        tokens = torch.cat([self.sampler.draw(self.network.predict(rows), part) for rows, part in parts], dim=1)
+        parts = zip(*(rows.split(size, dim=1) for rows in (hidden, targets, numbers)), strict=True)
+        tokens = torch.cat([self.sampler.draw(self._predict(rows, at), part) for rows, at, part in parts], dim=1)
         self._write(targets, tokens)
         return targets, tokens
 

@@ -1,6 +1,5 @@
 """A model directory with its own code: as a Hugging Face model, as a single file, and with both kinds of tokenizer."""
 
-import os
 import subprocess
 import sys
 
@@ -12,59 +11,12 @@ from hypothesis import strategies as st
 from armd_scale import inference
 from armd_scale.data import tokenizer as tokenizers
 from armd_scale.inference import Decoding, InputError
-from tests.conftest import MODERN, PAPER, model_folder
-
-TEXT = "def f(self):\n    return 'the cache of naïve 你好 ▁ <s> words'\t" * 30
-
-
-@pytest.fixture(scope="module")
-def pieces(tmp_path_factory):
-    """A directory with a sentencepiece tokenizer."""
-    place = tmp_path_factory.mktemp("pieces")
-    tokenizer = tokenizers.train([TEXT], tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", 284)
-    return model_folder(place, PAPER, tokenizer)
-
-
-@pytest.fixture(scope="module")
-def bytelevel(tmp_path_factory):
-    """A directory with a byte-level BPE in ``tokenizer.json``, and an untied head."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    source = tmp_path_factory.mktemp("tokenizer")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    from tokenizers import decoders
-
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
-    bpe.train_from_iterator([TEXT], trainer)
-    bpe.save(str(source / "tokenizer.json"))
-    return model_folder(tmp_path_factory.mktemp("bytelevel"), MODERN, tokenizers.load(source))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def modules(tmp_path_factory):
-    """Where transformers keeps the code of directories, for this file only."""
-    os.environ["HF_MODULES_CACHE"] = str(tmp_path_factory.mktemp("modules"))
-    os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-def _auto(place):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(place), trust_remote_code=True)
-    return AutoModelForCausalLM.from_pretrained(str(place), trust_remote_code=True).eval(), tokenizer
-
-
-@pytest.fixture(scope="module", params=["pieces", "bytelevel"])
-def place(request):
-    return request.getfixturevalue(request.param)
+from tests.inference.conftest import TEXT, auto
 
 
 def test_as_a_hugging_face_model(place, tmp_path):
     """Logits and loss are the model's, left to right; what transformers saves loads again, also here."""
-    hub, tokenizer = _auto(place)
+    hub, tokenizer = auto(place)
     own, words = inference.load(place), tokenizers.load(place)
     batch = tokenizer(["def", "the cache"], return_tensors="pt", padding=True, padding_side="right")
     ids, mask = batch.input_ids, batch.attention_mask.bool()
@@ -84,21 +36,10 @@ def test_as_a_hugging_face_model(place, tmp_path):
     assert float(hub.model.embedding.weight.grad.abs().sum()) > 0
     hub.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    again, _ = _auto(tmp_path)
+    again, _ = auto(tmp_path)
     assert torch.equal(again(**batch).logits, out.logits)
     tokens = torch.tensor([words.encode("the cache")])
     torch.testing.assert_close(inference.load(tmp_path).nll(tokens), own.nll(tokens))
-
-
-@pytest.fixture(scope="module")
-def hub(place):
-    """Model and tokenizer of transformers for the directory."""
-    return _auto(place)
-
-
-@pytest.fixture(scope="module")
-def own_tokenizer(place):
-    return tokenizers.load(place)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
