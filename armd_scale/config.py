@@ -46,6 +46,7 @@ MOST = 10**9
 """Largest value of a ``Positive``."""
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1, le=MOST)]
+Width = Annotated[float, Field(gt=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 _SWITCHES = {"yes": True, "on": True, "no": False, "off": False}
 TRAINING_ONLY = "training only"
@@ -89,8 +90,16 @@ class PrefixConfig(Section):
     kernel: Literal["gaussian", "sinusoid", "learned"] = "gaussian"
     """Position embeddings. ``gaussian``: sines and cosines at normal quantiles, whose inner product is about
     exp(-distance^2 / (2 width^2)) [D]; ``sinusoid``: the 10000-base table; ``learned``: a trained table."""
-    width: Annotated[float, Field(gt=0.0)] = 2.0
-    """Standard deviation of the Gaussian kernel in tokens, sigma [D]."""
+    width: Width | Annotated[list[Width], Field(min_length=1)] = 2.0
+    """Standard deviation of the Gaussian kernel in tokens, sigma; a list: one kernel for each, and their sum [D]."""
+    gate: float | None = None
+    """Initial value of a learned factor for each channel of the sum of each kernel; null: no factor, as in the paper
+    [D]."""
+    neighbour: bool = False
+    """Adds the embedding of the token before the target to its seed, where it is visible. With ``gate=0.0`` and
+    ``place=before`` the network is then, left to right, a transformer with the same weights [D]."""
+    place: Literal["target", "before"] = "target"
+    """Position of a row of G in the rotary embedding: that of its target, or the one before [D]."""
     dim: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
     """Size of a position embedding, d_pe; null: ``model.hidden``. A larger size reduces the ripple of the Gaussian
     kernel far from the target; the decoding state has d_pe x hidden entries [D]."""
@@ -98,6 +107,17 @@ class PrefixConfig(Section):
     """Divides the prefix sum by 1, by the square root of the prefix size, or by the prefix size [D]."""
     target_position: bool = False
     """Adds a learned projection of the position embedding of the target [D]."""
+
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """Widths of the kernels."""
+        return tuple(self.width) if isinstance(self.width, list) else (self.width,)
+
+    @model_validator(mode="after")
+    def _fits(self) -> typing.Self:
+        if len(self.widths) > 1 and (self.kernel != "gaussian" or self.target_position):
+            raise ValueError(f"several widths ({self.width}) need kernel=gaussian and target_position=false")
+        return self
 
 
 class ModelConfig(Section):
@@ -207,6 +227,7 @@ class ModelConfig(Section):
             "ffn": self.ffn_width,
             "two_stream_layers": self.two_stream,
             "prefix_dim": self.prefix_dim,
+            "prefix_gate": self.prefix.gate is not None,
         }
         return values | {f"prefix_{name}": value for name, value in self.prefix.model_dump().items()} | resolved
 

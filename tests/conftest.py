@@ -70,8 +70,14 @@ LEARNED = MODERN.model_copy(
         "prefix": PrefixConfig(dim=8, kernel="learned", scale="sqrt"),
     }
 )
-FEATURES = MODERN.model_copy(update={"qk_norm": True, "qkv_bias": True})
-"""Every feature of a layer that is off in the others."""
+FEATURES = MODERN.model_copy(
+    update={
+        "qk_norm": True,
+        "qkv_bias": True,
+        "prefix": PrefixConfig(dim=16, width=[1.0, 3.0], gate=0.5, neighbour=True, place="before"),
+    }
+)
+"""Every feature that is off in the others."""
 MODELS = {"paper": PAPER, "modern": MODERN, "learned": LEARNED, "features": FEATURES}
 BASELINES = {
     "ar": PAPER.model_copy(update={"objective": "ar"}),

@@ -34,15 +34,22 @@ def log_probabilities(
     rows, targets = range(length + 1), range(1, length + 1)
 
     x = torch.stack([w["embedding.weight"][i] for i in ids])
-    pe = [_position_row(w, c, p) for p in position]
+    pe = [[_position_row(w, c, p, width) for p in position] for width in c.prefix_widths]
     g = torch.zeros(length + 1, c.hidden, dtype=torch.float64)  # row 0 is not used
     for n in targets:
         seen = [i for i in rows if block[i] < block[n]]
-        seed = sum(torch.dot(pe[n], pe[i]) * x[i] for i in seen)
+        seed = torch.zeros(c.hidden, dtype=torch.float64)
+        for kernel in range(len(pe)):
+            one = sum(torch.dot(pe[kernel][n], pe[kernel][i]) * x[i] for i in seen)
+            seed = seed + (one * w["prefix.gate"][kernel] if c.prefix_gate else one)
         g[n] = seed / {"none": 1.0, "sqrt": math.sqrt(len(seen)), "mean": len(seen)}[c.prefix_scale]
         if c.prefix_target_position:
-            g[n] = g[n] + w["prefix.target_projection"] @ pe[n]
+            g[n] = g[n] + w["prefix.target_projection"] @ pe[0][n]
+        for i in seen:
+            if c.prefix_neighbour and position[i] == position[n] - 1:
+                g[n] = g[n] + x[i]
 
+    place = [p - 1 for p in position] if c.prefix_place == "before" else position
     at_most = torch.tensor([[block[i] <= block[n] for i in rows] for n in rows])
     before = torch.tensor([[block[i] < block[n] for i in rows] for n in rows])
     targets_only = torch.tensor([[i > 0 for i in rows] for _ in rows])
@@ -51,11 +58,11 @@ def log_probabilities(
         if index < c.two_stream_layers:
             mlp = c.target_mlp or index == c.two_stream_layers - 1
             x, g = (
-                _block(layer, c, x, x, position, at_most),
-                _block(layer, c, g, x, position, before, mlp),
+                _block(layer, c, x, x, position, position, at_most),
+                _block(layer, c, g, x, place, position, before, mlp),
             )
         else:
-            g = _block(layer, c, g, g, position, at_most & targets_only)
+            g = _block(layer, c, g, g, place, place, at_most & targets_only)
     return _predict(w, c, g[1:])
 
 
@@ -63,7 +70,7 @@ def _one_stream(w, c: ARMDConfig, ids, positions, mask) -> Tensor:
     h = torch.stack([w["embedding.weight"][i] for i in ids])
     for index in range(c.layers):
         layer = _layer(w, index)
-        h = _block(layer, c, h, h, list(positions), torch.tensor(mask))
+        h = _block(layer, c, h, h, list(positions), list(positions), torch.tensor(mask))
     return _predict(w, c, h)
 
 
@@ -78,7 +85,7 @@ def _layer(w: dict[str, Tensor], index: int) -> dict[str, Tensor]:
     return {name.removeprefix(start).removesuffix(".weight"): t for name, t in w.items() if name.startswith(start)}
 
 
-def _position_row(w: dict[str, Tensor], c: ARMDConfig, p: int) -> Tensor:
+def _position_row(w: dict[str, Tensor], c: ARMDConfig, p: int, width: float) -> Tensor:
     if c.prefix_kernel == "learned":
         return w["prefix.table"][p]
     count = c.prefix_dim // 2
@@ -88,7 +95,7 @@ def _position_row(w: dict[str, Tensor], c: ARMDConfig, p: int) -> Tensor:
             if c.prefix_kernel == "gaussian":
                 quantile = (1 + (k + 0.5) / count) / 2
                 omega = math.sqrt(2) * float(torch.erfinv(torch.tensor(2 * quantile - 1, dtype=torch.float64)))
-                omega /= c.prefix_width
+                omega /= width
             else:
                 omega = 10000.0 ** (-k / count)
             row.append(part(omega * p) / math.sqrt(count))
@@ -96,9 +103,16 @@ def _position_row(w: dict[str, Tensor], c: ARMDConfig, p: int) -> Tensor:
 
 
 def _block(
-    layer, c: ARMDConfig, queries: Tensor, context: Tensor, position: list[int], mask: Tensor, mlp: bool = True
+    layer,
+    c: ARMDConfig,
+    queries: Tensor,
+    context: Tensor,
+    place: list[int],
+    position: list[int],
+    mask: Tensor,
+    mlp: bool = True,
 ) -> Tensor:
-    """The whole pre-norm block: queries from one stream, keys and values from another."""
+    """The whole pre-norm block: queries of one stream at ``place``, keys and values of another at ``position``."""
     width = c.hidden // c.heads
     a, b = (_norm(rows, layer["attention_norm"], c) for rows in (queries, context))
     q = _project(a, layer, "attention.query").view(-1, c.heads, width)
@@ -113,7 +127,7 @@ def _block(
             seen = [i for i in range(len(context)) if mask[n, i]]
             if not seen:
                 continue  # row 0 of G
-            query = _rope(q[n, h], position[n], c)
+            query = _rope(q[n, h], place[n], c)
             keys = torch.stack([_rope(kv[i, group, 0], position[i], c) for i in seen])
             weight = (keys @ query / math.sqrt(width)).softmax(0)
             out[n, h] = weight @ torch.stack([kv[i, group, 1] for i in seen])

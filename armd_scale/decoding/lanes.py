@@ -196,7 +196,7 @@ class Lanes:
         self._free[lanes] = free[:, :-1].to(device)
         self._length[lanes] = torch.tensor([len(task.tokens) for task in tasks.values()], device=device)
         self._ends[lanes], self._first_end[lanes] = ends.to(device), first_end.to(device)
-        self.cache.prefix[lanes], self.cache.rows[lanes] = 0, 0
+        self.cache.clear(lanes)
         if rows and self.cached:
             self.network.prefill(tokens.to(device), at.to(device), (at > 0).to(device), self.cache, lanes)
         for lane, task in tasks.items():

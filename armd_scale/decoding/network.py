@@ -63,11 +63,18 @@ class ARMDConfig:
     norm_eps: float
     prefix_kernel: str
     """``gaussian``, ``sinusoid`` or ``learned``."""
-    prefix_width: float
+    prefix_width: float | list[float]
+    """A list: one kernel for each width, and their sum."""
     prefix_dim: int
     prefix_scale: str
     """``none``, ``sqrt`` or ``mean``."""
     prefix_target_position: bool
+    prefix_gate: bool = False
+    """Whether the sum of each kernel has a factor for each channel."""
+    prefix_neighbour: bool = False
+    """Whether a seed holds the embedding of the token before the target, where it is visible."""
+    prefix_place: str = "target"
+    """``target`` or ``before``: position of a row of G in the rotary embedding."""
     target_mlp: bool = True
     """Whether G passes through the MLP of two-stream layers but the last."""
     objective: str = DEFAULT
@@ -82,6 +89,11 @@ class ARMDConfig:
     def traits(self) -> Traits:
         """The traits of the objective."""
         return TRAITS[self.objective]
+
+    @property
+    def prefix_widths(self) -> tuple[float, ...]:
+        """Widths of the kernels."""
+        return tuple(self.prefix_width) if isinstance(self.prefix_width, list) else (self.prefix_width,)
 
 
 class Sight(NamedTuple):
@@ -110,10 +122,13 @@ class Cache:
         self.slots = slots
         # Zeros, since a masked key is multiplied by a weight of zero, and NaN times zero is NaN.
         self.key_values = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        width = c.prefix_dim if c.traits.streams == 2 else 0
+        width = c.prefix_dim * len(c.prefix_widths) if c.traits.streams == 2 else 0
         self.prefix = torch.zeros(batch, width, c.hidden, dtype=network.precise, device=like.device)
         self.rows = torch.zeros(batch, 1, 1, dtype=network.precise, device=like.device)
         """Context rows in ``prefix``."""
+        # The last column takes padding.
+        self.tokens = torch.full((batch, c.length + 2), -1, device=like.device)
+        """Tokens of the context rows in ``prefix`` by their positions [B, length + 2]; -1: not there."""
         self._filled = [0] * c.layers
         self._two_stream = c.two_stream_layers
 
@@ -145,12 +160,27 @@ class Cache:
 
         return store
 
-    def absorb(self, keys: Tensor, rows: Tensor, lanes: Tensor | None = None) -> None:
-        """Add context rows [B, C, d] to the prefix; their position embeddings [B, C, d_pe] are zero for padding."""
+    def clear(self, lanes: Tensor) -> None:
+        """Remove the context rows of sequences from the prefix."""
+        self.prefix[lanes], self.rows[lanes], self.tokens[lanes] = 0, 0, -1
+
+    def absorb(
+        self, keys: Tensor, rows: Tensor, tokens: Tensor, at: Tensor, keep: Tensor | None, lanes: Tensor | None = None
+    ) -> None:
+        """Add context rows [B, C, d] of tokens at positions [B, C] to the prefix.
+
+        ``keys``: their position embeddings [B, C, d_pe], zero where ``keep`` is False: padding.
+        """
+        index = at if keep is None else at.where(keep, self.tokens.shape[1] - 1)
         if lanes is None:
             self.prefix.baddbmm_(keys.transpose(1, 2).expand(rows.shape[0], -1, -1), rows)
+            self.rows += at.shape[1] if keep is None else keep.sum(1)[:, None, None]
+            self.tokens.scatter_(1, index.expand(len(self.tokens), -1), tokens.expand(len(self.tokens), -1))
         else:
+            assert keep is not None
             self.prefix[lanes] = keys.transpose(1, 2) @ rows
+            self.rows[lanes] = keep.sum(1)[:, None, None].to(self.rows.dtype)
+            self.tokens[lanes] = self.tokens[lanes].fill_(-1).scatter(1, index, tokens)
 
 
 class _Norm(nn.Module):
@@ -205,6 +235,8 @@ class Network(nn.Module):
         prefix, aggregates = {}, config.traits.streams == 2
         if aggregates and config.prefix_kernel == "learned":
             prefix["table"] = nn.Parameter(torch.randn(config.length + 1, config.prefix_dim))
+        if aggregates and config.prefix_gate:
+            prefix["gate"] = nn.Parameter(torch.ones(len(config.prefix_widths), config.hidden))
         if aggregates and config.prefix_target_position:
             prefix["target_projection"] = nn.Parameter(torch.randn(config.hidden, config.prefix_dim))
         self.prefix = nn.ParameterDict(prefix)
@@ -257,10 +289,10 @@ class Network(nn.Module):
         else:
             strict = block_x[:, None, :] < blocks[:, :, None]
             sight = Sight(block_x[:, None, :] <= block_x[:, :, None], strict, blocks[:, None, :] <= blocks[:, :, None])
-        table = self._positions()
-        query = table[at]
-        seed = ((query @ table[at_x].transpose(1, 2)) * strict) @ x.to(self.precise)
-        g = self._finish_seed(seed, query, strict.sum(-1, keepdim=True))
+        table, precise = self._positions(), x.to(self.precise)
+        query, key = table[at], table[at_x]
+        seed = self._sums(lambda part: ((query[..., part] @ key[..., part].transpose(1, 2)) * strict) @ precise)
+        g = self._finish_seed(seed, query, strict.sum(-1, keepdim=True), self._neighbours(x, at_x, at, strict))
         return self._run(x, g, at_x, at, sight, None)
 
     def denoise(self, tokens: Tensor, there: Tensor | None = None) -> Tensor:
@@ -283,7 +315,8 @@ class Network(nn.Module):
         """
         first = torch.zeros_like(at[:, :1])
         at_x = torch.cat([first, at[:, :-1]], dim=1)
-        x = self._embed(torch.cat([first + self.config.bos_id, tokens[:, :-1]], dim=1))
+        given = torch.cat([first + self.config.bos_id, tokens[:, :-1]], dim=1)
+        x = self._embed(given)
         store: Store = cache.append
         if lanes is not None:
             store = cache.scatter(at_x.where(keep, cache.slots), at.where(keep, cache.slots), lanes)
@@ -293,15 +326,11 @@ class Network(nn.Module):
         table = self._positions()
         query, key = table[at], table[at_x] * keep[..., None]
         precise = x.to(self.precise)
-        seed = (query @ key.transpose(1, 2)).tril() @ precise
-        size = torch.arange(1, at.shape[1] + 1, device=self.device)[:, None]
-        g = self._finish_seed(seed, query, size)
-        cache.absorb(key, precise, lanes)
-        rows = keep.sum(1)[:, None, None].to(self.precise)
-        if lanes is None:
-            cache.rows += rows
-        else:
-            cache.rows[lanes] = rows
+        seed = self._sums(lambda part: (query[..., part] @ key[..., part].transpose(1, 2)).tril() @ precise)
+        rows = torch.arange(at.shape[1], device=self.device)
+        before = self._neighbours(x, at_x, at, rows <= rows[:, None])
+        g = self._finish_seed(seed, query, rows[:, None] + 1, before)
+        cache.absorb(key, precise, given, at_x, keep, lanes)
         self._run(x, g, at_x, at, CAUSAL, store)
 
     def step(
@@ -333,19 +362,30 @@ class Network(nn.Module):
         if keep is not None:
             key = key * keep[..., None]
         if before is None:
-            cache.absorb(key, precise)
-            cache.rows += at.shape[1] if keep is None else keep.sum(1)[:, None, None]
-            seed, size = query @ cache.prefix, cache.rows
+            cache.absorb(key, precise, tokens, at, keep)
+            seed, size = self._sums(lambda part: query[..., part] @ cache.prefix[:, part]), cache.rows
         else:
-            seed = query @ cache.prefix + ((query @ key.transpose(1, 2)) * before) @ precise
+            seed = self._sums(
+                lambda part: (
+                    query[..., part] @ cache.prefix[:, part]
+                    + ((query[..., part] @ key[..., part].transpose(1, 2)) * before) @ precise
+                )
+            )
             size = cache.rows + before.sum(-1, keepdim=True)
-        g = self._finish_seed(seed, query, size)
+        near: Tensor | None = None
+        if self.config.prefix_neighbour:
+            places = (targets - 1).clamp(min=0)
+            token = cache.tokens.gather(1, places.expand(len(cache.tokens), -1))
+            near = self._embed(token.clamp(min=0)) * (token >= 0)[..., None]
+            fed = None if before is None else self._neighbours(x, at, targets, before)
+            near = near if fed is None else near + fed
+        g = self._finish_seed(seed, query, size, near)
         return self._run(x, g, at, targets, sight, store)
 
     def absorb(self, tokens: Tensor, at: Tensor, keep: Tensor, cache: Cache) -> None:
         """Add context rows of a step with ``before`` to the prefix."""
-        cache.absorb(self._positions()[at] * keep[..., None], self._embed(tokens).to(self.precise))
-        cache.rows += keep.sum(1)[:, None, None]
+        rows = self._embed(tokens).to(self.precise)
+        cache.absorb(self._positions()[at] * keep[..., None], rows, tokens, at, keep)
 
     def predict(self, hidden: Tensor) -> Tensor:
         """Logits of activations [..., d]."""
@@ -359,6 +399,8 @@ class Network(nn.Module):
     def _run(self, x: Tensor, g: Tensor, at_x: Tensor, at_g: Tensor, sight: Sight, store: Store | None) -> Tensor:
         """Run all layers on rows of X and G [B, R, d] at positions [B, R] -> rows of G before the final norm."""
         context = x.shape[1]
+        if self.config.prefix_place == "before" and self.config.traits.streams == 2:
+            at_g = (at_g - 1).clamp(min=0)  # 0 is padding
         rotary = self._rotary()
         rope_x, rope_g = rotary[at_x][:, None], rotary[at_g][:, None]
         both = torch.cat([rope_x, rope_g], dim=2)
@@ -430,25 +472,49 @@ class Network(nn.Module):
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.embedding(tokens)
 
-    def _finish_seed(self, seed: Tensor, query: Tensor, size: Tensor) -> Tensor:
-        """Scale the prefix sum of targets that see ``size`` rows; add the projected target position if configured."""
+    def _sums(self, sum_of: Callable[[slice], Tensor]) -> Tensor:
+        """The sum over the kernels of ``sum_of`` their part of the position embeddings, times the gate."""
+        width, total = self.config.prefix_dim, None
+        for kernel in range(len(self.config.prefix_widths)):
+            seed = sum_of(slice(kernel * width, (kernel + 1) * width))
+            if self.config.prefix_gate:
+                seed = seed * self.prefix["gate"][kernel].to(seed.dtype)
+            total = seed if total is None else total + seed
+        assert total is not None
+        return total
+
+    def _neighbours(self, x: Tensor, at: Tensor, targets: Tensor, seen: Tensor) -> Tensor | None:
+        """Rows ``x`` [B, C, d] at the positions before ``targets`` [B, T], 0 where ``seen`` [T, C] or [B, T, C] is
+        False; None without ``prefix_neighbour``.
+        """
+        if not self.config.prefix_neighbour:
+            return None
+        match = (at[:, None] == targets[..., None] - 1) & seen
+        found, row = match.max(-1)
+        return x.gather(1, row[..., None].expand(len(x), -1, x.shape[-1])) * found[..., None]
+
+    def _finish_seed(self, seed: Tensor, query: Tensor, size: Tensor, near: Tensor | None) -> Tensor:
+        """Scale the prefix sum of targets that see ``size`` rows; add what is configured: the projected position of the
+        target, and the row ``near`` it.
+        """
         seed = scale_prefix(seed, size.clamp(min=1), self.config.prefix_scale)
         if self.config.prefix_target_position:
             seed = seed + query @ self.prefix["target_projection"].to(seed.dtype).t()
+        if near is not None:
+            seed = seed + near
         return seed.to(self.embedding.weight.dtype)
 
     # Tables ----------------------------------------------------------------------------------------------------
 
     def _positions(self) -> Tensor:
-        """Position embeddings of prefix aggregation [length + 1, d_pe]."""
+        """Position embeddings of prefix aggregation [length + 1, d_pe], those of several kernels side by side."""
         c = self.config
         if c.prefix_kernel == "learned":
             return self.prefix["table"].to(self.precise)
 
         # float32 first: training rounds the table so, and a float64 model must be the same function
-        return self._table(
-            "positions", lambda: position_table(c.length + 1, c.prefix_kernel, c.prefix_dim, c.prefix_width).float()
-        )
+        tables = (position_table(c.length + 1, c.prefix_kernel, c.prefix_dim, width) for width in c.prefix_widths)
+        return self._table("positions", lambda: torch.cat([table.float() for table in tables], dim=1))
 
     def _rotary(self) -> Tensor:
         """Cosines and sines [length + 1, 2, D / 2]."""

@@ -422,6 +422,7 @@ _CHOICES = {
     "mlp": ("gelu", "swiglu"),
     "prefix_kernel": ("gaussian", "sinusoid", "learned"),
     "prefix_scale": ("none", "sqrt", "mean"),
+    "prefix_place": ("target", "before"),
     "model_type": (MODEL_TYPE,),
     "objective": tuple(TRAITS),
 }
@@ -438,6 +439,8 @@ def read_config(path: Path) -> ARMDConfig:
         raise InputError(f"{wrong}: {error}") from error
     for name, kind in kinds.items():
         value = getattr(config, name)
+        if name == "prefix_width":
+            value, kind = min(value) if isinstance(value, list) and value else value, float
         accepted = (int, float) if kind is float else kind
         right = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
         if right and kind in (int, float):

@@ -35,7 +35,8 @@ def embedding_macs(config: ModelConfig) -> float:
         return 0.0
     chunk, width = rows_of_chunk(config), config.prefix_dim
     looked_up = chunk * config.hidden + (chunk * width if config.prefix.kernel == "learned" else 0)
-    return looked_up + (2 * width * config.hidden if chunk < config.length else 0)
+    of_kernel = looked_up + (2 * width * config.hidden if chunk < config.length else 0)
+    return len(config.prefix.widths) * of_kernel
 
 
 def head_macs(config: ModelConfig) -> float:

@@ -128,7 +128,7 @@ class Stage(nn.Module):
         streams = next(iter(self.layers.values())).streams_in
         h = h[:, : streams * len(rows.target_tokens)]
         of_context = self._rotary(rows.context_positions)
-        of_target = self._rotary(rows.target_positions)
+        of_target = self._rotary(rows.target_positions - int(self.model_config.prefix.place == "before"))
         of_both = of_context.repeat(of_target)
         # Made once for all layers, as backends cache data derived from a mask with its tensor (see attention.flex).
         seen = rows.visible and (

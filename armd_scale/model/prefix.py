@@ -2,6 +2,9 @@
 
     g_n = sum over context rows i that target n may see of  <PE(pos n), PE(pos i)> x_i
 
+With ``prefix.gate`` the sum has a learned factor for each channel, and several widths give a sum of such sums. With
+``prefix.neighbour`` the embedding of the token before the target is added, where it is visible.
+
 This is linear attention with position embeddings as queries and keys. With a fixed table, the product of two position
 embeddings depends on the distance alone: within a chunk of rows the weights are looked up and multiplied with the
 embeddings. Rows before the chunk contribute through a running state of d_pe x d in float32, the state that decoding
@@ -68,11 +71,16 @@ class PrefixAggregation(nn.Module):
         dtype = parallel.params_dtype
         self.chunk = rows_of_chunk(config)
         self.learned = self.prefix_config.kernel == "learned"
+        self.widths = self.prefix_config.widths
         # The gradient of a learned table is a sum over all columns.
         self.split = parallel.tensor_model_parallel_size > 1 and not self.learned
         if self.learned:
             self.table = nn.Parameter(torch.empty(self.rows, self.dim, dtype=dtype))
             describe(self.table, Initial(self.dim**-0.5))
+        self.gate: nn.Parameter | None = None
+        if self.prefix_config.gate is not None:
+            self.gate = nn.Parameter(torch.empty(len(self.widths), config.hidden, dtype=dtype))
+            describe(self.gate, Initial(value=self.prefix_config.gate))
         self.target_projection: nn.Parameter | None = None
         if self.prefix_config.target_position:
             self.target_projection = nn.Parameter(torch.empty(config.hidden, self.dim, dtype=dtype))
@@ -87,41 +95,64 @@ class PrefixAggregation(nn.Module):
         rows = torch.arange(length, device=x_NBd.device)
         if visible_BN is None:
             visible_BN = (rows + 1).expand(batch, length)
+        whole_NBd, gates_Kd = x_NBd, self.gate
         if self.split:
             x_NBd = scatter_to_tensor_model_parallel_region(x_NBd)
+            gates_Kd = gates_Kd if gates_Kd is None else scatter_to_tensor_model_parallel_region(gates_Kd)
         x_BNd, dtype = x_NBd.transpose(0, 1), torch.promote_types(x_NBd.dtype, torch.float32)
-        state_Bpd: Tensor | None = None
+        states_Bpd: list[Tensor] = []
         seeds = []
         for start in range(0, length, chunk):
             here = slice(start, min(start + chunk, length))
             places = targets_BN[:, here], context_BN[:, here]
             seen_BCC = rows[here] < visible_BN[:, here, None]
-            seed = self._weights(*places, seen_BCC, x_NBd.dtype) @ x_BNd[:, here]
-            if state_Bpd is not None:
-                seed = seed + self._embedding(places[0], dtype) @ state_Bpd
-            seeds.append(seed)
+            sums = []
+            for kernel, width in enumerate(self.widths):
+                seed = self._weights(width, *places, seen_BCC, x_NBd.dtype) @ x_BNd[:, here]
+                if states_Bpd:
+                    seed = seed + self._embedding(width, places[0], dtype) @ states_Bpd[kernel]
+                sums.append(seed if gates_Kd is None else seed * gates_Kd[kernel])
+            seeds.append(sum(sums[1:], start=sums[0]))
             if here.stop < length:
-                seen_Bpd = self._embedding(places[1], dtype).transpose(1, 2) @ x_BNd[:, here].to(dtype)
-                state_Bpd = seen_Bpd if state_Bpd is None else state_Bpd + seen_Bpd
+                embedded = (self._embedding(width, places[1], dtype) for width in self.widths)
+                seen_Bpd = [keys_BCp.transpose(1, 2) @ x_BNd[:, here].to(dtype) for keys_BCp in embedded]
+                states_Bpd = [sum(pair) for pair in zip(states_Bpd, seen_Bpd, strict=True)] if states_Bpd else seen_Bpd
         seed_BNd = torch.cat(seeds, dim=1)
         if self.split:
             seed_BNd = gather_from_tensor_model_parallel_region(seed_BNd)
         seed_BNd = scale_prefix(seed_BNd, visible_BN[..., None], self.prefix_config.scale)
         if self.target_projection is not None:
-            seed_BNd = seed_BNd + self._embedding(targets_BN, dtype) @ self.target_projection.to(dtype).t()
+            embedded_BNp = self._embedding(self.widths[0], targets_BN, dtype)
+            seed_BNd = seed_BNd + embedded_BNp @ self.target_projection.to(dtype).t()
+        if self.prefix_config.neighbour:
+            seed_BNd = seed_BNd + neighbours(whole_NBd.transpose(0, 1), context_BN, targets_BN, visible_BN)
         return seed_BNd.transpose(0, 1).to(x_NBd.dtype).contiguous()
 
-    def _weights(self, targets_BC: Tensor, context_BC: Tensor, seen_BCC: Tensor, dtype: torch.dtype) -> Tensor:
+    def _weights(
+        self, width: float, targets_BC: Tensor, context_BC: Tensor, seen_BCC: Tensor, dtype: torch.dtype
+    ) -> Tensor:
         if self.learned:
-            queries_BCp, keys_BCp = self._embedding(targets_BC, dtype), self._embedding(context_BC, dtype)
+            queries_BCp, keys_BCp = (self._embedding(width, places, dtype) for places in (targets_BC, context_BC))
             return (queries_BCp @ keys_BCp.transpose(1, 2)) * seen_BCC
-        return look_up(targets_BC, context_BC, seen_BCC, fixed_kernel(*self._fixed, targets_BC.device, dtype))
+        return look_up(targets_BC, context_BC, seen_BCC, fixed_kernel(*self._fixed, width, targets_BC.device, dtype))
 
-    def _embedding(self, positions_BC: Tensor, dtype: torch.dtype) -> Tensor:
+    def _embedding(self, width: float, positions_BC: Tensor, dtype: torch.dtype) -> Tensor:
         if self.learned:
             return self.table[positions_BC].to(dtype)
-        return fixed_table(*self._fixed, positions_BC.device, dtype)[positions_BC]
+        return fixed_table(*self._fixed, width, positions_BC.device, dtype)[positions_BC]
 
     @property
-    def _fixed(self) -> tuple[int, str, int, float]:
-        return self.rows, self.prefix_config.kernel, self.dim, self.prefix_config.width
+    def _fixed(self) -> tuple[int, str, int]:
+        return self.rows, self.prefix_config.kernel, self.dim
+
+
+def neighbours(x_BNd: Tensor, context_BN: Tensor, targets_BN: Tensor, visible_BN: Tensor) -> Tensor:
+    """Embeddings [B, N, d] of the token before each target, 0 where the target does not see it."""
+    batch, length = context_BN.shape
+    rows_BN = torch.arange(length, device=x_BNd.device).expand(batch, length)
+    # The context row of every position; the last token of an order has none.
+    row_of_BP = torch.full((batch, length + 1), length, device=x_BNd.device).scatter(1, context_BN, rows_BN)
+    found_BN = row_of_BP.gather(1, targets_BN - 1)
+    seen_BN = found_BN < visible_BN
+    index_BNd = found_BN.where(seen_BN, 0)[..., None].expand_as(x_BNd)
+    return x_BNd.gather(1, index_BNd) * seen_BN[..., None]

@@ -121,16 +121,19 @@ def check_identity(checkpoint: Path, config: RunConfig) -> None:
     before, now = read(checkpoint).get("state", {}).get("identity", {}), identity(config)
     defaults = identity(RunConfig())
     # Fields newer than the checkpoint have their defaults.
-    before = {**{name: defaults[name] for name in ("objective", "train.fp8")}, **before}
-    for name, values in before.items():
-        if isinstance(values, dict):
-            before[name] = {**defaults[name], **values}
+    before = _filled({name: defaults[name] for name in ("objective", "train.fp8", "model", "data")}, before)
     differing = [name for name in now if before.get(name) != now[name]]
     if differing:
         raise UserError(
             f"{config.directory} holds a run with another '{differing[0]}' (checkpoint {checkpoint.name}): "
             "choose another run_dir or remove the directory"
         )
+
+
+def _filled(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """``defaults`` updated by ``values``, and the mappings in them likewise."""
+    inner = {name: _filled(defaults[name], value) for name, value in values.items() if isinstance(value, dict)}
+    return {**defaults, **values, **inner}
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from armd_scale import orders
-from armd_scale.config import ModelConfig, ParallelConfig
+from armd_scale.config import ModelConfig, ParallelConfig, PrefixConfig
 from armd_scale.model.flops import (
     balanced_cuts,
     embedding_macs,
@@ -26,7 +26,7 @@ from armd_scale.parallel.sharding import initialise
 from armd_scale.rows import arrange, corrupt
 from armd_scale.training.export import standalone_config
 from tests import reference
-from tests.conftest import BASELINES, MODELS, PAPER, layouts
+from tests.conftest import BASELINES, FEATURES, MODELS, PAPER, layouts
 
 
 def build(config, first=0, last=None, seed=3):
@@ -275,3 +275,36 @@ def test_both_cross_entropies_agree():
         found.append([nll, *torch.autograd.grad(nll.mean(), [rows, stage.embedding.weight])])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.one_process
+@pytest.mark.parametrize("two_stream", [1, 2, 3])
+@pytest.mark.parametrize("widths", [2.0, [1.0, 3.0]])
+def test_left_to_right_it_is_the_transformer_with_the_same_weights(two_stream, widths):
+    """With the neighbour in the seed and gates of zero, losses and gradients are those of ``objective=ar``."""
+    seed = PrefixConfig(dim=16, width=widths, gate=0.0, neighbour=True, place="before")
+    config = FEATURES.model_copy(update={"two_stream_layers": two_stream, "prefix": seed})
+    model, transformer = build(config), build(config.model_copy(update={"objective": "ar"}))
+    missing, extra = transformer.load_state_dict(model.state_dict(), strict=False)
+    assert (missing, extra) == ([], ["prefix.gate"])
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (3, 16))
+    rows = arrange(tokens, orders.left_to_right(16), config.bos_id)
+    losses = [stage(rows) for stage in (model, transformer)]
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.sum().backward()
+    for name, param in transformer.named_parameters():
+        torch.testing.assert_close(dict(model.named_parameters())[name].grad, param.grad, atol=1e-5, rtol=1e-4)
+    assert model.prefix.gate.grad.abs().max() > 0, "the gates learn"
+
+
+@pytest.mark.one_process
+@pytest.mark.parametrize("change", [{"place": "target"}, {"neighbour": False}, {"gate": 0.1}])
+def test_any_other_seed_is_another_model(change):
+    seed = {"dim": 16, "gate": 0.0, "neighbour": True, "place": "before"} | change
+    config = FEATURES.model_copy(update={"prefix": PrefixConfig(**seed)})
+    model, transformer = build(config), build(config.model_copy(update={"objective": "ar"}))
+    transformer.load_state_dict(model.state_dict(), strict=False)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, 16))
+    rows = arrange(tokens, orders.left_to_right(16), config.bos_id)
+    assert (model(rows) - transformer(rows)).abs().max() > 1e-3

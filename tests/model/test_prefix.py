@@ -65,17 +65,23 @@ def _compare(config, visible, seed):
     context = torch.cat([torch.zeros(2, 1, dtype=torch.long), targets[:, :-1]], 1)
     limits = None if visible is None else visible.expand(2, 16)
     got = layer(x, context, targets, limits)
+    tables = [position_table(17, config.prefix.kernel, config.prefix_dim, width) for width in config.prefix.widths]
     if config.prefix.kernel == "learned":
-        table = layer.table.double()
-    else:
-        table = position_table(17, config.prefix.kernel, config.prefix_dim, config.prefix.width)
+        tables = [layer.table.double()]
+    gates = [1.0] if layer.gate is None else layer.gate.double()
     for b in range(2):
         for n in range(16):
             seen = n + 1 if visible is None else int(visible[n])
-            total = sum(table[targets[b, n]] @ table[context[b, i]] * x[i, b] for i in range(seen))
+            total = sum(
+                gate * (table[targets[b, n]] @ table[context[b, i]]) * x[i, b]
+                for gate, table in zip(gates, tables, strict=True)
+                for i in range(seen)
+            )
             total = total / {"none": 1, "sqrt": math.sqrt(seen), "mean": seen}[config.prefix.scale]
             if layer.target_projection is not None:
-                total = total + layer.target_projection.double() @ table[targets[b, n]]
+                total = total + layer.target_projection.double() @ tables[0][targets[b, n]]
+            if config.prefix.neighbour:
+                total = total + sum(x[i, b] for i in range(seen) if context[b, i] == targets[b, n] - 1)
             torch.testing.assert_close(got[n, b], total.detach(), atol=1e-9, rtol=1e-9)
 
 
