@@ -120,6 +120,30 @@ class PrefixConfig(Section):
         return self
 
 
+class RopeConfig(Section):
+    """Scaling of the rotary frequencies, as pretrained models of long texts have it."""
+
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """``linear``: all frequencies divided by ``factor``; ``llama3``, ``yarn``: only those that make few turns within
+    ``original_length``."""
+    factor: Annotated[float, Field(gt=0.0)] = 1.0
+    """Divisor of the frequencies."""
+    original_length: Positive = 8192
+    """Length that the frequencies were made for."""
+    low_turns: Annotated[float, Field(gt=0.0)] = 1.0
+    """Frequencies with at most this many turns within ``original_length`` are divided (``beta_slow`` of yarn)."""
+    high_turns: Annotated[float, Field(gt=0.0)] = 4.0
+    """Frequencies with at least this many turns stay (``beta_fast`` of yarn, often 32)."""
+    attention: Annotated[float, Field(gt=0.0)] | None = None
+    """``yarn``: factor of queries and keys; null: 0.1 ln(factor) + 1."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> typing.Self:
+        if self.low_turns >= self.high_turns:
+            raise ValueError(f"low_turns ({self.low_turns}) must be below high_turns ({self.high_turns})")
+        return self
+
+
 class ModelConfig(Section):
     """The network (docs/explanation/model.md)."""
 
@@ -133,6 +157,8 @@ class ModelConfig(Section):
     """Query heads."""
     kv_heads: Positive | None = None
     """Key and value heads (grouped-query attention); null: as many as query heads."""
+    head_dim: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
+    """Width of a head, D; null: hidden / heads."""
     ffn: Positive | None = None
     """Inner width of the MLP; null: 4 x hidden for gelu, 8/3 x hidden rounded up to a multiple of 128 for swiglu."""
     length: Annotated[int, Field(ge=2)] = 1024
@@ -151,6 +177,8 @@ class ModelConfig(Section):
     """Uses the token embedding as the output projection."""
     rope_base: Annotated[float, Field(gt=1.0)] = 10000.0
     """Base of the rotary frequencies; positions are always original positions [D]."""
+    rope: RopeConfig = RopeConfig()
+    """Scaling of the rotary frequencies."""
     norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
     """Added to the variance in every normalisation."""
     qk_norm: bool = False
@@ -195,8 +223,8 @@ class ModelConfig(Section):
         return self.two_stream_layers or max(1, self.layers // 2)
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden // self.heads
 
     @property
     def prefix_dim(self) -> int:
@@ -221,8 +249,10 @@ class ModelConfig(Section):
     def exported(self) -> dict[str, Any]:
         """Fields of the standalone model, with nulls filled in; fields of ``prefix`` have the prefix ``prefix_``."""
         names = [name for name, field in type(self).model_fields.items() if TRAINING_ONLY not in field.metadata]
-        values = {name: getattr(self, name) for name in names if name != "prefix"}
+        values = {name: getattr(self, name) for name in names if name not in ("prefix", "rope")}
         resolved = {
+            "head_dim": self.head_size,
+            "rope": self.rope.model_dump() if self.rope.scaling != "none" else {},
             "kv_heads": self.key_heads,
             "ffn": self.ffn_width,
             "two_stream_layers": self.two_stream,
@@ -233,7 +263,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> typing.Self:
-        if self.hidden % self.heads or self.head_dim % 2:
+        if self.head_dim is None and self.hidden % (2 * self.heads):
             raise ValueError(f"hidden ({self.hidden}) must be an even multiple of heads ({self.heads})")
         if self.heads % self.key_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.key_heads})")
@@ -670,8 +700,8 @@ class RunConfig(Section):
             "model.hidden": model.hidden,
             "model.length": model.length // (parts if self.parallel.sequence else 1),
             "model.ffn / parallel.tensor": model.ffn_width // parts,
-            "heads x width / parallel.tensor": model.hidden // parts,
-            "2 x key heads x width / parallel.tensor": 2 * model.key_heads * model.head_dim // parts,
+            "heads x width / parallel.tensor": model.heads * model.head_size // parts,
+            "2 x key heads x width / parallel.tensor": 2 * model.key_heads * model.head_size // parts,
         }
         for name, size in sizes.items():
             if size % 16:

@@ -9,6 +9,10 @@ Every function computes in at least float32, whatever the type of its input, and
 - ``stream_bounds``: how strided block-parallel order cuts a text (paper section 4).
 """
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,11 +42,50 @@ def scale_prefix(total: Tensor, size: Tensor, scale: str) -> Tensor:
     return total / (size.sqrt() if scale == "sqrt" else size)
 
 
-def rotary_tables(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [..., head_dim / 2], float32, of the rotation at ``positions`` [...]."""
-    steps = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angles = positions.float()[..., None] * base ** (-steps / head_dim)
-    return angles.cos(), angles.sin()
+def rotary_tables(
+    positions: Tensor, head_dim: int, base: float, scaling: Mapping[str, Any] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [..., head_dim / 2], float32, of the rotation at ``positions`` [...].
+
+    ``scaling``: fields of ``RopeConfig``.
+    """
+    frequencies, factor = rotary_frequencies(head_dim, base, scaling or {}, positions.device)
+    angles = positions.float()[..., None] * frequencies
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def rotary_frequencies(
+    head_dim: int, base: float, scaling: Mapping[str, Any], device: torch.device
+) -> tuple[Tensor, float]:
+    """Frequencies [head_dim / 2], float32, and a factor of cosines and sines.
+
+    ``linear``: arXiv 2306.15595; ``llama3``: as in Llama 3.1; ``yarn``: arXiv 2309.00071, section 3.
+    """
+    steps = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+    frequencies = 1.0 / base ** (steps / head_dim)
+    kind = scaling.get("scaling", "none")
+    if kind == "none":
+        return frequencies, 1.0
+    slow, original = frequencies / scaling["factor"], scaling["original_length"]
+    if kind == "linear":
+        return slow, 1.0
+    if kind == "llama3":
+        turns = original * frequencies / (2 * math.pi)
+        low, high = scaling["low_turns"], scaling["high_turns"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return slow + (frequencies - slow) * keep, 1.0
+
+    def pair(turns: float) -> float:
+        """The pair of dimensions that makes so many turns within the original length."""
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    first, last = (
+        max(math.floor(pair(scaling["high_turns"])), 0),
+        min(math.ceil(pair(scaling["low_turns"])), head_dim - 1),
+    )
+    ramp = (torch.arange(head_dim // 2, device=device) - first) / (last - first or 0.001)
+    factor = scaling["attention"] or (0.1 * math.log(scaling["factor"]) + 1 if scaling["factor"] > 1 else 1.0)
+    return frequencies + (slow - frequencies) * ramp.clamp(0, 1), factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

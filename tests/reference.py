@@ -113,7 +113,7 @@ def _block(
     mlp: bool = True,
 ) -> Tensor:
     """The whole pre-norm block: queries of one stream at ``place``, keys and values of another at ``position``."""
-    width = c.hidden // c.heads
+    width = c.head_dim
     a, b = (_norm(rows, layer["attention_norm"], c) for rows in (queries, context))
     q = _project(a, layer, "attention.query").view(-1, c.heads, width)
     kv = _project(b, layer, "attention.key_value").view(-1, c.kv_heads, 2, width).clone()
@@ -147,11 +147,27 @@ def _rope(vector: Tensor, position: int, c: ARMDConfig) -> Tensor:
     half = len(vector) // 2
     out = vector.clone()
     for i in range(half):
-        angle = position * c.rope_base ** (-i / half)
-        cos, sin = math.cos(angle), math.sin(angle)
+        frequency, factor = _frequency(i, half, c)
+        cos, sin = factor * math.cos(position * frequency), factor * math.sin(position * frequency)
         out[i] = vector[i] * cos - vector[i + half] * sin
         out[i + half] = vector[i + half] * cos + vector[i] * sin
     return out
+
+
+def _frequency(i: int, half: int, c: ARMDConfig) -> tuple[float, float]:
+    """Frequency of a pair, and the factor of its rotation, for models without scaling and with yarn."""
+    frequency, scaling = c.rope_base ** (-i / half), c.rope
+    if not scaling:
+        return frequency, 1.0
+    assert scaling["scaling"] == "yarn"
+    # The index of the pair that turns so often within the original length, rounded outwards.
+    fast, slow = (
+        math.log(scaling["original_length"] / (2 * math.pi * scaling[turns])) / math.log(c.rope_base) * half
+        for turns in ("high_turns", "low_turns")
+    )
+    low, high = max(math.floor(fast), 0), min(math.ceil(slow), 2 * half - 1)
+    share = min(max((i - low) / (high - low), 0), 1)
+    return frequency * (1 - share + share / scaling["factor"]), 0.1 * math.log(scaling["factor"]) + 1
 
 
 def _project(rows: Tensor, layer, name: str) -> Tensor:

@@ -13,7 +13,7 @@ Shapes: B sequences, R rows, d hidden, H query and G key heads, D head width, V 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -83,12 +83,20 @@ class ARMDConfig:
     """RMSNorm of every head of queries and keys before the rotary embedding."""
     qkv_bias: bool = False
     """Biases of queries, keys and values."""
+    head_dim: int = 0
+    """Width of a head; 0: hidden / heads."""
+    rope: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Scaling of the rotary frequencies (``formulas.rotary_frequencies``); empty: none."""
     model_type: str = MODEL_TYPE
 
     @property
     def traits(self) -> Traits:
         """The traits of the objective."""
         return TRAITS[self.objective]
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden // self.heads
 
     @property
     def prefix_widths(self) -> tuple[float, ...]:
@@ -118,7 +126,7 @@ class Cache:
 
     def __init__(self, network: "Network", batch: int, slots: int) -> None:
         c, like = network.config, network.embedding.weight
-        shape = (c.layers, 2, batch, c.kv_heads, slots + 1, c.hidden // c.heads)
+        shape = (c.layers, 2, batch, c.kv_heads, slots + 1, c.head_size)
         self.slots = slots
         # Zeros, since a masked key is multiplied by a weight of zero, and NaN times zero is NaN.
         self.key_values = torch.zeros(shape, dtype=like.dtype, device=like.device)
@@ -200,7 +208,7 @@ class _Attention(nn.Module):
 
     def __init__(self, config: ARMDConfig) -> None:
         super().__init__()
-        width = config.hidden // config.heads
+        width = config.head_size
         self.query = nn.Linear(config.hidden, config.heads * width, bias=config.qkv_bias)
         self.key_value = nn.Linear(config.hidden, config.kv_heads * 2 * width, bias=config.qkv_bias)
         self.output = nn.Linear(config.heads * width, config.hidden, bias=False)
@@ -521,7 +529,7 @@ class Network(nn.Module):
         c = self.config
         return self._table(
             "rotary",
-            lambda: torch.stack(rotary_tables(torch.arange(c.length + 1), c.hidden // c.heads, c.rope_base), dim=1),
+            lambda: torch.stack(rotary_tables(torch.arange(c.length + 1), c.head_size, c.rope_base, c.rope), dim=1),
         )
 
     def _table(self, name: str, make: Callable[[], Tensor]) -> Tensor:

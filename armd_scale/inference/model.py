@@ -10,6 +10,7 @@
 import dataclasses
 import json
 import operator
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -441,14 +442,14 @@ def read_config(path: Path) -> ARMDConfig:
         value = getattr(config, name)
         if name == "prefix_width":
             value, kind = min(value) if isinstance(value, list) and value else value, float
-        accepted = (int, float) if kind is float else kind
+        accepted = (int, float) if kind is float else typing.get_origin(kind) or kind
         right = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
         if right and kind in (int, float):
-            right = value >= 0 if name in ("bos_id", "eos_id", "two_stream_layers") else value > 0
+            right = value >= 0 if name in ("bos_id", "eos_id", "two_stream_layers", "head_dim") else value > 0
         if not right or value not in _CHOICES.get(name, (value,)):
             raise InputError(f"{wrong}: {name} is {value!r}")
     c = config
-    fits = c.hidden % (2 * c.heads) == c.heads % c.kv_heads == c.prefix_dim % 2 == 0
+    fits = c.hidden % (1 if c.head_dim else c.heads) == c.head_size % 2 == c.heads % c.kv_heads == c.prefix_dim % 2 == 0
     fits &= (c.two_stream_layers > 0) == (c.traits.streams == 2)
     if not fits or c.two_stream_layers > c.layers or max(c.bos_id, c.eos_id) >= c.vocab_size:
         raise InputError(f"{wrong}: its sizes contradict each other")

@@ -21,12 +21,12 @@ def training_flops_per_token(config: ModelConfig) -> float:
 
 def layer_macs(config: ModelConfig, index: int) -> float:
     """Multiply-adds of layer ``index`` in the forward pass of one target token."""
-    d, kv = config.hidden, config.key_heads * config.head_dim
+    d, q, kv = config.hidden, config.heads * config.head_size, config.key_heads * config.head_size
     mlp = (3 if config.mlp == "swiglu" else 2) * d * config.ffn_width
     streams = 2 if index < config.two_stream - 1 else 1  # the last two-stream layer computes G alone
     # Scores and sums over N / 2 keys on average, or over all of them.
-    attention = config.length * d * (1 if config.traits.causal else 2)
-    return streams * (2 * d * d + attention) + (streams if config.target_mlp else 1) * mlp + 2 * d * kv
+    attention = config.length * q * (1 if config.traits.causal else 2)
+    return streams * (2 * d * q + attention) + (streams if config.target_mlp else 1) * mlp + 2 * d * kv
 
 
 def embedding_macs(config: ModelConfig) -> float:

@@ -133,9 +133,10 @@ class Rotary(NamedTuple):
         return Rotary(torch.cat([self.cos, other.cos], dim=1), torch.cat([self.sin, other.sin], dim=1))
 
 
-def rotary(positions_BN: Tensor, head_dim: int, base: float) -> Rotary:
-    """Rotary tables of original positions."""
-    return Rotary(*formulas.rotary_tables(positions_BN.t()[..., None], head_dim, base))
+def rotary(positions_BN: Tensor, config: ModelConfig) -> Rotary:
+    """Rotary tables of positions."""
+    places = positions_BN.t()[..., None]
+    return Rotary(*formulas.rotary_tables(places, config.head_size, config.rope_base, config.rope.model_dump()))
 
 
 class Norm(nn.Module):
@@ -173,12 +174,12 @@ class Attention(nn.Module):
         self.causal = config.traits.causal
         self.heads = config.heads // parallel.tensor_model_parallel_size
         self.key_heads = config.key_heads // parallel.tensor_model_parallel_size
-        self.head_dim = config.head_dim
+        self.head_dim = config.head_size
         self.eps = config.norm_eps
-        width, std = config.heads * config.head_dim, config.init_std
+        width, std = config.heads * config.head_size, config.init_std
         self.query = _column(kinds, config.hidden, width, std, parallel, config.qkv_bias)
         # Rows are [key head, (k, v), D], so that contiguous shards are whole heads under any layout.
-        key_values = 2 * config.key_heads * config.head_dim
+        key_values = 2 * config.key_heads * config.head_size
         self.key_value = _column(kinds, config.hidden, key_values, std, parallel, config.qkv_bias)
         self.output = _row(kinds, width, config.hidden, config.residual_std, parallel)
         self.query_norm = self._head_scale(parallel) if config.qk_norm else None

@@ -199,7 +199,7 @@ class Stage(nn.Module):
         return scatter_to_sequence_parallel_region(h) if self.config.sequence_parallel else h
 
     def _rotary(self, positions_BN: Tensor) -> Rotary:
-        return rotary(positions_BN, self.model_config.head_dim, self.model_config.rope_base)
+        return rotary(positions_BN, self.model_config)
 
 
 def streams_of(config: ModelConfig, index: int) -> tuple[int, int]:

@@ -230,7 +230,7 @@ def _changed(config: RunConfig, layout: dict[str, Any], micro_batch: int) -> Run
 def _least_memory(config: RunConfig) -> float:
     """A lower bound without measurement: weights, gradients and optimiser states of the average rank."""
     model, zero = config.model, config.parallel.zero
-    per_layer = 2 * model.hidden**2 + 2 * model.hidden * model.key_heads * model.head_dim
+    per_layer = 2 * model.hidden * (model.heads + model.key_heads) * model.head_size
     per_layer += (3 if model.mlp == "swiglu" else 2) * model.hidden * model.ffn_width
     weights = model.layers * per_layer / (config.parallel.tensor * config.parallel.pipeline)
     states = 4 * (3 + (config.optimizer.ema > 0)) * weights / config.data_parallel

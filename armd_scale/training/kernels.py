@@ -34,7 +34,7 @@ def shapes(config: RunConfig) -> Counter[tuple[int, ...]]:
     model, parallel = config.model, config.parallel
     heads = model.key_heads // parallel.tensor, model.heads // model.key_heads
     kinds = (streams_of(model, index)[1] for index in range(model.layers))
-    return Counter((streams, config.train.micro_batch, *heads, model.length, model.head_dim) for streams in kinds)
+    return Counter((streams, config.train.micro_batch, *heads, model.length, model.head_size) for streams in kinds)
 
 
 def attention_kernel(config: RunConfig, device: torch.device) -> str | None:
