@@ -157,7 +157,8 @@ def test_text_that_looks_like_an_interpolation(file, tmp_path):
 def test_vocabulary_must_agree(file):
     config = configs.load(file, ["model.vocab_size=100"])
     with pytest.raises(UserError, match="vocab_size is 100"):
-        configs.with_vocabulary(config, 90, 1)
+        configs.with_vocabulary(config, 110, 1)
+    assert configs.with_vocabulary(config, 90, 1).model.vocab_size == 100, "pretrained models have unused entries"
     assert configs.with_vocabulary(config, 100, 1).model.bos_id == 1
 
 

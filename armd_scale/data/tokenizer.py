@@ -267,15 +267,16 @@ def _few(names: Iterable[str]) -> str:
 def load(path: str | Path, vocab_size: int | None = None, bos: str | None = None, eos: str | None = None) -> Tokenizer:
     """Load a ``.model`` file, a ``tokenizer.json``, or a directory with one of them.
 
-    ``vocab_size``: vocabulary size of the model; ``UserError`` if the tokenizer has another. ``bos``, ``eos``: names of
-    the control tokens; None: as ``tokenizer_config.json`` or ``special_tokens_map.json`` beside the file name them.
+    ``vocab_size``: vocabulary size of the model; ``UserError`` if the tokenizer has more entries. ``bos``, ``eos``:
+    names of the control tokens; None: as ``tokenizer_config.json`` or ``special_tokens_map.json`` beside the file name
+    them.
     """
     file = _file(Path(path).expanduser())
     named = control_tokens(file.parent)
     names = ControlTokens(bos or named.bos, eos or named.eos)
     kind = SentencePieceTokenizer if file.suffix == ".model" else HuggingFaceTokenizer
     tokenizer: Tokenizer = kind(file, names)
-    if vocab_size not in (None, tokenizer.vocab_size):
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"{tokenizer.path} has {tokenizer.vocab_size} entries but the model {vocab_size}: use the model's tokenizer"
         )

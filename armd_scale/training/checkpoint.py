@@ -124,25 +124,61 @@ class Checkpointer:
             raise outcome[0]
 
 
-def begin(run: RunDirectory, weights: Mapping[str, Tensor], state: dict[str, Any], averaged: bool) -> Path:
-    """Write checkpoint 0 from whole float32 weights, in this process, with zero moments.
+def begin(
+    run: RunDirectory,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], Tensor],
+    state: dict[str, Any],
+    averaged: bool,
+) -> Path:
+    """Write checkpoint 0 from whole weights, in this process, with zero moments; holds one tensor at a time.
 
-    ``state``: facts that the manifest keeps. ``averaged``: also write a moving average, equal to the weights.
+    ``shapes``: of the weights by their names; ``read``: a weight by its name. ``state``: facts that the manifest keeps.
+    ``averaged``: also write a moving average, equal to the weights. Nothing stays if ``read`` raises an error.
     """
     names = (MASTER, *MOMENTS, *((EMA,) if averaged else ()))
-    tensors = {
-        _key(name, parameter): torch.zeros_like(weight) if name in MOMENTS else weight
-        for parameter, weight in weights.items()
+    entries = {
+        _key(name, parameter): torch.empty(shape, device="meta")
+        for parameter, shape in shapes.items()
         for name in names
     }
     partial = run.partial_checkpoint(0)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # warns that no process group exists, which is intended
-        dcp.save(tensors, checkpoint_id=partial, no_dist=True)
-    manifest.write(partial, {"step": 0, "updates": 0, "states": names, "state": state})
-    return manifest.publish(run, 0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # warns that no process group exists, which is intended
+            dcp.save(entries, checkpoint_id=partial, planner=_Reader(read), no_dist=True)
+        manifest.write(partial, {"step": 0, "updates": 0, "states": names, "state": state})
+        return manifest.publish(run, 0)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, dcp.api.CheckpointException):
+            raise next(iter(error.failures.values()))[0] from error
+        raise
+
+
+class _Reader(dcp.DefaultSavePlanner):
+    """Reads a tensor when it is written."""
+
+    def __init__(self, read: Callable[[str], Tensor]) -> None:
+        super().__init__()
+        self._weight = read
+
+    def resolve_data(self, write_item: Any) -> Any:
+        entry = super().resolve_data(write_item)
+        if not isinstance(entry, Tensor):
+            return entry
+        state, _, parameter = write_item.index.fqn.partition("/")
+        if state in MOMENTS:
+            return torch.zeros(entry.shape)
+        return self._weight(parameter).float().contiguous()
+
+
+def pad(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor with rows of zeros up to ``shape``: training pads the table of the vocabulary."""
+    missing = shape[0] - len(tensor)
+    return torch.cat([tensor, tensor.new_zeros(missing, *shape[1:])]) if missing else tensor
 
 
 def newest(run: RunDirectory) -> Path | None:

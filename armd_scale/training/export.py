@@ -137,13 +137,16 @@ def to_training(model_dir: Path, config: RunConfig) -> Path:
             )
     if config.run_directory.complete_checkpoints():
         raise UserError(f"{config.directory} already has checkpoints: choose another run_dir")
-    weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
-    for name in weights.keys() & {"embedding.weight", "head.weight"}:
-        rows = full.model.padded_vocab - len(weights[name])
-        weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, rows))
+    weights = model.state_dict()
+    rows = {"embedding.weight": full.model.padded_vocab, "head.weight": full.model.padded_vocab}
+    shapes = {name: (rows.get(name, len(tensor)), *tensor.shape[1:]) for name, tensor in weights.items()}
     state = {"identity": configs.identity(full), "samples": 0, "losses": []}
     state["tokenizer_sha256"] = tokenizers.digest(tokenizer)
-    return checkpoint.begin(config.run_directory, weights, state, averaged=config.optimizer.ema > 0)
+
+    def read(name: str) -> torch.Tensor:
+        return checkpoint.pad(weights[name], shapes[name])
+
+    return checkpoint.begin(config.run_directory, shapes, read, state, averaged=config.optimizer.ema > 0)
 
 
 def _training_facts(config: RunConfig, source: Path) -> dict[str, Any]:

@@ -1,0 +1,259 @@
+"""Architectures of transformers that this project reads and writes: names of their fields and of their tensors.
+
+One table for each direction: ``FIELDS`` and ``tensors`` say which names correspond, ``model_fields`` and
+``foreign_config`` translate configurations. A field that the table does not know must have a neutral value.
+
+Layout: rows of ``attention.key_value`` are [key head, (key, value), D], rows of ``mlp.up`` are [unit, (gate, value)],
+and rotary pairs are (i, i + D / 2), as in transformers.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from armd_scale.config import ModelConfig
+from armd_scale.errors import UserError
+
+
+class Architecture(NamedTuple):
+    """A class of transformers."""
+
+    model_type: str
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture("llama"),
+    "MistralForCausalLM": Architecture("mistral"),
+    "Qwen2ForCausalLM": Architecture("qwen2", qkv_bias=True),
+    "Qwen3ForCausalLM": Architecture("qwen3", qk_norm=True),
+}
+"""Known classes; a model is written as the first one with its features."""
+
+FIELDS = {
+    "num_hidden_layers": "layers",
+    "hidden_size": "hidden",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "ffn",
+    "rms_norm_eps": "norm_eps",
+    "vocab_size": "vocab_size",
+    "tie_word_embeddings": "tied_head",
+}
+"""Field of transformers -> field of ``ModelConfig``."""
+
+_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+"""Values of fields that ``config.json`` leaves out."""
+_READ = {
+    "architectures", "model_type", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters",
+    "original_max_position_embeddings", "sliding_window", "layer_types", "use_sliding_window", "max_window_layers",
+    "hidden_act",
+}  # fmt: skip
+"""Other fields that the translation looks at."""
+_WITHOUT_EFFECT = {
+    "_name_or_path", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "initializer_range",
+    "is_llama_config",
+    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "return_dict", "rope_interleaved",
+    "torch_dtype", "transformers.js_config", "transformers_version", "unsloth_fixed", "use_cache",
+}  # fmt: skip
+"""Fields that do not change what a model computes."""
+_NEEDS = {
+    "attention_bias": "a bias of the output projection",
+    "mlp_bias": "biases of the MLP",
+    "num_local_experts": "experts",
+    "num_experts": "experts",
+    "n_routed_experts": "experts",
+    "quantization_config": "quantised weights; dequantise them first",
+    "final_logit_softcapping": "soft caps",
+    "attn_logit_softcapping": "soft caps",
+    "partial_rotary_factor": "rotary embeddings of a part of a head",
+    "no_rope_layers": "layers without rotary embeddings",
+}
+"""What has to be supported for fields that models of these architectures may have."""
+
+
+def model_fields(config: Mapping[str, Any], length: int | None = None) -> dict[str, Any]:
+    """``config.json`` of transformers -> fields of ``ModelConfig``. ``length``: of the run; None: that of the model.
+
+    Raises ``UserError`` for what ``ModelConfig`` cannot express.
+    """
+    names = config.get("architectures") or []
+    known = [ARCHITECTURES[name] for name in names if name in ARCHITECTURES]
+    if len(names) != 1 or not known:
+        raise UserError(f"architecture {', '.join(names) or 'unknown'}: known are {', '.join(ARCHITECTURES)}")
+    architecture = known[0]
+    for name, value in config.items():
+        if name not in FIELDS and name not in _READ | _WITHOUT_EFFECT and value not in (None, False, 0, [], {}):
+            if name == "partial_rotary_factor" and value == 1:
+                continue
+            raise UserError(f"{name} = {value!r}: {_NEEDS.get(name, 'this field')} would have to be supported")
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise UserError(f"hidden_act = {config['hidden_act']!r}: this activation would have to be supported")
+    values = {ours: config.get(theirs, _DEFAULTS.get(theirs)) for theirs, ours in FIELDS.items()}
+    missing = [
+        theirs for theirs, ours in FIELDS.items() if values[ours] is None and ours not in ("kv_heads", "head_dim")
+    ]
+    if missing:
+        raise UserError(f"{missing[0]} is missing")
+    values["kv_heads"] = values["kv_heads"] or values["heads"]
+    values["head_dim"] = values["head_dim"] or values["hidden"] // values["heads"]
+    longest = config.get("max_position_embeddings") or 2048
+    values["length"] = length or longest
+    _check_windows(config, values["length"])
+    return {
+        **values,
+        **_rope(config, longest),
+        "norm": "rmsnorm",
+        "mlp": "swiglu",
+        "qk_norm": architecture.qk_norm,
+        "qkv_bias": architecture.qkv_bias,
+    }
+
+
+def _check_windows(config: Mapping[str, Any], length: int) -> None:
+    """``UserError`` if a layer attends to fewer than ``length`` + 1 positions."""
+    always = config.get("model_type") == "mistral"
+    window = config.get("sliding_window", 4096 if always else None)
+    used = config.get("use_sliding_window", always)
+    kinds = set(config.get("layer_types") or ()) - {"full_attention"}
+    slides = kinds == {"sliding_attention"} or (used and not config.get("layer_types"))
+    if kinds - {"sliding_attention"}:
+        raise UserError(f"layer_types = {sorted(kinds)}: these layers would have to be supported")
+    if window and slides and window <= length:
+        raise UserError(
+            f"sliding_window = {window}: windows would have to be supported; up to model.length={window - 1} it has "
+            "no effect"
+        )
+
+
+def _rope(config: Mapping[str, Any], longest: int) -> dict[str, Any]:
+    """``rope_base`` and ``rope``."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    base = given.get("rope_theta", config.get("rope_theta", 10000.0))
+    kind = given.get("rope_type", given.get("type", "default"))
+    if given.get("partial_rotary_factor", 1) != 1:
+        raise UserError(f"rope: partial_rotary_factor: {_NEEDS['partial_rotary_factor']} would have to be supported")
+    if kind == "default":
+        return {"rope_base": float(base), "rope": {}}
+    if kind not in ("linear", "llama3", "yarn"):
+        raise UserError(f"rope_type = {kind!r}: this scaling of rotary embeddings would have to be supported")
+    original = (
+        given.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or longest
+    )
+    rope = {"scaling": kind, "factor": float(given["factor"]), "original_length": original}
+    if kind == "llama3":
+        rope |= {"low_turns": float(given["low_freq_factor"]), "high_turns": float(given["high_freq_factor"])}
+    if kind == "yarn":
+        if not given.get("truncate", True):
+            raise UserError("rope: truncate = False: this form of yarn would have to be supported")
+        slow, fast = given.get("beta_slow") or 1, given.get("beta_fast") or 32
+        rope |= {"low_turns": float(slow), "high_turns": float(fast), "attention": _attention_factor(given)}
+    return {"rope_base": float(base), "rope": rope}
+
+
+def _attention_factor(rope: Mapping[str, Any]) -> float | None:
+    """Factor of queries and keys with yarn; None: the usual one."""
+    if rope.get("attention_factor"):
+        return float(rope["attention_factor"])
+    top, bottom = rope.get("mscale"), rope.get("mscale_all_dim")
+    if not (top and bottom):
+        return None
+    scale = 0.1 * math.log(rope["factor"]) if rope["factor"] > 1 else 0.0
+    return (top * scale + 1) / (bottom * scale + 1)
+
+
+def foreign_config(model: ModelConfig) -> dict[str, Any]:
+    """``config.json`` of transformers for a left-to-right model.
+
+    Raises ``UserError`` for models that no known architecture can express.
+    """
+    if model.objective != "ar":
+        raise UserError(f"transformers has no architecture for objective={model.objective}: only ar models have one")
+    for name, wanted in (("norm", "rmsnorm"), ("mlp", "swiglu")):
+        if getattr(model, name) != wanted:
+            raise UserError(f"model.{name} = {getattr(model, name)}: known architectures have {wanted}")
+    features = (model.qkv_bias, model.qk_norm)
+    matching = [name for name, known in ARCHITECTURES.items() if (known.qkv_bias, known.qk_norm) == features]
+    if not matching:
+        raise UserError("no known architecture has model.qkv_bias and model.qk_norm together")
+    resolved = model.exported()
+    values = {theirs: resolved[ours] for theirs, ours in FIELDS.items()}
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if model.rope.scaling != "none":
+        rope = {
+            "rope_type": model.rope.scaling,
+            "factor": model.rope.factor,
+            "original_max_position_embeddings": model.rope.original_length,
+        }
+        names = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast")}
+        turns = zip(names.get(model.rope.scaling, ()), (model.rope.low_turns, model.rope.high_turns), strict=False)
+        rope |= dict(turns)
+        if model.rope.attention is not None:
+            rope["attention_factor"] = model.rope.attention
+    return {
+        "architectures": matching[:1],
+        "model_type": ARCHITECTURES[matching[0]].model_type,
+        **values,
+        "max_position_embeddings": model.length,
+        "hidden_act": "silu",
+        "rope_theta": model.rope_base,
+        "rope_parameters": {**rope, "rope_theta": model.rope_base},
+        **({"rope_scaling": rope} if model.rope.scaling != "none" else {}),
+    }
+
+
+class Pair(NamedTuple):
+    """A tensor of a training checkpoint, and the tensors of transformers that it is made of."""
+
+    name: str
+    foreign: tuple[str, ...]
+    size: int = 1
+    """Rows of a tensor that stay together when the rows of several alternate."""
+
+    def join(self, tensors: list[Tensor]) -> Tensor:
+        """The tensor of the checkpoint."""
+        if len(tensors) == 1:
+            return tensors[0]
+        return torch.stack([tensor.unflatten(0, (-1, self.size)) for tensor in tensors], dim=1).flatten(0, 2)
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of transformers."""
+        if len(self.foreign) == 1:
+            return [tensor]
+        parts = tensor.unflatten(0, (-1, len(self.foreign), self.size)).unbind(1)
+        return [part.flatten(0, 1) for part in parts]
+
+
+def tensors(model: ModelConfig) -> list[Pair]:
+    """All tensors of a model of a known architecture, without the gates of its seed."""
+    pairs = [Pair("embedding.weight", ("model.embed_tokens.weight",)), Pair("norm.weight", ("model.norm.weight",))]
+    if not model.tied_head:
+        pairs.append(Pair("head.weight", ("lm_head.weight",)))
+    kinds = ("weight", "bias") if model.qkv_bias else ("weight",)
+    for index in range(model.layers):
+        ours, theirs = f"layers.{index}", f"model.layers.{index}"
+        attention = f"{theirs}.self_attn"
+        pairs += [
+            Pair(f"{ours}.attention_norm.weight", (f"{theirs}.input_layernorm.weight",)),
+            Pair(f"{ours}.mlp_norm.weight", (f"{theirs}.post_attention_layernorm.weight",)),
+            Pair(f"{ours}.attention.output.weight", (f"{attention}.o_proj.weight",)),
+            Pair(f"{ours}.mlp.up.weight", (f"{theirs}.mlp.gate_proj.weight", f"{theirs}.mlp.up_proj.weight")),
+            Pair(f"{ours}.mlp.down.weight", (f"{theirs}.mlp.down_proj.weight",)),
+        ]
+        for kind in kinds:
+            keys = (f"{attention}.k_proj.{kind}", f"{attention}.v_proj.{kind}")
+            pairs += [
+                Pair(f"{ours}.attention.query.{kind}", (f"{attention}.q_proj.{kind}",)),
+                Pair(f"{ours}.attention.key_value.{kind}", keys, model.head_size),
+            ]
+        if model.qk_norm:
+            pairs += [
+                Pair(f"{ours}.attention.query_norm", (f"{attention}.q_norm.weight",)),
+                Pair(f"{ours}.attention.key_norm", (f"{attention}.k_norm.weight",)),
+            ]
+    return pairs
