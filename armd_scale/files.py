@@ -1,16 +1,21 @@
 """Atomic writes, checks of output paths, and lock files."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from armd_scale import logs
 from armd_scale.errors import UserError
 
 _PICTURES = (".png", ".pdf", ".svg")
+_NO_LOCKS = frozenset((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP))
+"""Error numbers of file systems without locks."""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -49,19 +54,55 @@ def check_picture(path: Path) -> None:
     check_writable(path)
 
 
+class Holder(NamedTuple):
+    """The process that holds a lock file."""
+
+    pid: int | None
+    """None while the process has not yet written its name."""
+    host: str = ""
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}" if self.pid else "not yet known"
+
+
 @contextlib.contextmanager
 def exclusive(path: Path, what: str, wait: bool = False) -> Iterator[None]:
-    """Hold the lock file ``path``. ``what``: the locked object.
+    """Hold the lock file ``path``, which then names this process. ``what``: the locked object.
 
-    ``wait``: wait for another process that holds the lock; else another process is a ``UserError``.
+    ``wait``: wait for another process that holds the lock; else another process is a ``UserError``. The lock ends with
+    the process, however that dies. A file system without locks gives a warning.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            other = holder(path) or Holder(None)
             if not wait:
-                raise UserError(f"another process works on {what}: wait for that process or stop it") from error
-            logs.DATA.info("waiting for another process that works on %s", what)
+                raise UserError(
+                    f"another process works on {what} ({other}): wait for that process or stop it"
+                ) from error
+            logs.DATA.info("waiting for another process that works on %s (%s)", what, other)
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            logs.DATA.warning("%s cannot be locked (%s): start one process at a time for %s", path, error, what)
+        file.truncate(0)
+        file.write(f"{os.getpid()} {socket.gethostname()}\n")
+        file.flush()
         yield
+
+
+def holder(path: Path) -> Holder | None:
+    """The process that holds the lock file ``path``; None if no process holds it."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                words = file.read().split()
+                return Holder(int(words[0]), words[1]) if len(words) == 2 else Holder(None)
+    except OSError:
+        pass
+    return None

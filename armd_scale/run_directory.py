@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from armd_scale.files import Holder, holder
+
 _STEP = "step-"
 _CHECKPOINT = re.compile(_STEP + r"(\d{8,})")
 _REMOVED = ".removed"
@@ -204,9 +206,22 @@ class RunDirectory:
         """Directory of a job of a step: its logs, its results and submitit's files."""
         return self.jobs / step / job
 
-    def rendezvous_path(self, submission: str) -> Path:
-        """The file by which the processes of a submission find each other on one machine."""
-        return self.jobs / f"rendezvous-{submission}"
+    def rendezvous_path(self, token: str) -> Path:
+        """The file by which the processes of a local job find each other. ``token``: unique word of the submission."""
+        return self.jobs / f"rendezvous-{token}"
+
+    def rendezvous_paths(self) -> list[Path]:
+        """Rendezvous files of all local jobs."""
+        return sorted(self.jobs.glob(self.rendezvous_path("*").name))
+
+    def process_path(self, rank: int) -> Path:
+        """The lock file that a process of a local job holds while it lives."""
+        return self.path / "processes" / f"{_rank(rank)}.pid"
+
+    def processes(self) -> list[Holder]:
+        """Living processes of local jobs."""
+        holders = map(holder, _of_ranks(self.process_path(0)).values())
+        return [process for process in holders if process]
 
     def log_path(self, step: str, job: str, rank: int, stream: str = "out") -> Path:
         """What a process of a job prints; ``stream``: ``out`` or ``err``."""

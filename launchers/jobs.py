@@ -9,15 +9,18 @@ Every job runs the copy of the code in the run directory (``snapshot``), also af
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +33,14 @@ from armd_scale.training import manifest
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("tokenise", "train", "export", "evaluate")
 _PACKAGES = ("armd_scale", "data_pipeline", "launchers")
+_OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
+"""How the variables begin that describe a running job."""
+_OF_A_SITE = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+"""Variables of the same form that say how to reach Slurm."""
+_NO_LIMIT = 100 * 365 * 24 * 60
+"""Time limit of a local job in minutes; submitit needs one."""
+_END_SECONDS = 5.0
+"""Time for local processes to end after SIGINT."""
 _ENVIRONMENT = {
     "PYTHONSAFEPATH": "1",  # import from the snapshot, not from the working directory
     "PYTHONUNBUFFERED": "1",
@@ -196,7 +207,9 @@ class Jobs:
         from launchers import stages
 
         executor = self._executor(spec, after)
-        calls = [(spec.name, self.config, uuid.uuid4().hex, share, spec.shares) for share in range(spec.shares)]
+        token, devices = uuid.uuid4().hex, self._devices(spec)
+        submissions = [stages.Submission(self.cluster, token, devices, n, spec.shares) for n in range(spec.shares)]
+        calls = [(spec.name, self.config, submission) for submission in submissions]
         if spec.shares > 1:
             jobs = executor.map_array(stages.run, *map(list, zip(*calls, strict=True)))
         else:
@@ -207,11 +220,19 @@ class Jobs:
         remember(self.config.run_directory, submitted)
         return submitted, jobs
 
+    def _devices(self, spec: JobSpec) -> list[str] | None:
+        """The GPUs of a local job."""
+        if self.cluster != "local":
+            return None
+        asked = parameters(self.config, spec, self.code)
+        return visible_devices(asked.get("gpus_per_node", 0), environment(self.config, self.code))
+
     def _executor(self, spec: JobSpec, after: Submitted | None) -> Any:
         import submitit
 
         folder = _folder(self.config, spec)
         asked = parameters(self.config, spec, self.code)
+        _leave_job()
         if self.cluster == "slurm":
             # The trainer handles signals itself, so the limit of submitit on time-outs must not apply.
             slurm = submitit.SlurmExecutor(folder, max_num_timeout=1000, python=self.config.cluster.python)
@@ -223,11 +244,34 @@ class Jobs:
             return slurm
         os.environ.update(environment(self.config, self.code))
         executor = submitit.AutoExecutor(folder=folder, cluster=self.cluster)
-        gpus = {"gpus_per_node": asked["gpus_per_node"]} if "gpus_per_node" in asked else {}
         executor.update_parameters(
-            name=asked["job_name"], nodes=1, tasks_per_node=asked["ntasks_per_node"], timeout_min=asked["time"], **gpus
+            name=asked["job_name"], nodes=1, tasks_per_node=asked["ntasks_per_node"], timeout_min=_NO_LIMIT
         )
         return executor
+
+
+def _leave_job() -> None:
+    """Forget the Slurm job in which this launcher may run: what it submits is no part of that job."""
+    for name in [name for name in os.environ if name.startswith(_OF_A_JOB) and name not in _OF_A_SITE]:
+        del os.environ[name]
+
+
+def visible_devices(count: int, variables: Mapping[str, str]) -> list[str]:
+    """The first ``count`` GPUs that ``CUDA_VISIBLE_DEVICES`` lists in ``variables`` or in the environment.
+
+    Without the variable: 0 to ``count`` - 1. ``UserError`` if it lists fewer.
+    """
+    listed = {**os.environ, **variables}.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return list(map(str, range(count)))
+    # CUDA ignores what follows an invalid entry.
+    devices = list(itertools.takewhile(lambda word: word not in ("", "-1"), map(str.strip, listed.split(","))))
+    if len(devices) < count:
+        raise UserError(
+            f"cluster.gpus_per_node is {count} but CUDA_VISIBLE_DEVICES={listed} lists {len(devices)}: name as many "
+            "GPUs or lower cluster.gpus_per_node, cluster.tasks_per_node and the layout"
+        )
+    return devices[:count]
 
 
 def remember(run: RunDirectory, submitted: Submitted) -> None:
@@ -273,22 +317,49 @@ def states(submitted: list[Submitted]) -> dict[str, str]:
 
 
 def alive(run: RunDirectory) -> list[Submitted]:
-    """The jobs of a run that are waiting or running."""
+    """The jobs of a run that are waiting or running.
+
+    Processes of a local job count without their controller too, for example those of another machine.
+    """
     submitted = known(run)
     state_of = states(submitted)
-    return [record for record in submitted if any(job in state_of for job in record.ids)]
+    living = [record for record in submitted if any(job in state_of for job in record.ids)]
+    if not living and run.processes():
+        living = [record for record in submitted if record.cluster == "local"][-1:]
+    return living
 
 
 def cancel(run: RunDirectory) -> list[Submitted]:
-    """Cancel all jobs of a run; returns the jobs that were waiting or running."""
+    """Cancel all jobs of a run; returns the jobs that were waiting or running.
+
+    ``UserError`` if a process lives on another machine.
+    """
     cancelled = alive(run)
     for record in cancelled:
         if record.cluster == "slurm":
             subprocess.run(["scancel", *{job.partition("_")[0] for job in record.ids}], check=False)
-        for process in record.processes:
-            if _is_ours(process):
-                os.kill(process, signal.SIGINT)
+    _end_local(run, [process for record in cancelled for process in record.processes])
+    elsewhere = [process for process in run.processes() if process.host != socket.gethostname()]
+    if elsewhere:
+        raise UserError(f"{elsewhere[0]} works in {run.path}: run `armd cancel` there")
     return cancelled
+
+
+def _end_local(run: RunDirectory, controllers: list[int]) -> None:
+    """SIGINT to submitit's controllers, which end their processes; later SIGKILL to all that still live."""
+    for controller in filter(_is_ours, controllers):
+        os.kill(controller, signal.SIGINT)
+
+    def living() -> list[int]:
+        here = [process.pid for process in run.processes() if process.host == socket.gethostname()]
+        return [pid for pid in [*here, *controllers] if pid and _is_ours(pid)]
+
+    deadline = time.monotonic() + _END_SECONDS
+    while (left := living()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def end_processes(submitted: Submitted) -> None:
@@ -301,7 +372,7 @@ def end_processes(submitted: Submitted) -> None:
 
 
 def _is_ours(process: int) -> bool:
-    """Whether a process id still belongs to submitit's controller of a local job."""
+    """Whether a process id still belongs to submitit: to the controller or a process of a local job."""
     try:
         words = Path(f"/proc/{process}/cmdline").read_bytes()
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]

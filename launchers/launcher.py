@@ -1,7 +1,6 @@
 """Submits the remaining jobs of a run and follows them, on Slurm or in processes of this machine."""
 
 import json
-import os
 import pickle
 import sys
 import time
@@ -16,6 +15,7 @@ from armd_scale import logs
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError
 from armd_scale.files import write_atomically
+from armd_scale.processes import postponed_signals
 from armd_scale.training import manifest
 from armd_scale.training.telemetry import MetricsReader, environment
 from launchers import jobs, restart, status
@@ -59,7 +59,11 @@ class Launcher:
         submitter = jobs.Jobs(self.config, self.cluster, jobs.snapshot(self.config.run_directory))
         if self.cluster != "slurm":
             for spec in self.specs:
-                (self._debug if self.cluster == "debug" else self._run_here)(submitter, spec)
+                try:
+                    (self._debug if self.cluster == "debug" else self._run_here)(submitter, spec)
+                finally:
+                    for path in self.config.run_directory.rendezvous_paths():
+                        path.unlink(missing_ok=True)
         else:
             chain = list(self.running)
             if chain:
@@ -86,7 +90,6 @@ class Launcher:
     def _debug(self, submitter: jobs.Jobs, spec: jobs.JobSpec) -> None:
         """Run a job in this process and raise its error here; on a terminal the error opens the debugger."""
         for job in submitter.submit(spec)[1]:
-            os.environ["SUBMITIT_DEBUG_JOB_ID"] = job.job_id
             if sys.stdin.isatty():
                 job.results()
             elif error := job.exception():
@@ -95,23 +98,30 @@ class Launcher:
 
     def _run_here(self, submitter: jobs.Jobs, spec: jobs.JobSpec) -> None:
         """Run a job in local processes, and restart it after an error that may not recur."""
-        while True:
-            submitted, running = submitter.submit(spec)
-            try:
-                self._follow(submitted, running)
-                return
-            except KeyboardInterrupt:
-                for job in running:
-                    job.cancel()
-                self._say(f"stopped; the same command resumes from the newest checkpoint in {self.config.directory}")
-                raise
-            except _Died as death:
-                wait, reason, _ = restart.decide(self.config, spec.name, death.job, None)
-                if wait is None:
-                    raise UserError(_failure(self.config, spec.name, death.job, reason)) from death
-                restart.clear(self.config, spec.name, death.job)
-                self._say(f"{spec.name} failed and restarts in {wait:.0f} s: {reason}")
+        try:
+            while (wait := self._attempt(submitter, spec)) is not None:
                 time.sleep(wait)
+        except BaseException as error:  # no job goes on without its launcher
+            with postponed_signals():
+                jobs.cancel(self.config.run_directory)
+            if isinstance(error, KeyboardInterrupt):
+                self._say(f"stopped; the same command resumes from the newest checkpoint in {self.config.directory}")
+            raise
+
+    def _attempt(self, submitter: jobs.Jobs, spec: jobs.JobSpec) -> float | None:
+        """Run a job in local processes; returns the seconds before its restart, None after success."""
+        with postponed_signals():  # a job that was started must also be recorded
+            submitted, running = submitter.submit(spec)
+        try:
+            self._follow(submitted, running)
+        except _Died as death:
+            wait, reason, _ = restart.decide(self.config, spec.name, death.job, None)
+            if wait is None:
+                raise UserError(_failure(self.config, spec.name, death.job, reason)) from death
+            restart.clear(self.config, spec.name, death.job)
+            self._say(f"{spec.name} failed and restarts in {wait:.0f} s: {reason}")
+            return wait
+        return None
 
     def _follow(self, submitted: jobs.Submitted, running: list[Any] | None = None) -> None:
         """Show the progress of a job until it ends: a live line on a terminal, plain lines elsewhere.
