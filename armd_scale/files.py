@@ -1,14 +1,16 @@
-"""Atomic writes, checks of output paths, and lock files."""
+"""Atomic writes, JSON that a crash may have torn, checks of output paths, and lock files."""
 
 import contextlib
 import errno
 import fcntl
 import hashlib
+import io
+import json
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from armd_scale import logs
 from armd_scale.errors import UserError
@@ -30,6 +32,63 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if the file does not exist, or is damaged, which gives a warning."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    record = _record(content)
+    if record is None:
+        logs.JOB.warning(
+            "%s is damaged and ignored: it holds %d bytes but no JSON object", path, len(content), extra=logs.ONCE
+        )
+    return record
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines; none if the file does not exist."""
+    try:
+        return parse_json_lines(path, path.read_bytes())
+    except FileNotFoundError:
+        return []
+
+
+def parse_json_lines(path: Path, content: bytes) -> list[dict[str, Any]]:
+    """The records in ``content``, a part of the file ``path``.
+
+    Lines without a record, for example half a line or zeros after a crash, are left out with a warning.
+    """
+    lines = [line for line in content.split(b"\n") if line.strip()]
+    records = [record for line in lines if (record := _record(line)) is not None]
+    if len(records) < len(lines):
+        logs.JOB.warning("%s: %d damaged lines are ignored", path, len(lines) - len(records), extra=logs.ONCE)
+    return records
+
+
+def append_json_line(path: Path, record: dict[str, Any]) -> None:
+    """Append a record to a file of JSON lines."""
+    with path.open("a+b", buffering=0) as file:
+        file.write(b"\n" * ends_torn(file) + json.dumps(record).encode() + b"\n")
+
+
+def ends_torn(file: io.FileIO) -> bool:
+    """Whether the last line of a file has no end; a record that was appended to it would be lost."""
+    if not file.seek(0, os.SEEK_END):
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
+
+
+def _record(text: bytes) -> dict[str, Any] | None:
+    """A JSON object, also between zeros; None if ``text`` holds none."""
+    try:
+        record = json.loads(text.strip(b"\0"))
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def sha256(path: Path) -> str:
