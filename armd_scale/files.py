@@ -153,6 +153,27 @@ def exclusive(path: Path, what: str, wait: bool = False) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def in_use(path: Path) -> Iterator[None]:
+    """Mark an existing file as used by this process, for ``is_in_use``."""
+    with path.open("rb") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether another process uses a file, where the file system has locks."""
+    with path.open("r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+    return False
+
+
 def holder(path: Path) -> Holder | None:
     """The process that holds the lock file ``path``; None if no process holds it."""
     try:
