@@ -511,7 +511,7 @@ class RunConfig(Section):
     name: str = DEFAULT
     """Name of the run."""
     run_dir: str | None = None
-    """Run directory; null: ``runs/<name>``."""
+    """Run directory; null: ``runs/<name>``. For the ``config.yaml`` of a run directory, that directory."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of the initial weights, the data order and the generation orders."""
     objective: Objective = DEFAULT
@@ -671,7 +671,10 @@ class RunConfig(Section):
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Read a YAML file and dotted overrides into a checked configuration; ``UserError`` on anything wrong."""
+    """Read a YAML file and dotted overrides into a checked configuration; ``UserError`` on anything wrong.
+
+    The configuration in a run directory means this directory, wherever the run began.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no configuration file {path}; see configs/ for examples")
@@ -689,6 +692,9 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} cannot be read as YAML: {error}") from error
+    run = RunDirectory.of_config(path)
+    if run and not any(override.startswith("run_dir=") for override in overrides):
+        values["run_dir"] = str(run.path)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:

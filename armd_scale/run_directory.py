@@ -31,6 +31,13 @@ class RunDirectory:
         candidates = (cls(directory) for directory in (path, *path.resolve().parents[:2]))
         return next((run for run in candidates if run.exists()), None)
 
+    @classmethod
+    def of_config(cls, path: Path) -> "RunDirectory | None":
+        """The run directory whose resolved configuration ``path`` is; None for a configuration elsewhere."""
+        run = cls(path.parent)
+        started = run.environment_path.is_file() or run.checkpoints.is_dir()
+        return run if started and path.name == run.config_path.name else None
+
     def exists(self) -> bool:
         """Whether this is the directory of a run that was started."""
         return self.config_path.is_file()

@@ -218,10 +218,21 @@ def _prepare_folder(config: RunConfig) -> None:
     if newest:
         manifest.check_identity(newest, config)
     try:
-        configs.save(config, run.config_path)
+        configs.save(_movable(config), run.config_path)
         write_atomically(run.environment_path, json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"the run directory {run.path} cannot be written: {error}") from error
+
+
+def _movable(config: RunConfig) -> RunConfig:
+    """The configuration with a data directory that means the same from another working directory.
+
+    Data in the run directory move with the run.
+    """
+    data = config.data_directory.resolve()
+    inside = data == config.run_directory.data.resolve()
+    changed = config.data.model_copy(update={"directory": None if inside else str(data)})
+    return config.model_copy(update={"data": changed})
 
 
 def _heldout(record: dict[str, Any]) -> str:
