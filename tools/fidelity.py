@@ -126,7 +126,7 @@ def _check_begun(config: Any) -> None:
     path = config.run_directory.config_path
     if not path.is_file():
         return
-    free: Any = {**dict.fromkeys(("name", "run_dir", "cluster", "report"), True), "data": {"directory"}}
+    free = {"name", "run_dir", "cluster", "report"}
     before, now = (one.model_dump(exclude=free) for one in (configs.load(path), config))
     changed = [name for name in now if before[name] != now[name]]
     if changed:
