@@ -205,10 +205,17 @@ class _Died(Exception):
 
 
 def _failure(config: RunConfig, step: str, job: str, reason: str) -> str:
-    folder, error = config.run_directory.job(step, job), config.run_directory.error(step, job)
+    run = config.run_directory
+    error = run.error(step, job)
     if error and error["bad_input"]:
         return reason
-    return f"job '{step}' failed: {reason} (logs in {folder}): the same command resumes from the newest checkpoint"
+    if error and error.get("permanent"):  # older jobs do not record it
+        log = run.log_path(step, job, error["rank"], "err")
+        return f"job '{step}' failed and would fail again: {reason}; see the traceback in {log}"
+    return (
+        f"job '{step}' failed: {reason} (logs in {run.job(step, job)}): the same command resumes from the newest "
+        "checkpoint"
+    )
 
 
 def _prepare_folder(config: RunConfig) -> None:

@@ -1,8 +1,8 @@
 """Decides whether a failed job restarts: python -m launchers.restart RUN_DIR NAME JOB CODE, exit code 0 for a restart.
 
-A job with bad input does not restart. After any other error a job restarts, with a wait that doubles each time, until
-it has failed at the same step three times, or ``cluster.max_restarts`` times without a new checkpoint. Every decision
-is a line of ``restarts.jsonl``.
+A job does not restart after bad input, and after other errors that the same input repeats. After any other error a job
+restarts, with a wait that doubles each time, until it has failed at the same step three times, or
+``cluster.max_restarts`` times without a new checkpoint. Every decision is a line of ``restarts.jsonl``.
 """
 
 import os
@@ -127,7 +127,7 @@ def _reason(run: RunDirectory, error: dict[str, Any] | None, code: int | None) -
         return f"a hang: no step finished; stacks of {hung} in {run.stack_path(0).parent}{_without_stacks(run)}", False
     if error is None:
         return "a process died without an error message" + (f" (exit code {code})" if code else ""), False
-    return f"{error['line']}", bool(error["bad_input"])
+    return error["line"], error["permanent"]
 
 
 def _without_stacks(run: RunDirectory) -> str:

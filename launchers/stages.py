@@ -19,7 +19,7 @@ from submitit.slurm.slurm import SlurmJobEnvironment
 from armd_scale import logs
 from armd_scale.config import RunConfig, load_run
 from armd_scale.data.shards import fill_vocabulary
-from armd_scale.errors import UserError, is_bad_input, is_permanent
+from armd_scale.errors import UserError, is_bad_input, is_permanent, is_user_error
 from armd_scale.files import exclusive
 from armd_scale.processes import die_with_parent
 from armd_scale.run_directory import RunDirectory
@@ -86,11 +86,15 @@ def _living(config: RunConfig, submission: Submission, job: JobEnvironment) -> c
 
 
 def _record(config: RunConfig, step: str, job: JobEnvironment, error: Exception) -> None:
-    """Write the first error of a job to ``error.json``."""
-    line = str(error) if is_bad_input(error) else f"{type(error).__name__}: {error}"
+    """Write the first error of a job to ``error.json``.
+
+    ``bad_input``: the line says what the user can do; ``permanent``: a restart would fail again.
+    """
+    line = str(error) if is_bad_input(error) else ": ".join(filter(None, (type(error).__name__, str(error))))
     facts = {
         "line": " ".join(line.split())[:2000],
-        "bad_input": is_permanent(error),
+        "bad_input": is_user_error(error),
+        "permanent": is_permanent(error),
         "rank": job.global_rank,
         "reached": getattr(error, "step", None),
         "step": step,

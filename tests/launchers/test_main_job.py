@@ -460,8 +460,8 @@ def test_what_dies_again_and_again_is_given_up(tmp_path):
     job = tmp_path / "jobs/train/1"
     job.mkdir(parents=True)
 
-    def dies(step, bad_input=False):
-        fields = {"line": "out of luck", "bad_input": bad_input, "reached": step}
+    def dies(step, permanent=False):
+        fields = {"line": "out of luck", "bad_input": False, "permanent": permanent, "reached": step}
         RunDirectory.error_path(job).write_text(json.dumps(fields))
         return restart.decide(config, "train", "1", 1)[:2]
 
@@ -477,7 +477,7 @@ def test_what_dies_again_and_again_is_given_up(tmp_path):
     (checkpoint / "manifest.json").write_text('{"step": 12, "files": {}, "state": {}, "states": []}')
     (checkpoint.parent / "latest").write_text(checkpoint.name)
     assert dies(13)[0] == 2.0, "a new checkpoint is progress"
-    assert dies(14, bad_input=True) == (None, "out of luck")
+    assert dies(14, permanent=True) == (None, "out of luck")
     restart.clear(config, "train", "1")
     assert not RunDirectory.error_path(job).exists()
     assert restart.decide(config, "train", "1", 137) == (
