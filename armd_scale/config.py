@@ -692,13 +692,14 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} cannot be read as YAML: {error}") from error
-    run = RunDirectory.of_config(path)
-    if run and not any(override.startswith("run_dir=") for override in overrides):
-        values["run_dir"] = str(run.path)
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from error
+    run = RunDirectory.of_config(path)
+    if run and not any(override.startswith("run_dir=") for override in overrides):
+        return config.model_copy(update={"run_dir": str(run.path)})
+    return config
 
 
 def load_run(run: RunDirectory) -> RunConfig:

@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from armd_scale import logs
 from armd_scale.config import RunConfig, StageConfig
 from armd_scale.errors import UserError
 from armd_scale.files import write_atomically
@@ -290,11 +291,13 @@ def known(run: RunDirectory) -> list[Submitted]:
         raise UserError(f"{path} is damaged ({error!r}): remove the file if no job of the run is queued") from error
 
 
-def states(submitted: list[Submitted]) -> dict[str, str]:
+def states(run: RunDirectory, submitted: list[Submitted]) -> dict[str, str]:
     """Job id -> state in Slurm's queue, or RUNNING for a live local job; finished jobs are left out."""
     state_of: dict[str, str] = {}
     queued = [job for record in submitted if record.cluster == "slurm" for job in record.ids]
-    if queued:
+    if queued and not shutil.which("squeue"):  # a run that was copied from a cluster
+        logs.JOB.warning("no squeue on this machine: jobs on Slurm are not looked up", extra=logs.ONCE)
+    elif queued:
         numbers = sorted({job.partition("_")[0] for job in queued})
         result = subprocess.run(
             ["squeue", "-h", "-r", "-o", "%i %T", "-j", ",".join(numbers)], capture_output=True, text=True, check=False
@@ -303,14 +306,14 @@ def states(submitted: list[Submitted]) -> dict[str, str]:
             raise OSError(f"squeue failed: {result.stderr.strip()}")
         if result.returncode and len(numbers) > 1:  # squeue lists nothing if any of the ids has left its memory
             for record in submitted:
-                state_of |= states([record])
+                state_of |= states(run, [record])
             return state_of
         for line in result.stdout.splitlines():
             job, state = line.split(None, 1)
             state_of[job] = state.strip()
     for record in submitted:
         for job, process in zip(record.ids, record.processes, strict=False):
-            if _is_ours(process):
+            if _controls(run, process):
                 state_of[job] = "RUNNING"
     ids = {job for record in submitted for job in record.ids}
     return {job: state for job, state in state_of.items() if job in ids}
@@ -322,7 +325,7 @@ def alive(run: RunDirectory) -> list[Submitted]:
     Processes of a local job count without their controller too, for example those of another machine.
     """
     submitted = known(run)
-    state_of = states(submitted)
+    state_of = states(run, submitted)
     living = [record for record in submitted if any(job in state_of for job in record.ids)]
     if not living and run.processes():
         living = [record for record in submitted if record.cluster == "local"][-1:]
@@ -347,12 +350,15 @@ def cancel(run: RunDirectory) -> list[Submitted]:
 
 def _end_local(run: RunDirectory, controllers: list[int]) -> None:
     """SIGINT to submitit's controllers, which end their processes; later SIGKILL to all that still live."""
-    for controller in filter(_is_ours, controllers):
-        os.kill(controller, signal.SIGINT)
 
     def living() -> list[int]:
         here = [process.pid for process in run.processes() if process.host == socket.gethostname()]
-        return [pid for pid in [*here, *controllers] if pid and _is_ours(pid)]
+        ranks = [pid for pid in here if pid and b"submitit" in _command(pid)]
+        return ranks + [pid for pid in controllers if _controls(run, pid)]
+
+    for controller in controllers:
+        if _controls(run, controller):
+            os.kill(controller, signal.SIGINT)
 
     deadline = time.monotonic() + _END_SECONDS
     while (left := living()) and time.monotonic() < deadline:
@@ -362,20 +368,25 @@ def _end_local(run: RunDirectory, controllers: list[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def end_processes(submitted: Submitted) -> None:
+def end_processes(run: RunDirectory, submitted: Submitted) -> None:
     """Send SIGKILL to the processes of a local job, as submitit's controller would wait for a stopped process."""
     for process in submitted.processes:
         with contextlib.suppress(OSError):
             children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-            for child in map(int, children if _is_ours(process) else []):
+            for child in map(int, children if _controls(run, process) else []):
                 os.kill(child, signal.SIGKILL)
 
 
-def _is_ours(process: int) -> bool:
-    """Whether a process id still belongs to submitit: to the controller or a process of a local job."""
+def _controls(run: RunDirectory, process: int) -> bool:
+    """Whether a process id still belongs to submitit's controller of a local job of this run."""
+    folder = os.fsencode(run.jobs.resolve()) + b"/"
+    return b"submitit.local" in (command := _command(process)) and b"\0" + folder in command
+
+
+def _command(process: int) -> bytes:
+    """Command line of a process, its words separated by zeros; empty for a process that has ended."""
     try:
-        words = Path(f"/proc/{process}/cmdline").read_bytes()
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        return b"" if state == "Z" else Path(f"/proc/{process}/cmdline").read_bytes()
     except OSError:
-        return False
-    return b"submitit" in words and state != "Z"
+        return b""

@@ -33,7 +33,8 @@ class Launcher:
         self.config, self.cluster = config, cluster
         self.console = Console(highlight=False, markup=False)
         running = jobs.alive(config.run_directory)
-        if running and running[0].cluster != "slurm":
+        on_slurm = all(record.cluster == "slurm" for record in running)
+        if config.run_directory.processes() or (running and not (on_slurm and cluster == "slurm")):
             raise UserError(
                 f"jobs of another launcher are running in {config.directory}: wait for them, or cancel them with "
                 f"`armd cancel {config.directory}`"
@@ -137,7 +138,9 @@ class Launcher:
             live.start()
         try:
             while True:
-                ended = all(j.done() for j in running) if running else not jobs.states([submitted])
+                ended = (
+                    all(j.done() for j in running) if running else not jobs.states(config.run_directory, [submitted])
+                )
                 new = metrics.read() if training else []
                 for record in new:
                     if any(name.startswith("heldout_") for name in record):
@@ -154,7 +157,7 @@ class Launcher:
                 if running and restart.failing(config, submitted.step, submitted.ids[0]):
                     failing = failing or time.monotonic()
                     if time.monotonic() - failing > _GRACE_SECONDS:
-                        jobs.end_processes(submitted)
+                        jobs.end_processes(config.run_directory, submitted)
                 time.sleep(_POLL_SECONDS[self.cluster])
         finally:
             if live:

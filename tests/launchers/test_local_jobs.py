@@ -1,6 +1,7 @@
 """Local jobs whose processes hang, or whose controller is gone: they are seen, and they can be ended."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import time
 import pytest
 
 from armd_scale import config as configs
+from armd_scale import logs
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError
+from armd_scale.run_directory import RunDirectory
 from launchers import jobs
 from launchers.launcher import Launcher
 from tests.conftest import ROOT, run_armd
@@ -42,7 +45,8 @@ def config(tmp_path):
 def hanging(config, monkeypatch):
     """A rank without a controller."""
     monkeypatch.setattr(jobs, "_END_SECONDS", 0.3)
-    words = [sys.executable, "-c", PROCESS, str(config.run_directory.process_path(1)), "submitit"]
+    run = config.run_directory
+    words = [sys.executable, "-c", PROCESS, run.process_path(1), "submitit.local", run.job("train", "%j")]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE)
     process.stdout.readline()
     yield process
@@ -67,9 +71,38 @@ def test_a_controller_that_does_not_listen_is_ended(config, hanging):
     run.process_path(1).unlink()
     record = jobs.known(run)[0]
     jobs.remember(run, record._replace(ids=[str(hanging.pid)], processes=[hanging.pid]))
-    assert jobs.states(jobs.known(run)) == {str(hanging.pid): "RUNNING"}
+    assert jobs.states(run, jobs.known(run)) == {str(hanging.pid): "RUNNING"}
     jobs.cancel(run)
     assert hanging.wait(5) == -9
+
+
+def test_a_process_id_that_was_used_again(config, hanging, tmp_path):
+    """By a job of another run."""
+    other = RunDirectory(tmp_path / "other")
+    other.path.mkdir()
+    jobs.remember(other, jobs.known(config.run_directory)[0]._replace(ids=["1"], processes=[hanging.pid]))
+    assert jobs.states(other, jobs.known(other)) == {}
+    assert jobs.cancel(other) == []
+    assert hanging.poll() is None
+
+
+def test_a_run_from_a_cluster_goes_on_here(config, monkeypatch, caplog):
+    """On a machine without Slurm's commands."""
+    monkeypatch.setattr(logs.JOB.parent, "propagate", True)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    run = config.run_directory
+    jobs.remember(run, jobs.Submitted("train", "train", ["17"], "slurm", [], time.time()))
+    assert jobs.alive(run) == []
+    assert "no squeue on this machine" in caplog.text
+    Launcher(config, "local", "train", None)
+
+
+def test_jobs_on_slurm_are_not_joined_by_local_ones(config, monkeypatch):
+    record = jobs.Submitted("train", "train", ["17"], "slurm", [], time.time())
+    monkeypatch.setattr(jobs, "alive", lambda run: [record])
+    assert Launcher(config, "slurm", None, None).running == [record]
+    with pytest.raises(UserError, match="jobs of another launcher are running"):
+        Launcher(config, "local", None, None)
 
 
 def test_a_process_of_another_machine(config, hanging, monkeypatch):

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from armd_scale import logs
 from armd_scale.config import RunConfig
@@ -117,6 +118,15 @@ def test_too_few_gpus_are_refused(listed, tmp_path):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert f"CUDA_VISIBLE_DEVICES={listed} lists " in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_more_processes_than_gpus(config, monkeypatch):
+    """One line at once, before the other processes wait for this one."""
+    cluster = {"tasks_per_node": 2, "gpus_per_node": 2}
+    config = RunConfig.model_validate({"run_dir": config.run_dir, "cluster": cluster})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="gpus_per_node is 2 but process 1 of this machine sees 1 GPUs"):
+        loop.train(config, 1, 2, 1, "nowhere")
 
 
 def test_a_process_sees_the_gpus_of_its_job(session, config, started, monkeypatch):
