@@ -539,7 +539,7 @@ class RunConfig(Section):
 
     @property
     def directory(self) -> Path:
-        return Path(self.run_dir or f"runs/{self.name}")
+        return Path(self.run_dir or f"runs/{self.name}").expanduser()
 
     @property
     def run_directory(self) -> RunDirectory:
@@ -548,7 +548,7 @@ class RunConfig(Section):
 
     @property
     def data_directory(self) -> Path:
-        return Path(self.data.directory) if self.data.directory else self.run_directory.data
+        return Path(self.data.directory).expanduser() if self.data.directory else self.run_directory.data
 
     @property
     def total_steps(self) -> int:

@@ -94,3 +94,11 @@ def test_the_command_names_the_new_place(places):
     assert f"run_dir: {moved}\n" in done.stdout
     assert "--- train" not in done.stdout
     assert RunDirectory.of_config(moved / "config.yaml") == RunDirectory(moved)
+
+
+def test_a_tilde_is_the_home_directory(places, monkeypatch):
+    """Not a directory of this name in the working directory."""
+    monkeypatch.setenv("HOME", str(places))
+    config = RunConfig.model_validate({"run_dir": "~/runs/a", "data": {"directory": "~/data"}})
+    assert (config.directory, config.data_directory) == (places / "runs/a", places / "data")
+    assert config.run_directory.path == places / "runs/a"
