@@ -593,7 +593,7 @@ class RunConfig(Section):
     name: str = DEFAULT
     """Name of the run."""
     run_dir: str | None = None
-    """Run directory; null: ``runs/<name>``."""
+    """Run directory; null: ``runs/<name>``. For the ``config.yaml`` of a run directory, that directory."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of the initial weights, the data order and the generation orders."""
     objective: Objective = DEFAULT
@@ -621,7 +621,7 @@ class RunConfig(Section):
 
     @property
     def directory(self) -> Path:
-        return Path(self.run_dir or f"runs/{self.name}")
+        return Path(self.run_dir or f"runs/{self.name}").expanduser()
 
     @property
     def run_directory(self) -> RunDirectory:
@@ -630,7 +630,7 @@ class RunConfig(Section):
 
     @property
     def data_directory(self) -> Path:
-        return Path(self.data.directory) if self.data.directory else self.run_directory.data
+        return Path(self.data.directory).expanduser() if self.data.directory else self.run_directory.data
 
     @property
     def total_steps(self) -> int:
@@ -753,15 +753,22 @@ class RunConfig(Section):
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Read a YAML file and dotted overrides into a checked configuration; ``UserError`` on anything wrong."""
+    """Read a YAML file and dotted overrides into a checked configuration; ``UserError`` on anything wrong.
+
+    The configuration in a run directory means this directory, wherever the run began.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no configuration file {path}; see configs/ for examples")
     values = config_syntax.read(path, overrides)
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from error
+    run = RunDirectory.of_config(path)
+    if run and not any(override.startswith("run_dir=") for override in overrides):
+        return config.model_copy(update={"run_dir": str(run.path)})
+    return config
 
 
 def load_run(run: RunDirectory) -> RunConfig:

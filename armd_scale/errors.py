@@ -23,10 +23,15 @@ class UserError(ValueError):
     """Bad input; the message is one line that says what is wrong and what to do."""
 
 
+def is_user_error(error: BaseException) -> bool:
+    """Whether the message of an error says what is wrong and what to do."""
+    # The standalone model cannot import this module and marks its errors by an attribute.
+    return isinstance(error, UserError) or getattr(error, "bad_input", False)
+
+
 def is_bad_input(error: BaseException) -> bool:
     """Whether the user can fix an error: bad input, or a file that cannot be read or written."""
-    # The standalone model cannot import this module and marks its errors by an attribute.
-    return isinstance(error, UserError | OSError) or getattr(error, "bad_input", False)
+    return isinstance(error, OSError) or is_user_error(error)
 
 
 def is_permanent(error: BaseException) -> bool:
@@ -37,7 +42,7 @@ def is_permanent(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in _PERMANENT
     faults = (ValueError, TypeError, LookupError, AttributeError, NameError, ImportError, AssertionError)
-    return isinstance(error, (*faults, NotImplementedError, RecursionError)) or is_bad_input(error)
+    return isinstance(error, (*faults, NotImplementedError, RecursionError)) or is_user_error(error)
 
 
 def cli(main: Callable[[], int | None]) -> NoReturn:

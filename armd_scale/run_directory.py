@@ -6,10 +6,12 @@ versions, so that existing runs still work. Needs neither torch nor other proces
 
 import contextlib
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
+
+from armd_scale.errors import UserError
+from armd_scale.files import Holder, holder, read_json, read_json_lines
 
 _STEP = "step-"
 _CHECKPOINT = re.compile(_STEP + r"(\d{8,})")
@@ -28,6 +30,13 @@ class RunDirectory:
         """The run directory that ``path`` is, or that holds ``path`` at most two levels down."""
         candidates = (cls(directory) for directory in (path, *path.resolve().parents[:2]))
         return next((run for run in candidates if run.exists()), None)
+
+    @classmethod
+    def of_config(cls, path: Path) -> "RunDirectory | None":
+        """The run directory whose resolved configuration ``path`` is; None for a configuration elsewhere."""
+        run = cls(path.parent)
+        started = run.environment_path.is_file() or run.checkpoints.is_dir()
+        return run if started and path.name == run.config_path.name else None
 
     def exists(self) -> bool:
         """Whether this is the directory of a run that was started."""
@@ -131,11 +140,8 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All records; a last line that is still being written is left out."""
-        if not self.metrics_path.is_file():
-            return []
-        lines = self.metrics_path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        """All records."""
+        return read_json_lines(self.metrics_path)
 
     @property
     def wandb(self) -> Path:
@@ -148,7 +154,8 @@ class RunDirectory:
 
     def heartbeats(self) -> list[dict[str, Any]]:
         """The last heartbeat of every rank, by rank."""
-        return [json.loads(path.read_text(encoding="utf-8")) for path in _of_ranks(self.heartbeat_path(0)).values()]
+        beats = map(read_json, _of_ranks(self.heartbeat_path(0)).values())
+        return [beat for beat in beats if beat]
 
     def stack_path(self, rank: int) -> Path:
         """Stacks of a rank that hung."""
@@ -168,9 +175,8 @@ class RunDirectory:
         return self.path / "samples" / f"{_rank(rank)}.jsonl"
 
     def sample_logs(self) -> list[dict[str, Any]]:
-        """Records of all ranks, in the order of time; a line that is still being written is left out."""
-        texts = [path.read_text(encoding="utf-8") for path in _of_ranks(self.sample_log_path(0)).values()]
-        records = [json.loads(line) for text in texts for line in text.split("\n")[:-1]]
+        """Records of all ranks, in the order of time."""
+        records = [record for path in _of_ranks(self.sample_log_path(0)).values() for record in read_json_lines(path)]
         return sorted(records, key=lambda record: record["time"])
 
     def profile_path(self, rank: int, first: int, last: int) -> Path:
@@ -184,9 +190,12 @@ class RunDirectory:
 
     def damaged_shards(self) -> dict[str, list[str]]:
         """Directory of a data set -> names of its shards that are left out."""
-        if not self.left_out_path.is_file():
+        if not self.left_out_path.exists():
             return {}
-        return json.loads(self.left_out_path.read_text(encoding="utf-8"))
+        damaged = read_json(self.left_out_path)
+        if damaged is None:  # reading the shards again would change the order of the samples
+            raise UserError(f"{self.left_out_path} is damaged: restore it, or remove it to find damaged shards again")
+        return damaged
 
     @property
     def attention_path(self) -> Path:
@@ -209,9 +218,22 @@ class RunDirectory:
         """Directory of a job of a step: its logs, its results and submitit's files."""
         return self.jobs / step / job
 
-    def rendezvous_path(self, submission: str) -> Path:
-        """The file by which the processes of a submission find each other on one machine."""
-        return self.jobs / f"rendezvous-{submission}"
+    def rendezvous_path(self, token: str) -> Path:
+        """The file by which the processes of a local job find each other. ``token``: unique word of the submission."""
+        return self.jobs / f"rendezvous-{token}"
+
+    def rendezvous_paths(self) -> list[Path]:
+        """Rendezvous files of all local jobs."""
+        return sorted(self.jobs.glob(self.rendezvous_path("*").name))
+
+    def process_path(self, rank: int) -> Path:
+        """The lock file that a process of a local job holds while it lives."""
+        return self.path / "processes" / f"{_rank(rank)}.pid"
+
+    def processes(self) -> list[Holder]:
+        """Living processes of local jobs."""
+        holders = map(holder, _of_ranks(self.process_path(0)).values())
+        return [process for process in holders if process]
 
     def log_path(self, step: str, job: str, rank: int, stream: str = "out") -> Path:
         """What a process of a job prints; ``stream``: ``out`` or ``err``."""
@@ -235,10 +257,7 @@ class RunDirectory:
 
     def error(self, step: str, job: str) -> dict[str, Any] | None:
         """What the first process of a job that failed has written; None when no process has."""
-        try:
-            return json.loads(self.error_path(self.job(step, job)).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
+        return read_json(self.error_path(self.job(step, job)))
 
     @property
     def restarts_path(self) -> Path:
@@ -247,10 +266,7 @@ class RunDirectory:
 
     def restarts(self) -> list[dict[str, Any]]:
         """All decisions about jobs that died, oldest first."""
-        if not self.restarts_path.is_file():
-            return []
-        lines = self.restarts_path.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.strip()]
+        return read_json_lines(self.restarts_path)
 
     # --- results
 
@@ -276,9 +292,7 @@ class RunDirectory:
 
     def summary(self) -> dict[str, Any] | None:
         """Figures of the finished run; None when there is no report."""
-        if not self.summary_path.is_file():
-            return None
-        return json.loads(self.summary_path.read_text(encoding="utf-8"))
+        return read_json(self.summary_path)
 
 
 def _rank(rank: int) -> str:

@@ -32,6 +32,7 @@ from armd_scale.data import tokenizer as tokenizers
 from armd_scale.errors import UserError
 from armd_scale.files import exclusive, write_atomically
 from armd_scale.logs import DATA as log
+from armd_scale.processes import die_with_parent
 from data_pipeline import documents, holdout, train_tokenizer, units
 from data_pipeline.holdout import SPLITS
 
@@ -373,7 +374,7 @@ def _map(
         return
     progress = _Progress(what, sum(sizes))
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_one_thread) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_begin_worker) as pool:
         futures = {pool.submit(work, *item): size for item, size in zip(items, sizes, strict=True)}
         try:
             for future in concurrent.futures.as_completed(futures):
@@ -383,9 +384,10 @@ def _map(
             raise
 
 
-def _one_thread() -> None:
-    """Keep tokenizers from starting threads in worker processes."""
+def _begin_worker() -> None:
+    """Keep tokenizers from starting threads in worker processes, which end with this process."""
     os.environ["RAYON_NUM_THREADS"] = "1"
+    die_with_parent()
 
 
 class _Progress:

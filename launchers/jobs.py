@@ -9,18 +9,22 @@ Every job runs the copy of the code in the run directory (``snapshot``), also af
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from armd_scale import logs
 from armd_scale.config import RunConfig, StageConfig
 from armd_scale.errors import UserError
 from armd_scale.files import write_atomically
@@ -30,6 +34,14 @@ from armd_scale.training import manifest
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("tokenise", "train", "export", "evaluate")
 _PACKAGES = ("armd_scale", "data_pipeline", "launchers")
+_OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
+"""How the variables begin that describe a running job."""
+_OF_A_SITE = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+"""Variables of the same form that say how to reach Slurm."""
+_NO_LIMIT = 100 * 365 * 24 * 60
+"""Time limit of a local job in minutes; submitit needs one."""
+_END_SECONDS = 5.0
+"""Time for local processes to end after SIGINT."""
 _ENVIRONMENT = {
     "PYTHONSAFEPATH": "1",  # import from the snapshot, not from the working directory
     "PYTHONUNBUFFERED": "1",
@@ -197,7 +209,9 @@ class Jobs:
         from launchers import stages
 
         executor = self._executor(spec, after)
-        calls = [(spec.name, self.config, uuid.uuid4().hex, share, spec.shares) for share in range(spec.shares)]
+        token, devices = uuid.uuid4().hex, self._devices(spec)
+        submissions = [stages.Submission(self.cluster, token, devices, n, spec.shares) for n in range(spec.shares)]
+        calls = [(spec.name, self.config, submission) for submission in submissions]
         if spec.shares > 1:
             jobs = executor.map_array(stages.run, *map(list, zip(*calls, strict=True)))
         else:
@@ -208,11 +222,19 @@ class Jobs:
         remember(self.config.run_directory, submitted)
         return submitted, jobs
 
+    def _devices(self, spec: JobSpec) -> list[str] | None:
+        """The GPUs of a local job."""
+        if self.cluster != "local":
+            return None
+        asked = parameters(self.config, spec, self.code)
+        return visible_devices(asked.get("gpus_per_node", 0), environment(self.config, self.code))
+
     def _executor(self, spec: JobSpec, after: Submitted | None) -> Any:
         import submitit
 
         folder = _folder(self.config, spec)
         asked = parameters(self.config, spec, self.code)
+        _leave_job()
         if self.cluster == "slurm":
             # The trainer handles signals itself, so the limit of submitit on time-outs must not apply.
             slurm = submitit.SlurmExecutor(folder, max_num_timeout=1000, python=self.config.cluster.python)
@@ -224,11 +246,34 @@ class Jobs:
             return slurm
         os.environ.update(environment(self.config, self.code))
         executor = submitit.AutoExecutor(folder=folder, cluster=self.cluster)
-        gpus = {"gpus_per_node": asked["gpus_per_node"]} if "gpus_per_node" in asked else {}
         executor.update_parameters(
-            name=asked["job_name"], nodes=1, tasks_per_node=asked["ntasks_per_node"], timeout_min=asked["time"], **gpus
+            name=asked["job_name"], nodes=1, tasks_per_node=asked["ntasks_per_node"], timeout_min=_NO_LIMIT
         )
         return executor
+
+
+def _leave_job() -> None:
+    """Forget the Slurm job in which this launcher may run: what it submits is no part of that job."""
+    for name in [name for name in os.environ if name.startswith(_OF_A_JOB) and name not in _OF_A_SITE]:
+        del os.environ[name]
+
+
+def visible_devices(count: int, variables: Mapping[str, str]) -> list[str]:
+    """The first ``count`` GPUs that ``CUDA_VISIBLE_DEVICES`` lists in ``variables`` or in the environment.
+
+    Without the variable: 0 to ``count`` - 1. ``UserError`` if it lists fewer.
+    """
+    listed = {**os.environ, **variables}.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return list(map(str, range(count)))
+    # CUDA ignores what follows an invalid entry.
+    devices = list(itertools.takewhile(lambda word: word not in ("", "-1"), map(str.strip, listed.split(","))))
+    if len(devices) < count:
+        raise UserError(
+            f"cluster.gpus_per_node is {count} but CUDA_VISIBLE_DEVICES={listed} lists {len(devices)}: name as many "
+            "GPUs or lower cluster.gpus_per_node, cluster.tasks_per_node and the layout"
+        )
+    return devices[:count]
 
 
 def remember(run: RunDirectory, submitted: Submitted) -> None:
@@ -247,11 +292,13 @@ def known(run: RunDirectory) -> list[Submitted]:
         raise UserError(f"{path} is damaged ({error!r}): remove the file if no job of the run is queued") from error
 
 
-def states(submitted: list[Submitted]) -> dict[str, str]:
+def states(run: RunDirectory, submitted: list[Submitted]) -> dict[str, str]:
     """Job id -> state in Slurm's queue, or RUNNING for a live local job; finished jobs are left out."""
     state_of: dict[str, str] = {}
     queued = [job for record in submitted if record.cluster == "slurm" for job in record.ids]
-    if queued:
+    if queued and not shutil.which("squeue"):  # a run that was copied from a cluster
+        logs.JOB.warning("no squeue on this machine: jobs on Slurm are not looked up", extra=logs.ONCE)
+    elif queued:
         numbers = sorted({job.partition("_")[0] for job in queued})
         result = subprocess.run(
             ["squeue", "-h", "-r", "-o", "%i %T", "-j", ",".join(numbers)], capture_output=True, text=True, check=False
@@ -260,52 +307,87 @@ def states(submitted: list[Submitted]) -> dict[str, str]:
             raise OSError(f"squeue failed: {result.stderr.strip()}")
         if result.returncode and len(numbers) > 1:  # squeue lists nothing if any of the ids has left its memory
             for record in submitted:
-                state_of |= states([record])
+                state_of |= states(run, [record])
             return state_of
         for line in result.stdout.splitlines():
             job, state = line.split(None, 1)
             state_of[job] = state.strip()
     for record in submitted:
         for job, process in zip(record.ids, record.processes, strict=False):
-            if _is_ours(process):
+            if _controls(run, process):
                 state_of[job] = "RUNNING"
     ids = {job for record in submitted for job in record.ids}
     return {job: state for job, state in state_of.items() if job in ids}
 
 
 def alive(run: RunDirectory) -> list[Submitted]:
-    """The jobs of a run that are waiting or running."""
+    """The jobs of a run that are waiting or running.
+
+    Processes of a local job count without their controller too, for example those of another machine.
+    """
     submitted = known(run)
-    state_of = states(submitted)
-    return [record for record in submitted if any(job in state_of for job in record.ids)]
+    state_of = states(run, submitted)
+    living = [record for record in submitted if any(job in state_of for job in record.ids)]
+    if not living and run.processes():
+        living = [record for record in submitted if record.cluster == "local"][-1:]
+    return living
 
 
 def cancel(run: RunDirectory) -> list[Submitted]:
-    """Cancel all jobs of a run; returns the jobs that were waiting or running."""
+    """Cancel all jobs of a run; returns the jobs that were waiting or running.
+
+    ``UserError`` if a process lives on another machine.
+    """
     cancelled = alive(run)
     for record in cancelled:
         if record.cluster == "slurm":
             subprocess.run(["scancel", *{job.partition("_")[0] for job in record.ids}], check=False)
-        for process in record.processes:
-            if _is_ours(process):
-                os.kill(process, signal.SIGINT)
+    _end_local(run, [process for record in cancelled for process in record.processes])
+    elsewhere = [process for process in run.processes() if process.host != socket.gethostname()]
+    if elsewhere:
+        raise UserError(f"{elsewhere[0]} works in {run.path}: run `armd cancel` there")
     return cancelled
 
 
-def end_processes(submitted: Submitted) -> None:
+def _end_local(run: RunDirectory, controllers: list[int]) -> None:
+    """SIGINT to submitit's controllers, which end their processes; later SIGKILL to all that still live."""
+
+    def living() -> list[int]:
+        here = [process.pid for process in run.processes() if process.host == socket.gethostname()]
+        ranks = [pid for pid in here if pid and b"submitit" in _command(pid)]
+        return ranks + [pid for pid in controllers if _controls(run, pid)]
+
+    for controller in controllers:
+        if _controls(run, controller):
+            os.kill(controller, signal.SIGINT)
+
+    deadline = time.monotonic() + _END_SECONDS
+    while (left := living()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def end_processes(run: RunDirectory, submitted: Submitted) -> None:
     """Send SIGKILL to the processes of a local job, as submitit's controller would wait for a stopped process."""
     for process in submitted.processes:
         with contextlib.suppress(OSError):
             children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-            for child in map(int, children if _is_ours(process) else []):
+            for child in map(int, children if _controls(run, process) else []):
                 os.kill(child, signal.SIGKILL)
 
 
-def _is_ours(process: int) -> bool:
-    """Whether a process id still belongs to submitit's controller of a local job."""
+def _controls(run: RunDirectory, process: int) -> bool:
+    """Whether a process id still belongs to submitit's controller of a local job of this run."""
+    folder = os.fsencode(run.jobs.resolve()) + b"/"
+    return b"submitit.local" in (command := _command(process)) and b"\0" + folder in command
+
+
+def _command(process: int) -> bytes:
+    """Command line of a process, its words separated by zeros; empty for a process that has ended."""
     try:
-        words = Path(f"/proc/{process}/cmdline").read_bytes()
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        return b"" if state == "Z" else Path(f"/proc/{process}/cmdline").read_bytes()
     except OSError:
-        return False
-    return b"submitit" in words and state != "Z"
+        return b""

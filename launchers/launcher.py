@@ -1,7 +1,6 @@
 """Submits the remaining jobs of a run and follows them, on Slurm or in processes of this machine."""
 
 import json
-import os
 import pickle
 import sys
 import time
@@ -16,6 +15,7 @@ from armd_scale import logs
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError
 from armd_scale.files import write_atomically
+from armd_scale.processes import postponed_signals
 from armd_scale.training import manifest, schedules
 from armd_scale.training.telemetry import MetricsReader, environment
 from launchers import jobs, restart, status
@@ -33,7 +33,8 @@ class Launcher:
         self.config, self.cluster = config, cluster
         self.console = Console(highlight=False, markup=False)
         running = jobs.alive(config.run_directory)
-        if running and running[0].cluster != "slurm":
+        on_slurm = all(record.cluster == "slurm" for record in running)
+        if config.run_directory.processes() or (running and not (on_slurm and cluster == "slurm")):
             raise UserError(
                 f"jobs of another launcher are running in {config.directory}: wait for them, or cancel them with "
                 f"`armd cancel {config.directory}`"
@@ -59,7 +60,11 @@ class Launcher:
         submitter = jobs.Jobs(self.config, self.cluster, jobs.snapshot(self.config.run_directory))
         if self.cluster != "slurm":
             for spec in self.specs:
-                (self._debug if self.cluster == "debug" else self._run_here)(submitter, spec)
+                try:
+                    (self._debug if self.cluster == "debug" else self._run_here)(submitter, spec)
+                finally:
+                    for path in self.config.run_directory.rendezvous_paths():
+                        path.unlink(missing_ok=True)
         else:
             chain = list(self.running)
             if chain:
@@ -86,7 +91,6 @@ class Launcher:
     def _debug(self, submitter: jobs.Jobs, spec: jobs.JobSpec) -> None:
         """Run a job in this process and raise its error here; on a terminal the error opens the debugger."""
         for job in submitter.submit(spec)[1]:
-            os.environ["SUBMITIT_DEBUG_JOB_ID"] = job.job_id
             if sys.stdin.isatty():
                 job.results()
             elif error := job.exception():
@@ -95,23 +99,30 @@ class Launcher:
 
     def _run_here(self, submitter: jobs.Jobs, spec: jobs.JobSpec) -> None:
         """Run a job in local processes, and restart it after an error that may not recur."""
-        while True:
-            submitted, running = submitter.submit(spec)
-            try:
-                self._follow(submitted, running)
-                return
-            except KeyboardInterrupt:
-                for job in running:
-                    job.cancel()
-                self._say(f"stopped; the same command resumes from the newest checkpoint in {self.config.directory}")
-                raise
-            except _Died as death:
-                wait, reason, _ = restart.decide(self.config, spec.name, death.job, None)
-                if wait is None:
-                    raise UserError(_failure(self.config, spec.name, death.job, reason)) from death
-                restart.clear(self.config, spec.name, death.job)
-                self._say(f"{spec.name} failed and restarts in {wait:.0f} s: {reason}")
+        try:
+            while (wait := self._attempt(submitter, spec)) is not None:
                 time.sleep(wait)
+        except BaseException as error:  # no job goes on without its launcher
+            with postponed_signals():
+                jobs.cancel(self.config.run_directory)
+            if isinstance(error, KeyboardInterrupt):
+                self._say(f"stopped; the same command resumes from the newest checkpoint in {self.config.directory}")
+            raise
+
+    def _attempt(self, submitter: jobs.Jobs, spec: jobs.JobSpec) -> float | None:
+        """Run a job in local processes; returns the seconds before its restart, None after success."""
+        with postponed_signals():  # a job that was started must also be recorded
+            submitted, running = submitter.submit(spec)
+        try:
+            self._follow(submitted, running)
+        except _Died as death:
+            wait, reason, _ = restart.decide(self.config, spec.name, death.job, None)
+            if wait is None:
+                raise UserError(_failure(self.config, spec.name, death.job, reason)) from death
+            restart.clear(self.config, spec.name, death.job)
+            self._say(f"{spec.name} failed and restarts in {wait:.0f} s: {reason}")
+            return wait
+        return None
 
     def _follow(self, submitted: jobs.Submitted, running: list[Any] | None = None) -> None:
         """Show the progress of a job until it ends: a live line on a terminal, plain lines elsewhere.
@@ -127,7 +138,9 @@ class Launcher:
             live.start()
         try:
             while True:
-                ended = all(j.done() for j in running) if running else not jobs.states([submitted])
+                ended = (
+                    all(j.done() for j in running) if running else not jobs.states(config.run_directory, [submitted])
+                )
                 new = metrics.read() if training else []
                 for record in new:
                     if any(name.startswith("heldout_") for name in record):
@@ -144,7 +157,7 @@ class Launcher:
                 if running and restart.failing(config, submitted.step, submitted.ids[0]):
                     failing = failing or time.monotonic()
                     if time.monotonic() - failing > _GRACE_SECONDS:
-                        jobs.end_processes(submitted)
+                        jobs.end_processes(config.run_directory, submitted)
                 time.sleep(_POLL_SECONDS[self.cluster])
         finally:
             if live:
@@ -195,10 +208,17 @@ class _Died(Exception):
 
 
 def _failure(config: RunConfig, step: str, job: str, reason: str) -> str:
-    folder, error = config.run_directory.job(step, job), config.run_directory.error(step, job)
+    run = config.run_directory
+    error = run.error(step, job)
     if error and error["bad_input"]:
         return reason
-    return f"job '{step}' failed: {reason} (logs in {folder}): the same command resumes from the newest checkpoint"
+    if error and error.get("permanent"):  # older jobs do not record it
+        log = run.log_path(step, job, error["rank"], "err")
+        return f"job '{step}' failed and would fail again: {reason}; see the traceback in {log}"
+    return (
+        f"job '{step}' failed: {reason} (logs in {run.job(step, job)}): the same command resumes from the newest "
+        "checkpoint"
+    )
 
 
 def _prepare_folder(config: RunConfig) -> None:
@@ -210,10 +230,21 @@ def _prepare_folder(config: RunConfig) -> None:
         state = manifest.read(newest)
         schedules.check(state.get("state", {}).get("schedule", {}), config, state["step"])
     try:
-        configs.save(config, run.config_path)
+        configs.save(_movable(config), run.config_path)
         write_atomically(run.environment_path, json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"the run directory {run.path} cannot be written: {error}") from error
+
+
+def _movable(config: RunConfig) -> RunConfig:
+    """The configuration with a data directory that means the same from another working directory.
+
+    Data in the run directory move with the run.
+    """
+    data = config.data_directory.resolve()
+    inside = data == config.run_directory.data.resolve()
+    changed = config.data.model_copy(update={"directory": None if inside else str(data)})
+    return config.model_copy(update={"data": changed})
 
 
 def _heldout(record: dict[str, Any]) -> str:

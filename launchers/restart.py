@@ -1,11 +1,10 @@
 """Decides whether a failed job restarts: python -m launchers.restart RUN_DIR NAME JOB CODE, exit code 0 for a restart.
 
-A job with bad input does not restart. After any other error a job restarts, with a wait that doubles each time, until
-it has failed at the same step three times, or ``cluster.max_restarts`` times without a new checkpoint. Every decision
-is a line of ``restarts.jsonl``.
+A job does not restart after bad input, and after other errors that the same input repeats. After any other error a job
+restarts, with a wait that doubles each time, until it has failed at the same step three times, or
+``cluster.max_restarts`` times without a new checkpoint. Every decision is a line of ``restarts.jsonl``.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 from armd_scale import config as configs
 from armd_scale import logs
 from armd_scale.config import RunConfig
+from armd_scale.files import append_json_line
 from armd_scale.run_directory import RunDirectory
 from armd_scale.training import manifest
 
@@ -62,7 +62,7 @@ def decide(config: RunConfig, step: str, job: str, code: int | None) -> Decision
     wait = min(_LONGEST_WAIT, config.cluster.backoff_seconds * 2 ** len(failures))
     if not final:
         record["decision"] = f"starts again after {wait:.0f} s"
-    _append(run, record)
+    append_json_line(run.restarts_path, record)
     return Decision(None if final else wait, reason, reached is None)
 
 
@@ -76,7 +76,7 @@ def note_requeue(config: RunConfig, job: str, count: int, reason: str) -> None:
         "time": time.time(), "step": "train", "job": job, "reason": reason, "reached": checkpoint,
         "checkpoint": checkpoint, "requeues": count, "decision": "queued again",
     }  # fmt: skip
-    _append(run, record)
+    append_json_line(run.restarts_path, record)
 
 
 def failing(config: RunConfig, step: str, job: str) -> bool:
@@ -109,11 +109,6 @@ def _newest_step(run: RunDirectory) -> int | None:
     return run.step_of(newest) if newest else None
 
 
-def _append(run: RunDirectory, record: dict[str, Any]) -> None:
-    with run.restarts_path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
 def _failures(before: list[dict[str, Any]], checkpoint: int | None) -> list[dict[str, Any]]:
     """The failures with a restart since the newest checkpoint, oldest first."""
     failures: list[dict[str, Any]] = []
@@ -132,7 +127,7 @@ def _reason(run: RunDirectory, error: dict[str, Any] | None, code: int | None) -
         return f"a hang: no step finished; stacks of {hung} in {run.stack_path(0).parent}{_without_stacks(run)}", False
     if error is None:
         return "a process died without an error message" + (f" (exit code {code})" if code else ""), False
-    return f"{error['line']}", bool(error["bad_input"])
+    return error["line"], error["permanent"]
 
 
 def _without_stacks(run: RunDirectory) -> str:

@@ -9,57 +9,98 @@ import json
 import os
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import submitit
+from submitit.core.job_environment import JobEnvironment
+from submitit.local.debug import DebugJobEnvironment
+from submitit.local.local import LocalJobEnvironment
+from submitit.slurm.slurm import SlurmJobEnvironment
 
 from armd_scale import logs
 from armd_scale.config import RunConfig, load_run
 from armd_scale.data.shards import fill_vocabulary
-from armd_scale.errors import UserError, is_bad_input, is_permanent
+from armd_scale.errors import UserError, is_bad_input, is_permanent, is_user_error
+from armd_scale.files import exclusive
+from armd_scale.processes import die_with_parent
 from armd_scale.run_directory import RunDirectory
 from launchers import restart
 
 
-def run(step: str, config: RunConfig, token: str, share: int = 0, shares: int = 1) -> dict[str, Any]:
-    """Run the job ``step`` in this process, as job ``share`` of an array of ``shares``. Records and raises errors.
-
-    ``token``: unique word of this submission, for the rendezvous.
+class Submission(NamedTuple):
+    """What the launcher tells the processes of a job. They take it from nowhere else: the variables of Slurm or of
+    submitit in their environment can be those of a session in which the launcher runs.
     """
-    logs.configure(_rank())
-    # Each (re)start uses a fresh rendezvous file.
-    os.environ["ARMD_SUBMISSION"] = f"{token}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
-    if not config.cluster.gpus_per_node:
+
+    executor: str
+    """``slurm``, ``local`` or ``debug`` (the launcher's own process)."""
+    token: str
+    """Unique word of the submission."""
+    devices: list[str] | None = None
+    """GPUs of a local job, as in ``CUDA_VISIBLE_DEVICES``; None: those of the environment."""
+    share: int = 0
+    """Number of this job in its array."""
+    shares: int = 1
+    """Jobs of the array."""
+
+
+def run(step: str, config: RunConfig, submission: Submission) -> dict[str, Any]:
+    """Run the job ``step`` in this process. Records and raises errors."""
+    job = _ENVIRONMENTS[submission.executor]()
+    logs.configure(job.global_rank)
+    if submission.devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(submission.devices)
+    elif not config.cluster.gpus_per_node:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
-        if step.startswith("tokenise-"):
-            return _tokenise_share(config, step.removeprefix("tokenise-"), share, shares)
-        return _JOBS[step](config) or {}
+        with _living(config, submission, job):
+            if step.startswith("tokenise-"):
+                part = step.removeprefix("tokenise-")
+                return _tokenise_share(config, part, submission.share, submission.shares)
+            if step == "train":
+                return _train(config, submission, job)
+            return _JOBS[step](config)
     except Exception as error:
         traceback.print_exc()
-        _record(step, error)
+        if submission.executor != "debug":  # there, the launcher catches the error
+            _record(config, step, job, error)
         raise
 
 
-def _rank() -> int:
-    """The rank of this process in its job; 0 in the launcher's own process."""
-    return int(os.environ.get("SUBMITIT_LOCAL_GLOBALID", os.environ.get("SLURM_PROCID", 0)))
+_ENVIRONMENTS: dict[str, type[JobEnvironment]] = {
+    "slurm": SlurmJobEnvironment,
+    "local": LocalJobEnvironment,
+    "debug": DebugJobEnvironment,
+}
 
 
-def _record(step: str, error: Exception) -> None:
-    """Write the first error of a job to ``error.json``."""
-    line = str(error) if is_bad_input(error) else f"{type(error).__name__}: {error}"
+def _living(config: RunConfig, submission: Submission, job: JobEnvironment) -> contextlib.AbstractContextManager[None]:
+    """Makes a local process end with its controller, and shows other launchers that it lives.
+
+    Waits for a process of the same rank of an earlier job.
+    """
+    if submission.executor != "local":
+        return contextlib.nullcontext()
+    die_with_parent(int(job.job_id))
+    run = config.run_directory
+    return exclusive(run.process_path(job.global_rank), f"rank {job.global_rank} of {run.path}", wait=True)
+
+
+def _record(config: RunConfig, step: str, job: JobEnvironment, error: Exception) -> None:
+    """Write the first error of a job to ``error.json``.
+
+    ``bad_input``: the line says what the user can do; ``permanent``: a restart would fail again.
+    """
+    line = str(error) if is_bad_input(error) else ": ".join(filter(None, (type(error).__name__, str(error))))
     facts = {
         "line": " ".join(line.split())[:2000],
-        "bad_input": is_permanent(error),
-        "rank": _rank(),
+        "bad_input": is_user_error(error),
+        "permanent": is_permanent(error),
+        "rank": job.global_rank,
         "reached": getattr(error, "step", None),
         "step": step,
     }
-    if "SUBMITIT_FOLDER" not in os.environ:  # this is the launcher's process, which catches the error
-        return
-    folder = submitit.JobEnvironment().paths.folder
-    with contextlib.suppress(OSError), RunDirectory.error_path(folder).open("x", encoding="utf-8") as file:
+    path = RunDirectory.error_path(config.run_directory.job(step, job.job_id))
+    with contextlib.suppress(OSError), path.open("x", encoding="utf-8") as file:
         json.dump(facts, file)
 
 
@@ -83,18 +124,18 @@ def tokenise(config: RunConfig) -> dict[str, Any]:
     return {"samples": index["samples"]}
 
 
-def _train(config: RunConfig) -> None:
+def _train(config: RunConfig, submission: Submission, job: JobEnvironment) -> dict[str, Any]:
     from armd_scale.training import health
     from armd_scale.training.loop import train
 
-    job = submitit.JobEnvironment()
-    requeues = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    on_slurm = submission.executor == "slurm"
+    requeues = int(os.environ.get("SLURM_RESTART_COUNT", 0)) if on_slurm else 0
     if requeues and job.global_rank == 0:
         restart.note_requeue(config, job.job_id, requeues, "preempted or lost a node")
-    flag = train(config, job.global_rank, job.num_tasks, job.local_rank, _rendezvous(config, job))
+    flag = train(config, job.global_rank, job.num_tasks, job.local_rank, rendezvous(config, submission, job))
     if not flag:
-        return
-    if flag == health.REQUEUE and "SLURM_JOB_ID" in os.environ:
+        return {}
+    if flag == health.REQUEUE and on_slurm:
         if job.global_rank == 0:
             logs.JOB.info("the state is saved, requeueing the job")
             restart.note_requeue(config, job.job_id, requeues + 1, "warned before the time limit or preemption")
@@ -103,14 +144,14 @@ def _train(config: RunConfig) -> None:
     raise UserError("stopped by a signal: the state is saved, run the same command to resume")
 
 
-def _rendezvous(config: RunConfig, job: Any) -> str:
+def rendezvous(config: RunConfig, submission: Submission, job: JobEnvironment) -> str:
     """The rendezvous: an address on the first node of a Slurm job, or a file for local processes."""
-    if "SLURM_JOB_ID" in os.environ:
+    if submission.executor == "slurm":
         # srun runs on the first node. Other nodes may not resolve its name, so the address is used.
         host = os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or job.hostnames[0]
         return f"tcp://{host}:{20000 + int(os.environ['SLURM_JOB_ID']) % 20000}"
-    path = config.run_directory.rendezvous_path(os.environ["ARMD_SUBMISSION"])
-    path.parent.mkdir(exist_ok=True)
+    path = config.run_directory.rendezvous_path(submission.token)
+    path.parent.mkdir(parents=True, exist_ok=True)
     return str(path)
 
 
@@ -138,9 +179,8 @@ def _set_threads(config: RunConfig) -> None:
     torch.set_num_threads(min(torch.get_num_threads(), config.cluster.cpus_per_task * config.cluster.tasks_per_node))
 
 
-_JOBS: dict[str, Callable[[RunConfig], dict[str, Any] | None]] = {
+_JOBS: dict[str, Callable[[RunConfig], dict[str, Any]]] = {
     "tokenise": tokenise,
-    "train": _train,
     "export": _export,
     "evaluate": _evaluate,
 }

@@ -17,7 +17,7 @@ def lines(run: RunDirectory) -> list[str]:
     """Jobs, progress, checkpoints and restarts of a run."""
     config = configs.load_run(run)
     known = jobs.known(run)
-    state_of = jobs.states(known)
+    state_of = jobs.states(run, known)
     out = [f"{config.name}: {run.path}"]
     latest = {job.step: job for job in known}
     for job in latest.values():

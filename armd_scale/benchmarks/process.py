@@ -1,16 +1,15 @@
 """Measurements in separate processes: ``run_in_process`` starts a process that runs this module."""
 
-import ctypes
 import importlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from armd_scale.errors import UserError
+from armd_scale.processes import die_with_parent
 
 
 def run_in_process(work: str, threads: int = 1, sees_gpu: bool = True, **arguments: Any) -> Any:
@@ -38,12 +37,6 @@ def run_in_process(work: str, threads: int = 1, sees_gpu: bool = True, **argumen
         last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or [f"exit code {done.returncode}"]
         raise UserError(f"the measurement {work} failed: {last[0].strip()}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def die_with_parent() -> None:
-    """Make the kernel kill this process when its parent ends (Linux)."""
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def resident() -> int:

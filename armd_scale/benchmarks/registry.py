@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from armd_scale.benchmarks.process import die_with_parent
 from armd_scale.files import write_atomically
+from armd_scale.processes import die_with_parent
 
 Sign = Literal["<=", ">="]
 

@@ -199,24 +199,25 @@ def newest(run: RunDirectory) -> Path | None:
 
 
 def load(engine: Engine, checkpoint: Path) -> dict[str, Any]:
-    """Load a checkpoint, which ``newest`` has verified, into the engine; returns its manifest. Collective."""
+    """Load a checkpoint, which ``newest`` has verified, into the engine; returns its manifest. Collective.
+
+    A moving average that the checkpoint does not hold starts from its weights.
+    """
     facts = manifest.read(checkpoint)
     facts.setdefault("updates", facts["step"])
-    missing = set(engine.state_names) - set(facts["states"])
-    if missing:
-        raise UserError(
-            f"checkpoint {checkpoint} does not hold {', '.join(sorted(missing))}, as it was written with "
-            "optimizer.ema = 0: set optimizer.ema=0 or choose another run_dir"
-        )
+    averaged = EMA in facts["states"]
+    if EMA in engine.state_names and not averaged:
+        log.info("the moving average starts from the weights of step %d: optimizer.ema was 0 before", facts["step"])
     mesh = _mesh(engine)
 
     def read(param: nn.Parameter, parameter: str, name: str) -> Tensor:
         # Tensor by tensor, as no rank can hold the whole state of a large model, and without collectives, as the ranks
         # of different pipeline stages read different tensors.
         empty = torch.empty(local_shape(param), dtype=torch.float32, device=engine.device)
-        target = {_key(name, parameter): _distributed(empty, param, mesh)}
+        key = _key(MASTER if name == EMA and not averaged else name, parameter)
+        target = {key: _distributed(empty, param, mesh)}
         _read(target, checkpoint)
-        return target[_key(name, parameter)].to_local()
+        return target[key].to_local()
 
     engine.write_state(read, facts["updates"])
     return facts
@@ -250,7 +251,10 @@ def _read(target: dict[str, Any], checkpoint: Path) -> None:
     """Fill the tensors of ``target``, without other processes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warns that no process group exists, which is intended
-        dcp.load(target, checkpoint_id=checkpoint, no_dist=True)
+        try:
+            dcp.load(target, checkpoint_id=checkpoint, no_dist=True)
+        except dcp.api.CheckpointException as error:  # no Exception, so a job would end without a word
+            raise OSError(f"{checkpoint} cannot be read: {' '.join(str(error).split())[:500]}") from error
 
 
 def _key(state: str, parameter: str) -> str:

@@ -6,6 +6,7 @@ tokenizer, a model card and the model's code (see ``inference.folder``).
 Memory is bounded: writing holds one file of weights, the comparison with the training model holds one layer.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -76,28 +77,33 @@ def export(
     _check_output(out)
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    weights = checkpoint.Weights(source, averaged)
-    parameters = _write_weights(weights, config.model, partial, file_bytes)
-    facts: dict[str, Any] = {"tokenizer_sha256": tokenizers.digest(tokenizer), "checkpoint": source.name}
-    folder.write_config(partial, shape, facts)
-    tokenizers.copy(tokenizer, partial)
-    folder.write_tokenizer_settings(partial, shape.length, tokenizer.token(shape.bos_id), tokenizer.token(shape.eos_id))
-    folder.write_code(partial)
-    difference = largest_difference(config, weights, partial)
-    if not difference < TOLERANCE:
-        raise UserError(
-            f"the logits of the exported model differ from those of the training model by {difference:.1e}: "
-            f"the export stays in {partial} and {out} is unchanged"
+    with contextlib.ExitStack() as undo, manifest.held(source):
+        undo.callback(shutil.rmtree, partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        weights = checkpoint.Weights(source, averaged)
+        parameters = _write_weights(weights, config.model, partial, file_bytes)
+        facts: dict[str, Any] = {"tokenizer_sha256": tokenizers.digest(tokenizer), "checkpoint": source.name}
+        folder.write_config(partial, shape, facts)
+        tokenizers.copy(tokenizer, partial)
+        folder.write_tokenizer_settings(
+            partial, shape.length, tokenizer.token(shape.bos_id), tokenizer.token(shape.eos_id)
         )
-    folder.write_config(partial, shape, facts | {"logits_difference": difference})
-    facts = {"parameters": parameters, "checkpoint": source.name, "difference": difference}
-    card = folder.card(config.name, shape, facts | _training_facts(config, source))
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    _flush(partial)
-    if out.exists():
-        os.replace(out, old)
-    os.replace(partial, out)
+        folder.write_code(partial)
+        difference = largest_difference(config, weights, partial)
+        if not difference < TOLERANCE:
+            undo.pop_all()
+            raise UserError(
+                f"the logits of the exported model differ from those of the training model by {difference:.1e}: "
+                f"the export stays in {partial} and {out} is unchanged"
+            )
+        folder.write_config(partial, shape, facts | {"logits_difference": difference})
+        facts = {"parameters": parameters, "checkpoint": source.name, "difference": difference}
+        card = folder.card(config.name, shape, facts | _training_facts(config, source))
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        _flush(partial)
+        if out.exists():
+            os.replace(out, old)
+        os.replace(partial, out)
     shutil.rmtree(old, ignore_errors=True)
     return facts
 
@@ -106,11 +112,12 @@ def in_memory(config: RunConfig, source: Path, averaged: bool = True) -> tuple[i
     """Load checkpoint ``source`` as a standalone model, with its tokenizer. Raises ``UserError``."""
     manifest.check_identity(source, config)
     tokenizer = tokenizers.load(config.data_directory / "tokenizer", config.model.vocab_size)
-    weights = checkpoint.Weights(source, averaged)
     with torch.device("meta"):
         model = inference.ARMD(standalone_config(config.model, tokenizer.eos_id))
-    shapes = standalone_shapes(weights, config.model)
-    model.load_state_dict({name: weights.read(name)[: shape[0]] for name, shape in shapes.items()}, assign=True)
+    with manifest.held(source):
+        weights = checkpoint.Weights(source, averaged)
+        shapes = standalone_shapes(weights, config.model)
+        model.load_state_dict({name: weights.read(name)[: shape[0]] for name, shape in shapes.items()}, assign=True)
     return model.requires_grad_(False).eval(), tokenizer
 
 

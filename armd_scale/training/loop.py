@@ -49,6 +49,12 @@ def train(config: RunConfig, rank: int, processes: int, local_rank: int, rendezv
         )
     device = torch.device("cuda", local_rank) if config.cluster.gpus_per_node else torch.device("cpu")
     if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"cluster.gpus_per_node is {config.cluster.gpus_per_node} but process {local_rank} of this machine "
+                f"sees {torch.cuda.device_count()} GPUs: lower cluster.gpus_per_node, cluster.tasks_per_node "
+                "and the layout"
+            )
         if config.parallel.tensor > 1:
             # A single queue keeps the order in which Megatron overlaps tensor-parallel messages with matrix products.
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

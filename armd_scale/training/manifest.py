@@ -4,15 +4,17 @@ The manifest also holds the step and the names of the tensors kept for every par
 and the directory is then given its final name. This module needs neither torch nor other ranks.
 """
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from armd_scale.config import RunConfig, identity
 from armd_scale.errors import UserError
-from armd_scale.files import sha256, write_atomically
+from armd_scale.files import in_use, is_in_use, sha256, write_atomically
 from armd_scale.logs import CHECKPOINT as log
 from armd_scale.run_directory import RunDirectory
 
@@ -53,6 +55,8 @@ def _remove_from_list(checkpoint: Path) -> Path:
 def retain(run: RunDirectory, last: int, every: int | None) -> None:
     """Remove all but the ``last`` newest checkpoints and those whose step is a multiple of ``every``.
 
+    A checkpoint that another process reads (``held``) is removed later.
+
     Checkpoints newer than the last written checkpoint are damaged and were skipped at the resume: they are renamed and
     do not count. A checkpoint is renamed before its files are removed, so a crash in between leaves no damaged
     checkpoint.
@@ -64,10 +68,30 @@ def retain(run: RunDirectory, last: int, every: int | None) -> None:
             shutil.rmtree(damaged, ignore_errors=True)
             os.replace(checkpoint, damaged)
     for old in run.complete_checkpoints()[:-last]:
-        if not every or run.step_of(old) % every:
+        if (not every or run.step_of(old) % every) and not is_in_use(run.manifest_path(old)):
             _remove_from_list(old)
     for removed in run.removed_checkpoints():
         shutil.rmtree(removed)
+
+
+@contextlib.contextmanager
+def held(checkpoint: Path) -> Iterator[None]:
+    """Keep a checkpoint while this process reads it: ``retain`` removes it later.
+
+    ``UserError`` if it is removed nevertheless: by hand, by a run that writes it again, or without locks on its disk.
+    """
+    path = RunDirectory.manifest_path(checkpoint)
+    try:
+        with in_use(path):
+            yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # CheckpointException of torch.distributed is no Exception
+        if path.exists():
+            raise
+        raise UserError(
+            f"checkpoint {checkpoint} was removed while it was read: run the same command again for the newest"
+        ) from error
 
 
 def newest_good(run: RunDirectory) -> Path | None:
@@ -138,8 +162,14 @@ def _filled(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 def verify(checkpoint: Path) -> dict[str, Any]:
     """Check every file against the manifest, and return the manifest; ``UserError`` names the damaged file."""
-    cure = "use the previous checkpoint"
     manifest = read(checkpoint)
+    with held(checkpoint):
+        _verify_files(checkpoint, manifest)
+    return manifest
+
+
+def _verify_files(checkpoint: Path, manifest: dict[str, Any]) -> None:
+    cure = "use the previous checkpoint"
     for name, facts in manifest["files"].items():
         path = checkpoint / name
         if not path.is_file():
@@ -151,7 +181,6 @@ def verify(checkpoint: Path) -> dict[str, Any]:
             )
         if _facts(path) != facts:
             raise UserError(f"checkpoint {checkpoint} is damaged: {name} has another SHA-256; {cure}")
-    return manifest
 
 
 def _facts(path: Path) -> dict[str, Any]:

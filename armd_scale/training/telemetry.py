@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from armd_scale.config import RunConfig
-from armd_scale.files import write_atomically
+from armd_scale.files import ends_torn, parse_json_lines, write_atomically
 from armd_scale.logs import ONCE
 from armd_scale.logs import TRAIN as log
 from armd_scale.run_directory import RunDirectory
@@ -76,7 +76,7 @@ class MetricsReader:
         except FileNotFoundError:
             return []
         self._at += len(whole) + len(end)
-        new = [json.loads(line) for line in whole.splitlines()]
+        new = parse_json_lines(self._path, whole)
         self.records += new
         return [record for record in new if record not in before] if before else new
 
@@ -86,9 +86,9 @@ class Lines:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("ab", buffering=0)
+        self._file = path.open("a+b", buffering=0)
+        self._waiting: deque[bytes] = deque([b"\n"] if ends_torn(self._file) else [], maxlen=_MOST_WAITING)
         self._good = self._file.seek(0, os.SEEK_END)
-        self._waiting: deque[bytes] = deque(maxlen=_MOST_WAITING)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record, or keep it in memory until it can be written."""

@@ -7,6 +7,7 @@ resumes a run that was stopped, and skips the stages that are complete.
 """
 
 import argparse
+import re
 import shutil
 import signal
 from types import FrameType
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from armd_scale.errors import UserError
 from armd_scale.files import exclusive
+from armd_scale.processes import ENDING
 from launchers.commands import arguments
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"the run directory {config.directory} cannot be written: {error}") from error
     # A launcher that gets SIGTERM ends its processes: two launchers must not work on the same run.
     # SIGINT too: started in the background of a script it is ignored, here and in the jobs, which are cancelled by it.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, _interrupt)
     with exclusive(config.run_directory.lock_path, f"the run directory {config.directory}"):
@@ -66,6 +68,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _check(config: "RunConfig", cluster: str, args: argparse.Namespace) -> None:
     """``UserError`` if the chosen cluster does not support the configuration or the options."""
+    from launchers import jobs
+
     if cluster == "slurm" and not shutil.which("sbatch") and not args.dry_run:
         raise UserError("--cluster slurm: no sbatch on this machine: use --cluster local")
     if cluster != "slurm" and not args.dry_run and config.cluster.nodes > 1:
@@ -73,6 +77,14 @@ def _check(config: "RunConfig", cluster: str, args: argparse.Namespace) -> None:
             f"cluster.nodes is {config.cluster.nodes} but this machine has no Slurm: run on a machine with sbatch, "
             "or set cluster.nodes=1 and a layout that fits"
         )
+    pattern = re.search(r"%\d*[A-Za-z%]", str(config.directory.resolve()))
+    if pattern:
+        raise UserError(
+            f"the run directory {config.directory} holds '{pattern[0]}', which Slurm and submitit replace in the names "
+            "of logs: choose a run_dir without %"
+        )
+    if cluster == "local":
+        jobs.visible_devices(config.cluster.gpus_per_node, config.cluster.environment)
     if cluster == "debug" and config.cluster.processes > 1:
         raise UserError("--cluster debug runs a single process: set cluster.tasks_per_node=1 and a layout that fits")
     if args.detach and cluster != "slurm":

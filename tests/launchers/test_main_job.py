@@ -1,5 +1,6 @@
 """The front door and the tools as a user runs them: real commands, real processes, and one line for every mistake."""
 
+import contextlib
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from armd_scale.run_directory import RunDirectory
 from armd_scale.training import export
 from launchers import jobs, restart
 from tests.conftest import run_tool
+from tests.launchers.test_session import SESSION
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,11 +73,11 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, text):
-    """A run from text to report on four processes, and what it printed."""
+    """A run from text to report on four processes, started in a session of Slurm, and what it printed."""
     folder = tmp_path_factory.mktemp("runs")
     config = folder / "small.yaml"
     config.write_text(SMALL.format(run_dir=folder / "run", text=text))
-    result = command("launchers/slurm.py", "--config", config, "--cluster", "local")
+    result = command("launchers/slurm.py", "--config", config, "--cluster", "local", **SESSION)
     assert result.returncode == 0, result.stdout + result.stderr
     return config, folder / "run", result.stdout
 
@@ -101,6 +103,7 @@ def test_the_run_folder_holds_everything(finished):
         assert f"S = {streams}: {steps} steps" in samples
     assert len([r for r in RunDirectory(run).metrics() if "loss" in r]) == 8
     assert list((run / "wandb").glob("offline-run-*/*.wandb"))
+    assert not RunDirectory(run).rendezvous_paths()
     for word in ("loss.png", "left-to-right", "S = 4", "\ndata: ", "\nexport: largest difference", str(run)):
         assert word in printed
 
@@ -457,8 +460,8 @@ def test_what_dies_again_and_again_is_given_up(tmp_path):
     job = tmp_path / "jobs/train/1"
     job.mkdir(parents=True)
 
-    def dies(step, bad_input=False):
-        fields = {"line": "out of luck", "bad_input": bad_input, "reached": step}
+    def dies(step, permanent=False):
+        fields = {"line": "out of luck", "bad_input": False, "permanent": permanent, "reached": step}
         RunDirectory.error_path(job).write_text(json.dumps(fields))
         return restart.decide(config, "train", "1", 1)[:2]
 
@@ -474,7 +477,7 @@ def test_what_dies_again_and_again_is_given_up(tmp_path):
     (checkpoint / "manifest.json").write_text('{"step": 12, "files": {}, "state": {}, "states": []}')
     (checkpoint.parent / "latest").write_text(checkpoint.name)
     assert dies(13)[0] == 2.0, "a new checkpoint is progress"
-    assert dies(14, bad_input=True) == (None, "out of luck")
+    assert dies(14, permanent=True) == (None, "out of luck")
     restart.clear(config, "train", "1")
     assert not RunDirectory.error_path(job).exists()
     assert restart.decide(config, "train", "1", 137) == (
@@ -484,16 +487,19 @@ def test_what_dies_again_and_again_is_given_up(tmp_path):
     )
 
 
-def test_a_launcher_that_is_told_to_end_ends_its_jobs(finished, tmp_path):
+def test_an_interrupted_launcher_ends_its_jobs(finished, tmp_path):
+    """Ctrl-C in a terminal, which reaches all processes, while a rank hangs; once more for the impatient."""
     config, _, _ = finished
     _, process = _under_way(config, tmp_path, 3, steps=5000, checkpoint_every=1000, eval_every=5000)
-    process.terminate()
+    os.kill(max(_running("submitit.core._submit", tmp_path)), signal.SIGSTOP)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.3)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=60)
-    assert process.returncode == 130
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and _running("submitit", tmp_path):
-        time.sleep(0.5)
+    assert process.returncode in (130, -signal.SIGINT)  # the second signal can find Python at its end
     assert not _running("submitit", tmp_path)
+    assert not RunDirectory(tmp_path / "run").rendezvous_paths()
 
 
 def _under_way(config, folder, records, **train):
@@ -504,7 +510,9 @@ def _under_way(config, folder, records, **train):
     path = folder / "long.yaml"
     path.write_text(yaml.safe_dump(values))
     words = [sys.executable, "launchers/slurm.py", "--config", str(path), "--cluster", "local"]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     deadline = time.monotonic() + 120
     while len(RunDirectory(folder / "run").metrics()) < records and time.monotonic() < deadline:
         time.sleep(0.2)
