@@ -341,10 +341,15 @@ def _file(path: Path) -> Path:
 def control_tokens(folder: Path) -> ControlTokens:
     """BOS and EOS of a directory, by ``tokenizer_config.json``, else by ``special_tokens_map.json``."""
     settings = _settings(folder / "special_tokens_map.json") | {
-        name: value for name, value in _settings(folder / _CONFIG).items() if value is not None
+        name: value for name, value in read_settings(folder).items() if value is not None
     }
     bos, eos = (settings.get(name) for name in ("bos_token", "eos_token"))
     return ControlTokens(*(token.get("content") if isinstance(token, dict) else token for token in (bos, eos)))
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The fields of ``tokenizer_config.json`` in a directory; empty without the file."""
+    return _settings(folder / _CONFIG)
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -384,7 +389,7 @@ def copy(tokenizer: Tokenizer, folder: Path) -> None:
     if tokenizer.path.resolve() == (folder / name).resolve():
         return
     shutil.copyfile(tokenizer.path, folder / name)
-    settings = _settings(tokenizer.path.parent / _CONFIG)
+    settings = read_settings(tokenizer.path.parent)
     settings |= {"bos_token": tokenizer.token(tokenizer.bos_id), "eos_token": tokenizer.token(tokenizer.eos_id)}
     write_atomically(folder / _CONFIG, json.dumps(settings, indent=1))
     template = tokenizer.path.with_name(CHAT_TEMPLATE)

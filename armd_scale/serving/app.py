@@ -27,6 +27,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from armd_scale.data.detokenizer import Detokenizer
 from armd_scale.data.tokenizer import Tokenizer
 from armd_scale.decoding.lanes import STRATEGIES
 from armd_scale.inference import ARMD, FREE, Decoding, InputError, Task
@@ -105,44 +106,6 @@ class Refused(Exception):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
-
-
-class Text:
-    """Decodes tokens to text incrementally. Returned text is final, and ends before a stop string."""
-
-    def __init__(self, tokenizer: Tokenizer, before: list[int], stops: list[str]) -> None:
-        self._tokenizer, self._stops = tokenizer, stops
-        # Tokens are decoded together with the tokens before them, as several tokens may encode a character.
-        self._tokens = before[-8:]
-        self._known = len(tokenizer.decode(self._tokens))
-        self._held = ""
-        self.stopped = False
-
-    def add(self, tokens: list[int], last: bool) -> str:
-        """Add ``tokens`` and return the text that is now final; ``last``: no tokens follow."""
-        if self.stopped:
-            return ""
-        if tokens or last:
-            self._tokens += tokens
-            text = self._tokenizer.decode(self._tokens)
-            if last or not text.endswith("\ufffd"):
-                self._held += text[self._known :]
-                self._tokens = self._tokens[-8:]
-                self._known = len(self._tokenizer.decode(self._tokens))
-        offsets = [offset for stop in self._stops if (offset := self._held.find(stop)) >= 0]
-        if offsets:
-            self.stopped = True
-            out, self._held = self._held[: min(offsets)], ""
-            return out
-        # Hold back the beginning of a possible stop string.
-        tail = 0 if last else max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        out, self._held = self._held[: len(self._held) - tail], self._held[len(self._held) - tail :]
-        return out
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Number of characters at the end of ``text`` that ``stop`` begins with."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
 
 
 class Server:
@@ -228,7 +191,7 @@ class Server:
         except ClientDisconnect:
             self._answers.labels(499).inc()
             return Response(status_code=499)
-        texts = [Text(self.tokenizer, self._before(job.task), completion.stops) for job in jobs]
+        texts = [Detokenizer(self.tokenizer, self._before(job.task), completion.stops) for job in jobs]
         head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
         head["object"] = "text_completion"
         if completion.stream:
@@ -308,7 +271,7 @@ class Server:
         return list(itertools.takewhile(lambda token: token != FREE, task.tokens))
 
     async def _whole(
-        self, request: Request, completion: Completion, jobs: list[Job], texts: list[Text], head: dict[str, Any]
+        self, request: Request, completion: Completion, jobs: list[Job], texts: list[Detokenizer], head: dict[str, Any]
     ) -> Response:
         async def disconnected() -> None:
             while (await request.receive())["type"] != "http.disconnect":
@@ -343,7 +306,7 @@ class Server:
         asked = sum(len(self._before(job.task)) for job in jobs[:: completion.n])
         return {"prompt_tokens": asked, "completion_tokens": count, "total_tokens": asked + count}
 
-    async def _collect(self, job: Job, text: Text) -> tuple[str, str, int]:
+    async def _collect(self, job: Job, text: Detokenizer) -> tuple[str, str, int]:
         """Text, finish reason and number of tokens of a job. Raises ``RuntimeError`` if the job failed."""
         out, count = "", 0
         while True:
@@ -356,14 +319,14 @@ class Server:
                 self.scheduler.cancel([job])
                 return out, self._reason(job, text), count
 
-    def _reason(self, job: Job, text: Text) -> str:
+    def _reason(self, job: Job, text: Detokenizer) -> str:
         return "stop" if text.stopped or job.frontier.stopped else "length"
 
     def _echo(self, completion: Completion, job: Job) -> str:
         return self.tokenizer.decode(self._before(job.task)) if completion.echo else ""
 
     async def _events(
-        self, completion: Completion, jobs: list[Job], texts: list[Text], head: dict[str, Any]
+        self, completion: Completion, jobs: list[Job], texts: list[Detokenizer], head: dict[str, Any]
     ) -> AsyncIterator[str]:
         """Server-sent events with the text that becomes complete in a step."""
         queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()

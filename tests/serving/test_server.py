@@ -20,8 +20,8 @@ import torch
 
 from armd_scale import inference
 from armd_scale.data import tokenizer as tokenizers
+from armd_scale.data.detokenizer import Detokenizer
 from armd_scale.inference import FREE, Decoding
-from armd_scale.serving.app import Text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -185,13 +185,13 @@ def test_pieces_of_characters_are_held_back(own):
     for text in ("a 你好 b", "😀😀", "x ▁ y", " lead", "\n\n z "):
         tokens = tokenizer.encode(text)
         for size in (1, 2, 3):
-            pieces = Text(tokenizer, [], [])
+            pieces = Detokenizer(tokenizer, [], [])
             parts = [tokens[at : at + size] for at in range(0, len(tokens), size)]
             out = [pieces.add(part, last=number == len(parts) - 1) for number, part in enumerate(parts)]
             assert "".join(out) == text
             assert not any("\ufffd" in part for part in out)
         for stop in {text[at : at + 2] for at in range(len(text) - 1)}:
-            pieces = Text(tokenizer, [], [stop])
+            pieces = Detokenizer(tokenizer, [], [stop])
             out = [pieces.add([token], last=number == len(tokens) - 1) for number, token in enumerate(tokens)]
             assert "".join(out) == text[: text.index(stop)]
             assert pieces.stopped
