@@ -1,4 +1,4 @@
-"""What clients of OpenAI's interface ask for beside text, against the library: log-probabilities, echo, chats, names."""
+"""What clients of OpenAI's interface ask for, against the library: log-probabilities, echo, chats, names."""
 
 import contextlib
 import json
