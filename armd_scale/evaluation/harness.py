@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import lm_eval.models  # noqa: F401  (the harness registers its own models only if there are no others)
 import torch
 from lm_eval import utils
 from lm_eval.api.instance import Instance

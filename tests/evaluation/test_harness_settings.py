@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from lm_eval.api.instance import Instance
+from lm_eval.api.registry import model_registry
 
 from armd_scale.data import tokenizer as tokenizers
 from armd_scale.errors import UserError
@@ -153,6 +154,10 @@ def test_chats(model_dir, harness, tmp_path):
     [wanted] = model.complete(model.plan([tokens + [FREE] * 4], GREEDY, [0]))
     written = wanted[len(tokens) :].tolist()
     assert ask(chatting, text, max_tokens=4) == chatting._tokenizer.decode([*tokens, *written])[len("the dog") :]
+
+
+def test_the_models_of_the_harness_stay():
+    assert {"armd", "hf", "local-completions"} <= set(model_registry.keys())
 
 
 def test_generation_of_nothing_given():
