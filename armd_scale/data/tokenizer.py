@@ -7,6 +7,8 @@ BOS and EOS are the tokens that a field, ``tokenizer_config.json`` or ``special_
 encoded with either of them, whatever it spells.
 
 If the byte pairs that no token spans are known, text is encoded by segments (``segments``), which is many times faster.
+Where two ways to split a word have exactly the same score, the segment and the library can choose different ways:
+evaluations encode by the library alone (``load(..., segments=False)``).
 """
 
 import hashlib
@@ -54,6 +56,10 @@ class Tokenizer(Protocol):
         """Token ids of several texts, of type ``token_type``."""
         ...
 
+    def encode_with_special(self, text: str) -> list[int]:
+        """Token ids of a text in which the strings of special tokens, BOS and EOS too, are these tokens."""
+        ...
+
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of token ids, without BOS and EOS."""
         ...
@@ -77,12 +83,15 @@ class _LibraryTokenizer(ABC):
     bos_id: int
     eos_id: int
     path: Path
+    by_segments: bool
+    """Whether texts are encoded by segments, where that is possible."""
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        batch = self._segments.encode_batch(texts) if self._segments else self._arrays(texts)
+        segments = self._segments if self.by_segments else None
+        batch = segments.encode_batch(texts) if segments else self._arrays(texts)
         controls = {self.bos_id, self.eos_id}
         for number, tokens in enumerate(batch):
             if any((tokens == control).any() for control in controls):
@@ -122,7 +131,11 @@ class _LibraryTokenizer(ABC):
         """Encoder by segments; None if segments would change tokens."""
 
     @abstractmethod
-    def _encode(self, texts: list[str]) -> list[list[int]]: ...
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of texts by the library."""
+
+    @abstractmethod
+    def encode_with_special(self, text: str) -> list[int]: ...
 
     @abstractmethod
     def _decode(self, tokens: list[int]) -> str: ...
@@ -138,10 +151,10 @@ class _LibraryTokenizer(ABC):
 class SentencePieceTokenizer(_LibraryTokenizer):
     """A sentencepiece model; without names, BOS and EOS are the model's own."""
 
-    def __init__(self, path: Path, names: ControlTokens) -> None:
+    def __init__(self, path: Path, names: ControlTokens, by_segments: bool = True) -> None:
         import sentencepiece
 
-        self.path = path
+        self.path, self.by_segments = path, by_segments
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.load(str(path))
@@ -158,34 +171,49 @@ class SentencePieceTokenizer(_LibraryTokenizer):
         self.bos_id = bos if bos is not None else own["bos"] if own["bos"] >= 0 else self.eos_id
 
     @cached_property
-    def _segments(self) -> SegmentEncoder | None:
-        """Encoder for models without normalisation and with byte fallback; None for other models."""
+    def _model(self) -> Any:
+        """The model's protocol buffer."""
         from sentencepiece import sentencepiece_model_pb2
 
         schema: Any = sentencepiece_model_pb2
-        model = schema.ModelProto.FromString(self._processor.serialized_model_proto())
-        text, kind = model.normalizer_spec, model.trainer_spec
+        return schema.ModelProto.FromString(self._processor.serialized_model_proto())
+
+    @cached_property
+    def _keeps_text(self) -> bool:
+        """Whether the model encodes every text without a change: no normalisation, and byte fallback."""
+        text, kind = self._model.normalizer_spec, self._model.trainer_spec
         changed = text.precompiled_charsmap or text.add_dummy_prefix or text.remove_extra_whitespaces
         known = kind.model_type in (kind.UNIGRAM, kind.BPE) and not kind.treat_whitespace_as_suffix
-        if changed or not known or not kind.byte_fallback:
+        return bool(known and kind.byte_fallback and not changed)
+
+    @cached_property
+    def _segments(self) -> SegmentEncoder | None:
+        """Encoder for models that keep the text; None for other models."""
+        if not self._keeps_text:
             return None
-        matching = (model.SentencePiece.NORMAL, model.SentencePiece.USER_DEFINED)
-        pieces = (piece.piece.replace(_SPACE, " ") for piece in model.pieces if piece.type in matching)
-        return SegmentEncoder(sentencepiece_cuts(pieces), self._encode_segments, token_type(self.vocab_size))
+        kinds = self._model.SentencePiece
+        matching = (kinds.NORMAL, kinds.USER_DEFINED)
+        pieces = (piece.piece.replace(_SPACE, " ") for piece in self._model.pieces if piece.type in matching)
+        return SegmentEncoder(sentencepiece_cuts(pieces), self._encode, token_type(self.vocab_size))
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return self._processor.encode(texts, num_threads=1)
-
-    def _encode_segments(self, segments: list[str]) -> list[list[int]]:
-        tokens = self._encode(segments)
-        for number, segment in enumerate(segments):
-            if _SPACE in segment:  # sentencepiece would encode the character as a space
-                tokens[number] = list(self._spelt(segment))
+        tokens = self._processor.encode(texts, num_threads=1)
+        for number, text in enumerate(texts):
+            if _SPACE in text and self._keeps_text:  # sentencepiece would encode the character as a space
+                tokens[number] = list(self._spelt(text))
         return tokens
 
-    def _spelt(self, segment: str) -> Iterator[int]:
+    def encode_with_special(self, text: str) -> list[int]:
+        kinds = self._model.SentencePiece
+        control = {piece.piece: index for index, piece in enumerate(self._model.pieces) if piece.type == kinds.CONTROL}
+        control |= {self.token(index): index for index in (self.bos_id, self.eos_id)}
+        parts = re.split("|".join(f"({re.escape(name)})" for name in control), text)
+        ids = ([control[part]] if part in control else self.encode(part) for part in parts if part)
+        return list(itertools.chain.from_iterable(ids))
+
+    def _spelt(self, text: str) -> Iterator[int]:
         """Tokens of a text with U+2581, which is encoded as bytes."""
-        for number, part in enumerate(segment.split(_SPACE)):
+        for number, part in enumerate(text.split(_SPACE)):
             if number:
                 yield from (self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode("utf-8"))
             yield from self._processor.encode(part)
@@ -207,10 +235,10 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
     _BOS = ("<|endoftext|>", "<s>", "<|begin_of_text|>", "[CLS]", "<bos>")
     _EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[SEP]", "<eos>")
 
-    def __init__(self, path: Path, names: ControlTokens) -> None:
+    def __init__(self, path: Path, names: ControlTokens, by_segments: bool = True) -> None:
         import tokenizers
 
-        self.path = path
+        self.path, self.by_segments = path, by_segments
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises a bare Exception
@@ -236,6 +264,16 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_with_special(self, text: str) -> list[int]:
+        return self._parser.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _parser(self) -> Any:
+        """A copy of the tokenizer that finds special tokens in text."""
+        import tokenizers
+
+        return tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
 
     @cached_property
     def _segments(self) -> SegmentEncoder | None:
@@ -264,18 +302,25 @@ def _few(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)[:5])
 
 
-def load(path: str | Path, vocab_size: int | None = None, bos: str | None = None, eos: str | None = None) -> Tokenizer:
+def load(
+    path: str | Path,
+    vocab_size: int | None = None,
+    bos: str | None = None,
+    eos: str | None = None,
+    segments: bool = True,
+) -> Tokenizer:
     """Load a ``.model`` file, a ``tokenizer.json``, or a directory with one of them.
 
     ``vocab_size``: vocabulary size of the model; ``UserError`` if the tokenizer has more entries. ``bos``, ``eos``:
     names of the control tokens; None: as ``tokenizer_config.json`` or ``special_tokens_map.json`` beside the file name
     them.
+    ``segments``: whether texts are encoded by segments; False: by the tokenizer's library alone.
     """
     file = _file(Path(path).expanduser())
     named = control_tokens(file.parent)
     names = ControlTokens(bos or named.bos, eos or named.eos)
     kind = SentencePieceTokenizer if file.suffix == ".model" else HuggingFaceTokenizer
-    tokenizer: Tokenizer = kind(file, names)
+    tokenizer: Tokenizer = kind(file, names, segments)
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"{tokenizer.path} has {tokenizer.vocab_size} entries but the model {vocab_size}: use the model's tokenizer"
@@ -297,10 +342,15 @@ def _file(path: Path) -> Path:
 def control_tokens(folder: Path) -> ControlTokens:
     """BOS and EOS of a directory, by ``tokenizer_config.json``, else by ``special_tokens_map.json``."""
     settings = _settings(folder / "special_tokens_map.json") | {
-        name: value for name, value in _settings(folder / _CONFIG).items() if value is not None
+        name: value for name, value in read_settings(folder).items() if value is not None
     }
     bos, eos = (settings.get(name) for name in ("bos_token", "eos_token"))
     return ControlTokens(*(token.get("content") if isinstance(token, dict) else token for token in (bos, eos)))
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The fields of ``tokenizer_config.json`` in a directory; empty without the file."""
+    return _settings(folder / _CONFIG)
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -340,7 +390,7 @@ def copy(tokenizer: Tokenizer, folder: Path) -> None:
     if tokenizer.path.resolve() == (folder / name).resolve():
         return
     shutil.copyfile(tokenizer.path, folder / name)
-    settings = _settings(tokenizer.path.parent / _CONFIG)
+    settings = read_settings(tokenizer.path.parent)
     settings |= {"bos_token": tokenizer.token(tokenizer.bos_id), "eos_token": tokenizer.token(tokenizer.eos_id)}
     write_atomically(folder / _CONFIG, json.dumps(settings, indent=1))
     template = tokenizer.path.with_name(CHAT_TEMPLATE)

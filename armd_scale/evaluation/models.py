@@ -34,11 +34,12 @@ def resolve(path: Path) -> Path:
 def open_model(path: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[ARMD, Tokenizer]:
     """Model and tokenizer of a model directory, a checkpoint, or a run directory (its newest checkpoint).
 
-    Uses the moving average of the weights if the checkpoint holds it. Raises ``UserError``.
+    Uses the moving average of the weights if the checkpoint holds it. The tokenizer encodes by its library alone.
+    Raises ``UserError``.
     """
     if (path / "config.json").is_file() or not path.is_dir():
         model = inference.load(path, device, dtype)
-        return model, tokenizers.load(path, model.config.vocab_size)
+        return model, tokenizers.load(path, model.config.vocab_size, segments=False)
     from armd_scale.training import export, manifest
 
     target = check_device(device)
@@ -48,7 +49,7 @@ def open_model(path: Path, device: str = "cpu", dtype: torch.dtype | None = None
         raise UserError(f"{path} holds no model: name a model directory, a run directory or one of its checkpoints")
     manifest.verify(source)
     model, tokenizer = export.in_memory(fill_vocabulary(load_run(run)), source)
-    return model.to(target, dtype), tokenizer
+    return model.to(target, dtype), tokenizers.load(tokenizer.path, segments=False)
 
 
 Mapper: TypeAlias = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]

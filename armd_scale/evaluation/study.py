@@ -205,7 +205,7 @@ def _suite(study: Study, model: ARMD, tokenizer: Tokenizer, folder: Path) -> dic
         if path is None:
             continue
         documents, size = suites.read(text, path, suites.Protocol())
-        chunks = suites.chunks(documents, tokenizer, model.config.length, suites.Protocol())
+        chunks, _ = suites.chunks(documents, tokenizer, model.config.length, suites.Protocol())
         part = chunks[: study.suite_chunks]
         share = sum(map(len, part)) / sum(map(len, chunks))
         out[text.name] = likelihood.score(alone(model), part, order, size * share).as_dict()

@@ -1,10 +1,8 @@
-"""The HTTP interface: OpenAI-compatible completions, health, metrics and a page.
+"""The HTTP interface: OpenAI-compatible completions and chats, health, metrics and a page.
 
-``POST /v1/completions`` takes the OpenAI fields ``prompt`` (text or tokens, or a list of prompts), ``max_tokens``,
-``n``, ``temperature``, ``top_p``, ``stop``, ``seed``, ``echo``, ``stream`` and ``suffix`` (the model fills the gap
-between prompt and suffix). Additional fields are ``top_k``, ``min_p``, ``streams``, ``draft``, ``steps``, ``block``,
-``confidence`` and ``order`` (with ``stream``: every event holds the positions that a step wrote). A bad request gets an
-error message of a line with status 400, 408, 413, 415 or 429.
+``POST /v1/completions`` and ``POST /v1/chat/completions`` take OpenAI's fields (``serving/requests.py``). Additional
+fields are those of ``Decoding`` and ``order`` (with ``stream``: every event holds the positions that a step wrote). A
+bad request gets an error message of a line with status 400, 404, 408, 413, 415 or 429.
 """
 
 import asyncio
@@ -13,12 +11,11 @@ import json
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -27,14 +24,18 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from armd_scale.data import chat
+from armd_scale.data.detokenizer import Detokenizer
 from armd_scale.data.tokenizer import Tokenizer
 from armd_scale.decoding.lanes import STRATEGIES
+from armd_scale.errors import UserError
 from armd_scale.inference import ARMD, FREE, Decoding, InputError, Task
+from armd_scale.serving.answers import ChatForm, CompletionForm, Result
+from armd_scale.serving.connections import PATIENCE
+from armd_scale.serving.logprobs import Pieces, Scored
+from armd_scale.serving.requests import BODY, Chat, Completion, Refused, parse
 from armd_scale.serving.scheduler import STOPPING, Busy, Event, Job, Scheduler, Stopping
 
-BODY = 1 << 20
-"""Largest size of a request in bytes."""
-_PATIENCE = 30  # seconds in which a request must arrive
 _PAGE = Path(__file__).with_name("page.html")
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
@@ -42,116 +43,16 @@ _POLICY = (
 )
 
 
-_Token = Annotated[int, Field(ge=-(2**31), lt=2**31)]
-
-
-class StreamOptions(BaseModel):
-    """Options of a stream."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    include_usage: bool = False
-
-
-class Completion(BaseModel):
-    """The body of a completion request."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    prompt: str | list[str] | list[_Token] | list[list[_Token]] = ""
-    suffix: str | None = None
-    max_tokens: int = Field(16, ge=1, le=2**31)
-    n: int = Field(1, ge=1, le=128)
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = Field(0, ge=0, le=2**31)
-    min_p: float = 0.0
-    streams: int = 1
-    draft: int = 0
-    steps: int = 0
-    block: int = 0
-    confidence: float = 0.9
-    stop: str | list[str] | None = None
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    echo: bool = False
-    stream: bool = False
-    order: bool = False
-    model: str | None = None
-    user: str | None = None
-    stream_options: StreamOptions | None = None
-    # OpenAI fields without an effect here; any value but the default is refused.
-    best_of: Literal[1] | None = None
-    logprobs: None = None
-    logit_bias: None = None
-    presence_penalty: float | None = Field(0, ge=0, le=0)
-    frequency_penalty: float | None = Field(0, ge=0, le=0)
-
-    @property
-    def stops(self) -> list[str]:
-        """Stop strings; the text ends before the first of them."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_left_out(cls, fields: Any) -> Any:
-        return (
-            {name: value for name, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
-        )
-
-
-class Refused(Exception):
-    """A request that is answered with an error."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class Text:
-    """Decodes tokens to text incrementally. Returned text is final, and ends before a stop string."""
-
-    def __init__(self, tokenizer: Tokenizer, before: list[int], stops: list[str]) -> None:
-        self._tokenizer, self._stops = tokenizer, stops
-        # Tokens are decoded together with the tokens before them, as several tokens may encode a character.
-        self._tokens = before[-8:]
-        self._known = len(tokenizer.decode(self._tokens))
-        self._held = ""
-        self.stopped = False
-
-    def add(self, tokens: list[int], last: bool) -> str:
-        """Add ``tokens`` and return the text that is now final; ``last``: no tokens follow."""
-        if self.stopped:
-            return ""
-        if tokens or last:
-            self._tokens += tokens
-            text = self._tokenizer.decode(self._tokens)
-            if last or not text.endswith("\ufffd"):
-                self._held += text[self._known :]
-                self._tokens = self._tokens[-8:]
-                self._known = len(self._tokenizer.decode(self._tokens))
-        offsets = [offset for stop in self._stops if (offset := self._held.find(stop)) >= 0]
-        if offsets:
-            self.stopped = True
-            out, self._held = self._held[: min(offsets)], ""
-            return out
-        # Hold back the beginning of a possible stop string.
-        tail = 0 if last else max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        out, self._held = self._held[: len(self._held) - tail], self._held[len(self._held) - tail :]
-        return out
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Number of characters at the end of ``text`` that ``stop`` begins with."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
-
-
 class Server:
-    """Answers HTTP requests with a model and a scheduler."""
+    """Answers HTTP requests with a model and a scheduler. ``name``: the model's name for clients."""
 
     def __init__(
         self, model: ARMD, tokenizer: Tokenizer, name: str, lanes: int = 8, queue: int = 64, step_tokens: int = 16
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.template = chat.load(tokenizer)
+        self._pieces = Pieces(tokenizer)
+        self._created = int(time.time())
         self.registry = CollectorRegistry()
         registry = self.registry
         self._answers = Counter("armd_requests", "Requests by status", ["status"], registry=registry)
@@ -173,7 +74,9 @@ class Server:
             Route("/health", self._health),
             Route("/metrics", self._metrics),
             Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._model),
             Route("/v1/completions", self._completions, methods=["POST"]),
+            Route("/v1/chat/completions", self._chats, methods=["POST"]),
         ]
 
     def app(self, hosts: list[str] | None = None) -> Starlette:
@@ -196,15 +99,26 @@ class Server:
     async def _metrics(self, _: Request) -> Response:
         return PlainTextResponse(generate_latest(self.registry), media_type="text/plain; version=0.0.4")
 
-    async def _models(self, _: Request) -> Response:
+    @property
+    def _facts(self) -> dict[str, Any]:
         c = self.model.config
-        facts = {"id": self.name, "object": "model", "owned_by": "armd_scale", "max_tokens": c.length}
-        facts["objective"] = c.objective
-        return JSONResponse({"object": "list", "data": [facts]})
+        facts = {"id": self.name, "object": "model", "created": self._created, "owned_by": "armd_scale"}
+        return {**facts, "max_tokens": c.length, "objective": c.objective}
+
+    async def _models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._facts]})
+
+    async def _model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        return JSONResponse(self._facts) if name == self.name else self._error(404, self._other_model(name))
+
+    def _other_model(self, name: str) -> str:
+        return f"model: this server has '{self.name}', not {name[:100]!r}"
 
     async def _http_error(self, _: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return self._error(error.status_code, f"{error.detail}: use /v1/completions, /v1/models, /health or /metrics")
+        paths = "/v1/completions, /v1/chat/completions, /v1/models, /health or /metrics"
+        return self._error(error.status_code, f"{error.detail}: use {paths}")
 
     def _error(self, status: int, message: str) -> Response:
         self._answers.labels(status).inc()
@@ -213,61 +127,86 @@ class Server:
         return JSONResponse(body, status, headers={"Retry-After": "1"} if status == 429 else None)
 
     async def _completions(self, request: Request) -> Response:
+        return await self._respond(request, lambda body: parse(Completion, body), CompletionForm())
+
+    async def _chats(self, request: Request) -> Response:
+        return await self._respond(request, lambda body: self._chat(parse(Chat, body)), ChatForm())
+
+    def _chat(self, body: Chat) -> Completion:
+        """The completion of the messages of a chat, as the template writes them."""
+        if self.template is None:
+            raise Refused(400, f"'{self.name}' has no chat template: use /v1/completions")
         try:
-            completion = await self._read(request)
-            tasks = self._tasks(completion)
-            jobs = self.scheduler.submit(tasks)
+            text = self.template.render([message.plain() for message in body.messages])
+        except UserError as error:
+            raise Refused(400, str(error)) from error
+        prompt = self.tokenizer.encode_with_special(text)
+        return body.completion(prompt, self.model.config.length - len(self._without_bos(prompt)))
+
+    async def _respond(self, request: Request, read: Callable[[bytes], Completion], form: CompletionForm) -> Response:
+        try:
+            return await self._answer(request, read(await self._body(request)), form)
         except Refused as error:
             return self._error(error.status, str(error))
-        except InputError as error:
-            return self._error(400, str(error))
-        except Busy:
-            return self._error(429, "the queue is full: retry later")
-        except Stopping:
-            return self._error(503, STOPPING)
         except ClientDisconnect:
             self._answers.labels(499).inc()
             return Response(status_code=499)
-        texts = [Text(self.tokenizer, self._before(job.task), completion.stops) for job in jobs]
-        head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
-        head["object"] = "text_completion"
-        if completion.stream:
-            events = self._events(completion, jobs, texts, head)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        return await self._whole(request, completion, jobs, texts, head)
 
-    async def _read(self, request: Request) -> Completion:
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+    async def _body(self, request: Request) -> bytes:
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(415, "send JSON, with Content-Type: application/json")
         body = bytearray()
         try:
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(PATIENCE):
                 async for part in request.stream():
                     body += part
                     if len(body) > BODY:
                         raise Refused(413, f"the request is larger than {BODY:,} bytes")
         except TimeoutError as error:
-            raise Refused(408, f"the request did not arrive within {_PATIENCE} seconds") from error
-        try:
-            completion = Completion.model_validate_json(bytes(body))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = "".join(repr(part)[1:-1][:60] for part in first["loc"][:1] if isinstance(part, str))
-            known = f"; fields: {', '.join(Completion.model_fields)}" if first["type"] == "extra_forbidden" else ""
-            raise Refused(400, f"{where or 'the request'}: {first['msg'].lower()}{known}") from error
-        if completion.model not in (None, self.name):
-            raise Refused(400, f"model: this server has '{self.name}', not {completion.model[:100]!r}")
-        if completion.order and not completion.stream:
-            raise Refused(400, "order: needs stream=true")
-        if len(completion.stops) > 4 or not all(0 < len(stop) <= 256 for stop in completion.stops):
-            raise Refused(400, "stop: up to 4 strings of 1 to 256 characters")
-        return completion
+            raise Refused(408, f"the request did not arrive within {PATIENCE:.0f} seconds") from error
+        return bytes(body)
 
-    def _tasks(self, completion: Completion) -> list[Task]:
-        """The tasks of a request, ``n`` for each prompt. Raises ``Refused`` and ``InputError``."""
+    async def _answer(self, request: Request, completion: Completion, form: CompletionForm) -> Response:
+        """Queue the texts of a request, and answer with them. Raises ``Refused``."""
+        if completion.model not in (None, self.name):
+            raise Refused(400, self._other_model(completion.model or ""))
+        if completion.logprobs is not None and not self.model.config.traits.exact:
+            label = self.model.config.traits.label
+            raise Refused(400, f"logprobs: {label} models have no exact likelihood: leave out logprobs")
+        prompts = self._prompts(completion)
+        try:
+            jobs = self.scheduler.submit(self._tasks(completion, prompts))
+        except InputError as error:
+            raise Refused(400, str(error)) from error
+        except Busy as error:
+            raise Refused(429, "the queue is full: retry later") from error
+        except Stopping as error:
+            raise Refused(503, STOPPING) from error
+        texts = [Detokenizer(self.tokenizer, self._before(job.task), completion.stops) for job in jobs]
+        head = {"id": f"{form.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
+        if completion.stream:
+            events = self._events(completion, jobs, texts, {**head, "object": form.part_kind}, form)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        begun = [bool(prompt) and prompt[0] == self.model.config.bos_id for prompt in prompts]
+        headed = [begins for begins in begun for _ in range(completion.n)]
+        return await self._whole(request, completion, jobs, texts, headed, {**head, "object": form.kind}, form)
+
+    def _prompts(self, completion: Completion) -> list[list[int]]:
+        """Tokens of the prompts of a request, with a BOS at the head where the client has sent one."""
         prompt: Any = completion.prompt
         several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
         prompts = prompt if several else [prompt]
+        tokens = [self.tokenizer.encode(one) if isinstance(one, str) else list(one) for one in prompts]
+        if any(token < 0 for row in tokens for token in row):
+            raise Refused(400, f"prompt: token {min(map(min, filter(None, tokens)))} is not in the vocabulary")
+        return tokens
+
+    def _without_bos(self, tokens: list[int]) -> list[int]:
+        """Tokens without a BOS at their head, which the model adds itself."""
+        return tokens[1:] if tokens[:1] == [self.model.config.bos_id] else tokens
+
+    def _tasks(self, completion: Completion, prompts: Sequence[list[int]]) -> list[Task]:
+        """The tasks of a request, ``n`` for each prompt. Raises ``Refused`` and ``InputError``."""
         decoding = Decoding(
             completion.streams,
             completion.draft,
@@ -287,35 +226,60 @@ class Server:
         if len(prompts) * completion.n > self.scheduler.queue:
             raise Refused(400, f"a request may ask for up to {self.scheduler.queue} texts")
         after = self.tokenizer.encode(completion.suffix) if completion.suffix is not None else []
-        rows = []
+        count, rows = completion.max_tokens, []
         for prompt in prompts:
-            tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            if any(token < 0 for token in tokens):
-                raise Refused(400, f"prompt: token {min(tokens)} is not in the vocabulary")
-            size = len(tokens) + completion.max_tokens + len(after)
-            if size > self.model.config.length:
-                raise Refused(
-                    400,
-                    f"prompt, suffix and max_tokens are {size} tokens together but this model takes up to "
-                    f"{self.model.config.length}: lower max_tokens",
-                )
-            rows += [tokens + [FREE] * completion.max_tokens + after] * completion.n
+            given = self._without_bos(prompt)
+            self._check_size(len(given) + len(after), count)
+            rows += [given + [FREE] * count + after] * completion.n
         seed = secrets.randbits(62) if completion.seed is None else completion.seed
         return self.model.plan(rows, decoding, seed)
+
+    def _check_size(self, given: int, count: int) -> None:
+        """``Refused`` unless a text of ``given`` tokens and ``count`` new ones fits the model."""
+        longest = self.model.config.length
+        if given + count == 0:
+            raise Refused(400, "the prompt is empty and max_tokens is 0: there is no text")
+        if given > longest or (given == longest and count):
+            raise Refused(400, f"prompt: {given} tokens are too many, as this model takes up to {longest}: shorten it")
+        if given + count > longest:
+            raise Refused(
+                400,
+                f"max_tokens: {count} are too many behind a prompt of {given} tokens, as this model takes up to "
+                f"{longest}: use at most {longest - given}",
+            )
 
     def _before(self, task: Task) -> list[int]:
         """Tokens before the first generated token."""
         return list(itertools.takewhile(lambda token: token != FREE, task.tokens))
 
     async def _whole(
-        self, request: Request, completion: Completion, jobs: list[Job], texts: list[Text], head: dict[str, Any]
+        self,
+        request: Request,
+        completion: Completion,
+        jobs: list[Job],
+        texts: list[Detokenizer],
+        headed: list[bool],
+        head: dict[str, Any],
+        form: CompletionForm,
     ) -> Response:
+        """The answer with whole texts; ``headed``: whether the prompt of a job begins with BOS."""
+
         async def disconnected() -> None:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
 
+        async def result(job: Job, text: Detokenizer, begins: bool) -> Result:
+            found = await self._collect(job, text)
+            if completion.logprobs is not None:
+                scored = await self._scored(job, completion, found, begins)
+                before = [] if completion.echo else self._before(job.task)
+                logprobs = form.logprobs(self._pieces, scored, before, completion.logprobs)
+                found = found._replace(logprobs=logprobs)
+            return found._replace(text=self._echo(completion, job) + found.text)
+
         watcher = asyncio.create_task(disconnected())
-        parts = [asyncio.create_task(self._collect(job, text)) for job, text in zip(jobs, texts, strict=True)]
+        rows = zip(jobs, texts, headed, strict=True)
+        parts = [asyncio.create_task(result(*row)) for row in rows]
         together = asyncio.create_task(asyncio.wait(parts))
         try:
             await asyncio.wait([watcher, together], return_when=asyncio.FIRST_COMPLETED)
@@ -330,21 +294,35 @@ class Server:
             for pending in (watcher, together, *parts):
                 pending.cancel()
             self.scheduler.cancel(jobs)
-        choices = [
-            _choice(index, self._echo(completion, job) + text, reason)
-            for index, (job, (text, reason, _)) in enumerate(zip(jobs, results, strict=True))
-        ]
-        usage = self._usage(completion, jobs, sum(count for _, _, count in results))
+        choices = [form.choice(index, result) for index, result in enumerate(results)]
+        usage = self._usage(completion, jobs, sum(result.tokens for result in results))
         self._answers.labels(200).inc()
         self._seconds.observe(time.perf_counter() - jobs[0].submitted)
         return JSONResponse({**head, "choices": choices, "usage": usage})
+
+    async def _scored(self, job: Job, completion: Completion, found: Result, headed: bool) -> list[Scored]:
+        """The tokens of a finished text with their log-probabilities, with ``echo`` those of the prompt too."""
+        self.scheduler.score(job, completion.logprobs or 0)
+        while (event := await job.events.get()).scores is None:
+            if event.error:
+                raise RuntimeError(event.error)
+        before = self._before(job.task)
+        last = len(before) + found.tokens
+        if job.frontier.stopped:
+            last += 1  # EOS
+        elif found.reason == "stop":
+            offsets = self._pieces.offsets(job.frontier.tokens[len(before) : last], before)
+            last = len(before) + sum(offset < len(found.text) for offset in offsets)
+        places = range(1 if completion.echo else len(before) + 1, last + 1)
+        bos = [Scored(self.model.config.bos_id, None, [])] if completion.echo and headed else []
+        return bos + [event.scores[position] for position in places]
 
     def _usage(self, completion: Completion, jobs: list[Job], count: int) -> dict[str, int]:
         asked = sum(len(self._before(job.task)) for job in jobs[:: completion.n])
         return {"prompt_tokens": asked, "completion_tokens": count, "total_tokens": asked + count}
 
-    async def _collect(self, job: Job, text: Text) -> tuple[str, str, int]:
-        """Text, finish reason and number of tokens of a job. Raises ``RuntimeError`` if the job failed."""
+    async def _collect(self, job: Job, text: Detokenizer) -> Result:
+        """The text of a job. Raises ``RuntimeError`` if the job failed."""
         out, count = "", 0
         while True:
             event = await job.events.get()
@@ -354,16 +332,21 @@ class Server:
             out += text.add(event.fresh, event.done)
             if event.done or text.stopped:
                 self.scheduler.cancel([job])
-                return out, self._reason(job, text), count
-
-    def _reason(self, job: Job, text: Text) -> str:
-        return "stop" if text.stopped or job.frontier.stopped else "length"
+                return Result(out, self._reason(job, text), count)
 
     def _echo(self, completion: Completion, job: Job) -> str:
         return self.tokenizer.decode(self._before(job.task)) if completion.echo else ""
 
+    def _reason(self, job: Job, text: Detokenizer) -> str:
+        return "stop" if text.stopped or job.frontier.stopped else "length"
+
     async def _events(
-        self, completion: Completion, jobs: list[Job], texts: list[Text], head: dict[str, Any]
+        self,
+        completion: Completion,
+        jobs: list[Job],
+        texts: list[Detokenizer],
+        head: dict[str, Any],
+        form: CompletionForm,
     ) -> AsyncIterator[str]:
         """Server-sent events with the text that becomes complete in a step."""
         queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -379,9 +362,9 @@ class Server:
         open_, status = set(range(len(jobs))), 499
         started, first, count = jobs[0].submitted, True, 0
         try:
-            if completion.echo:
-                for index, job in enumerate(jobs):
-                    yield _line({**head, "choices": [_choice(index, self._echo(completion, job), None)]})
+            for index, job in enumerate(jobs):
+                if begin := form.first(index, self._echo(completion, job)):
+                    yield _line({**head, "choices": [begin]})
             while open_:
                 index, event = await queue.get()
                 if index not in open_:
@@ -393,7 +376,7 @@ class Server:
                 count += len(event.fresh)
                 text = texts[index].add(event.fresh, event.done)
                 over = event.done or texts[index].stopped
-                choice = _choice(index, text, self._reason(jobs[index], texts[index]) if over else None)
+                choice = form.part(index, text, self._reason(jobs[index], texts[index]) if over else None)
                 if completion.order:
                     choice["written"] = [[pos, self.tokenizer.decode([token])] for pos, token in event.written]
                 if over:
@@ -414,10 +397,6 @@ class Server:
             for reader in readers:
                 reader.cancel()
             self.scheduler.cancel(jobs)
-
-
-def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
 
 
 def _line(data: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ import torch
 
 from armd_scale.decoding.lanes import STRATEGIES, Lanes
 from armd_scale.inference import ARMD, Frontier, Task
+from armd_scale.serving.logprobs import Scored, score
 
 STOPPING = "the server is shutting down"
 
@@ -40,6 +41,8 @@ class Event(NamedTuple):
     """Whether the text is complete."""
     error: str = ""
     """Why the job failed."""
+    scores: dict[int, Scored] | None = None
+    """The scores of the positions (from 1) of the text, if ``Scheduler.score`` has asked for them."""
 
 
 class Job:
@@ -50,6 +53,8 @@ class Job:
         self.frontier = Frontier(task, eos_id)
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.cancelled = False
+        self.top = 0
+        """Number of the likeliest tokens in the scores."""
         self.submitted = time.perf_counter()
         self._loop = loop
 
@@ -77,6 +82,7 @@ class Scheduler:
         self.model, self.lanes, self.queue, self.step_tokens = model, lanes, queue, step_tokens
         self._on_step = on_step
         self._waiting: collections.deque[Job] = collections.deque()
+        self._scoring: collections.deque[Job] = collections.deque()
         self._running: dict[str, dict[int, Job]] = {strategy: {} for strategy in STRATEGIES}
         self._lanes_of: dict[str, Lanes] = {}
         self._wake = threading.Condition()
@@ -100,17 +106,33 @@ class Scheduler:
         return sum(map(len, self._running.values()))
 
     def submit(self, tasks: list[Task]) -> list[Job]:
-        """Queue all tasks as jobs, from within an event loop. Raises ``Busy`` or ``Stopping`` and then queues none."""
+        """Queue all tasks as jobs, from within an event loop. Raises ``Busy`` or ``Stopping`` and then queues none.
+
+        A text without a free position is done at once.
+        """
         loop = asyncio.get_running_loop()
         jobs = [Job(task, self.model.config.eos_id, loop) for task in tasks]
         with self._wake:
             if not self.alive:
                 raise Stopping
-            if len(self._waiting) + len(jobs) > self.queue:
+            if len(self._waiting) + len(self._scoring) + len(jobs) > self.queue:
                 raise Busy
-            self._waiting.extend(jobs)
+            for job in jobs:
+                if job.frontier.ended:
+                    job.events.put_nowait(Event([], [], True))
+                else:
+                    self._waiting.append(job)
             self._wake.notify()
         return jobs
+
+    def score(self, job: Job, top: int) -> None:
+        """Score the tokens of a job that are known, with the ``top`` likeliest tokens; the last event holds them."""
+        with self._wake:
+            job.top = top
+            self._scoring.append(job)
+            if self._stopping:
+                job.put(Event([], [], False, STOPPING))
+            self._wake.notify()
 
     def cancel(self, jobs: list[Job]) -> None:
         """Remove jobs from the queue, and from their lanes before the next step."""
@@ -120,26 +142,29 @@ class Scheduler:
             cancelled = [job for job in self._waiting if job.cancelled]
             for job in cancelled:
                 self._waiting.remove(job)
+            for job in jobs:
+                if job in self._scoring:
+                    self._scoring.remove(job)
             self._wake.notify()
 
     def close(self, grace: float) -> None:
         """Accept no more jobs, and end the thread when all jobs are done. Fails jobs not done in ``grace`` seconds."""
         self._draining = True
         end = time.perf_counter() + grace
-        while (self._waiting or self.running) and time.perf_counter() < end:
+        while (self._waiting or self._scoring or self.running) and time.perf_counter() < end:
             time.sleep(0.02)
         with self._wake:
             self._stopping = True
             self._wake.notify()
         self._thread.join(timeout=60)
-        for job in [*self._waiting, *(job for jobs in self._running.values() for job in jobs.values())]:
+        for job in [*self._waiting, *self._scoring, *(job for jobs in self._running.values() for job in jobs.values())]:
             job.put(Event([], [], False, STOPPING))
 
     @torch.no_grad()
     def _work(self) -> None:
         while True:
             with self._wake:
-                while not self._stopping and not self._waiting and not self.running:
+                while not self._stopping and not self._waiting and not self._scoring and not self.running:
                     self._wake.wait()
                 if self._stopping:
                     return
@@ -150,6 +175,7 @@ class Scheduler:
                 except Exception as error:  # the jobs of this strategy fail, the server continues
                     self._fail(strategy, self._running[strategy], error)
                     self._lanes_of.pop(strategy, None)  # their state is unknown
+            self._score_next()
 
     def _admit(self, strategy: str) -> None:
         """Free the lanes of cancelled jobs, and fill free lanes from the queue."""
@@ -174,10 +200,17 @@ class Scheduler:
             self._lanes_of[strategy].admit({lane: job.task for lane, job in fresh.items()})
         except Exception as error:  # jobs in other lanes continue
             self._fail(strategy, fresh, error)
-            return
-        for lane, job in fresh.items():
-            if job.frontier.ended:  # the text has no free position
-                self._report(strategy, lane, [], [])
+
+    def _score_next(self) -> None:
+        """Score a text, between the steps of the others."""
+        with self._wake:
+            job = self._scoring.popleft() if self._scoring else None
+        if job is not None:
+            try:
+                scores = score(self.model, job.task, job.frontier.tokens, job.top)
+                job.put(Event([], [], True, scores=scores))
+            except Exception as error:  # the job fails, the server continues
+                job.put(Event([], [], False, _reason("scoring", error)))
 
     def _step(self, strategy: str) -> None:
         running = self._running[strategy]
@@ -201,7 +234,10 @@ class Scheduler:
 
     def _fail(self, strategy: str, jobs: dict[int, Job], error: Exception) -> None:
         """Report an error to jobs, and remove them."""
-        reason = "decoding failed: " + " ".join(str(error).split())[:300]
         for lane, job in list(jobs.items()):
-            job.put(Event([], [], False, reason))
+            job.put(Event([], [], False, _reason("decoding", error)))
             del self._running[strategy][lane]
+
+
+def _reason(what: str, error: Exception) -> str:
+    return f"{what} failed: " + " ".join(str(error).split())[:300]

@@ -54,6 +54,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--wikitext2-split", choices=["test", "train"], default="test", help="train: as in the published column"
     )
+    parser.add_argument(
+        "--splits", choices=["test", "mdlm"], default="test", help="mdlm: validation splits, where MDLM's code has them"
+    )
+    parser.add_argument(
+        "--blocks", choices=["chunks", "mdlm"], default="chunks", help="mdlm: blocks of BOS, L - 2 tokens and EOS"
+    )
+    parser.add_argument(
+        "--scientific-field",
+        choices=["abstract", "article"],
+        default="abstract",
+        help="text of scientific papers; article: as in MDLM's code",
+    )
     arguments.add_device(parser)
     parser.add_argument("--processes", type=int, help="number of processes (default: one per core or GPU)")
     parser.add_argument(
@@ -89,10 +101,17 @@ def run(args: argparse.Namespace) -> None:
     source = resolve(args.model)  # resolved once, as a running job may write newer checkpoints
     model, tokenizer = open_model(source, args.device)
     length = model.config.length if args.length is None else args.length
-    if not 2 <= length <= model.config.length:
-        raise UserError(f"--length {length} does not fit this model: 2 to {model.config.length}")
+    least = 3 if args.blocks == "mdlm" else 2
+    if not least <= length <= model.config.length:
+        raise UserError(f"--length {length} does not fit this model: {least} to {model.config.length}")
     protocol = suites.Protocol(
-        not (args.no_detokenise or args.text), not args.no_eos, args.length, args.wikitext2_split
+        detokenise=not (args.no_detokenise or args.text),
+        eos=not args.no_eos,
+        length=args.length,
+        wikitext2_split=args.wikitext2_split,
+        splits=args.splits,
+        blocks=args.blocks,
+        scientific_field=args.scientific_field,
     )
     orders = args.order or (likelihood.default_orders(model) if args.suite else likelihood.default_orders(model)[:1])
     say(
@@ -106,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
     accuracies: dict[str, dict[str, float]] = {}
     texts = _suite(args, protocol, say) if args.suite else _texts(args)
     chunks_of = [suites.chunks(text.documents, tokenizer, length, protocol) for text in texts]
-    processes = min(processes, max(len(likelihood.units(chunks)) for chunks in chunks_of))
+    processes = min(processes, max(len(likelihood.units(chunks)) for chunks, _ in chunks_of))
     if not cuda:
         torch.set_num_threads(1)  # as the processes have: see models.workers
     with contextlib.ExitStack() as stack:
@@ -114,13 +133,13 @@ def run(args: argparse.Namespace) -> None:
         if processes > 1:
             del model, scorer
             scorer = stack.enter_context(workers(source, args.device, processes))
-        for text, chunks in zip(texts, chunks_of, strict=True):
+        for text, (chunks, share) in zip(texts, chunks_of, strict=True):
             count = sum(map(len, chunks))
             say(f"\n{text.name}  {text.file}  SHA-256 {text.sha256 or 'unknown'}")
             say(f"{text.size:,} bytes, {len(text.documents):,} documents, {count:,} scored tokens")
             say(f"{'order':<16}{'perplexity':>12}{'±':>9}{'nats/token':>12}{'±':>9}{'bits/byte':>12}")
             for order in orders:
-                score = likelihood.score(scorer, chunks, order, text.size, args.repeats)
+                score = likelihood.score(scorer, chunks, order, text.size * share, args.repeats)
                 say(
                     f"{order:<16}{score.perplexity:>12.3f}{score.perplexity_se:>9.3f}{score.nll:>12.4f}"
                     f"{score.nll_se:>9.4f}{score.bits_per_byte:>12.4f}"
@@ -132,7 +151,7 @@ def run(args: argparse.Namespace) -> None:
                 say(f"last word: {words.value:.2%} ± {words.se:.2%} of {words.passages:,}")
                 accuracies[text.name] = {"last_word": words.value, "se": words.se, "passages": words.passages}
     if args.suite:
-        say("\n" + table(results, suites.PUBLISHED))
+        say("\n" + table(results, suites.PUBLISHED) + "\n" + suites.COMPARISON)
     facts = {"model": str(source), "protocol": vars(protocol), "results": results, "accuracy": accuracies}
     figures = json.dumps(facts, indent=1)
     if to_stdout:
@@ -169,11 +188,10 @@ def _suite(args: argparse.Namespace, protocol: "Protocol", say: Callable[[str], 
     if not folder.is_dir():
         raise UserError(f"there is no directory {folder}: name the one with the suite's texts, or hub")
     for text in suites.SETS.values():
-        split = protocol.wikitext2_split if text.name == "WikiText2" else "test"
+        split = protocol.split(text)
         path = suites.find(text, folder, split)
         if path is None:
-            names = ", ".join(text.files if split == "test" else text.train_files)
-            say(f"{text.name}: not in {folder} ({names})")
+            say(f"{text.name}: not in {folder} ({', '.join(text.files_of(split))})")
             continue
         digest = sha256(path)
         if split == "test" and text.sha256 and digest not in text.sha256:

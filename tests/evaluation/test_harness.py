@@ -49,6 +49,7 @@ def results(tmp_path_factory):
     command = [
         sys.executable, "tools/eval_harness.py", "run", "--model", "armd", "--model_args", f"pretrained={model}",
         "--tasks", *TASKS, "--include_path", place, "--output_path", place / "out", "--log_samples",
+        "--batch_size", "auto", "--trust_remote_code",
     ]  # fmt: skip
     env = {**os.environ, "HF_HOME": str(place / "cache"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=env, timeout=250)

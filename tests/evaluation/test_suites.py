@@ -93,10 +93,11 @@ def test_protocol(tokenizer):
     """EOS behind each document, chunks over their edges, each switch on its own."""
     rows = ["the lazy dog", "", "jumps over the quick brown fox"]
     tokens = [token for row in rows for token in [*tokenizer.encode(row), tokenizer.eos_id]]
-    chunks = suites.chunks(rows, tokenizer, 5, suites.Protocol())
+    chunks, share = suites.chunks(rows, tokenizer, 5, suites.Protocol())
+    assert share == 1
     assert [token for chunk in chunks for token in chunk.tolist()] == tokens
     assert {len(chunk) for chunk in chunks[:-1]} == {5}
-    bare = suites.chunks(rows, tokenizer, 5, suites.Protocol(eos=False, length=3))
+    bare, _ = suites.chunks(rows, tokenizer, 5, suites.Protocol(eos=False, length=3))
     assert sum(map(len, bare)) == len(tokens) - 3
     assert {len(chunk) for chunk in bare[:-1]} == {3}
     raw = suites.Protocol(detokenise=False)

@@ -20,8 +20,8 @@ import torch
 
 from armd_scale import inference
 from armd_scale.data import tokenizer as tokenizers
+from armd_scale.data.detokenizer import Detokenizer
 from armd_scale.inference import FREE, Decoding
-from armd_scale.serving.app import Text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -185,32 +185,41 @@ def test_pieces_of_characters_are_held_back(own):
     for text in ("a 你好 b", "😀😀", "x ▁ y", " lead", "\n\n z "):
         tokens = tokenizer.encode(text)
         for size in (1, 2, 3):
-            pieces = Text(tokenizer, [], [])
+            pieces = Detokenizer(tokenizer, [], [])
             parts = [tokens[at : at + size] for at in range(0, len(tokens), size)]
             out = [pieces.add(part, last=number == len(parts) - 1) for number, part in enumerate(parts)]
             assert "".join(out) == text
             assert not any("\ufffd" in part for part in out)
         for stop in {text[at : at + 2] for at in range(len(text) - 1)}:
-            pieces = Text(tokenizer, [], [stop])
+            pieces = Detokenizer(tokenizer, [], [stop])
             out = [pieces.add([token], last=number == len(tokens) - 1) for number, token in enumerate(tokens)]
             assert "".join(out) == text[: text.index(stop)]
             assert pieces.stopped
 
 
 WRONG = [
-    (b"{", 400, "invalid json"),
-    (b"\xff\xfe", 400, "invalid json"),
-    (b"[]", 400, "should be an object"),
-    ({"promt": "x"}, 400, "promt: extra inputs are not permitted; fields: prompt"),
-    ({"prompt": 5}, 400, "prompt: "),
-    ({"prompt": "x", "max_tokens": 0}, 400, "max_tokens: "),
+    (b"{", 400, "the request is not valid JSON: "),
+    (b"\xff\xfe", 400, "the request is not valid JSON: "),
+    (b"[]", 400, "the request must be a JSON object"),
+    ({"promt": "x"}, 400, "promt: unknown field; fields: model, n, "),
+    (
+        {"prompt": 5},
+        400,
+        "prompt: must be a text, a list of texts, a list of tokens, or a list of lists of tokens; it is 5",
+    ),
+    ({"prompt": "x", "max_tokens": -1}, 400, "max_tokens: must be a whole number of at least 0; it is -1"),
+    ({"max_tokens": 0}, 400, "the prompt is empty and max_tokens is 0"),
+    ({"prompt": "x", "temperature": "hot"}, 400, 'temperature: must be a number; it is "hot"'),
+    ({"prompt": "x", "presence_penalty": 1}, 400, "presence_penalty: must be 0, as this server has no penalties"),
+    ({"prompt": "x", "logit_bias": {"5": 1}}, 400, "logit_bias: must be empty, as"),
+    ({"prompt": "x", "stream_options": {"a": 1}}, 400, "stream_options.a: unknown field"),
     (b'{"prompt": "x", "top_k": 1' + b"0" * 400 + b"}", 400, "top_k: "),
     (b'{"prompt": "x", "max_tokens": ' + b"9" * 4300 + b"}", 400, "max_tokens: "),
     ({"prompt": "x", "order": True}, 400, "order: "),
-    ({"a\nb": 1}, 400, "extra inputs are not permitted"),
-    (b'{"prompt": "\\ud800"}', 400, "invalid json"),
-    ({"prompt": "x", "max_tokens": 10**6}, 400, "takes up to 64"),
-    ({"prompt": "x " * 500, "max_tokens": 2}, 400, "takes up to 64"),
+    ({"a\nb": 1}, 400, "unknown field"),
+    (b'{"prompt": "\\ud800"}', 400, "the request is not valid JSON: "),
+    ({"prompt": "x", "max_tokens": 10**6}, 400, "takes up to 64: use at most 63"),
+    ({"prompt": "x " * 500, "max_tokens": 2}, 400, "takes up to 64: shorten it"),
     ({"prompt": [1, 10**9], "max_tokens": 2}, 400, "token 1000000000 "),
     ({"prompt": [-1], "max_tokens": 2}, 400, "token -1 "),
     ({"prompt": [[]], "max_tokens": 2, "streams": 65}, 400, "up to 16 tokens"),
@@ -219,9 +228,10 @@ WRONG = [
     ({"prompt": "x", "top_p": 0}, 400, "top_p must be"),
     ({"prompt": "x", "n": 100}, 400, "up to 64 texts"),
     ({"prompt": "x", "n": 0}, 400, "n: "),
-    ({"prompt": "x", "logprobs": 5}, 400, "logprobs: "),
-    ({"prompt": "x", "stop": ["a"] * 5}, 400, "stop: up to 4"),
-    ({"prompt": "x", "stop": ""}, 400, "stop: up to 4"),
+    ({"prompt": "x", "logprobs": 21}, 400, "logprobs: must be a whole number from 0 to 20; it is 21"),
+    ({"prompt": "x", "logprobs": 1, "stream": True}, 400, "logprobs: not available with stream=true"),
+    ({"prompt": "x", "stop": ["a"] * 17}, 400, "stop: must be up to 16"),
+    ({"prompt": "x", "stop": ""}, 400, "stop: must be up to 16"),
     ({"prompt": "x", "seed": 2**70}, 400, "seed: "),
     ({"prompt": "x", "model": "another"}, 400, "model: "),
     (b'{"prompt": "' + b"x" * (2 << 20) + b'"}', 413, "larger than"),
@@ -278,14 +288,15 @@ def test_texts_end_before_the_server_does(model_dir, own):
 
     async def leave(server):
         reader, writer = await _send(server.port, json.dumps(body).encode())
-        while server.metric("armd_running") == 0:
+        answer = asyncio.create_task(reader.read())
+        while server.metric("armd_running") == 0 and not answer.done():
             await asyncio.sleep(0.005)
         server.process.send_signal(signal.SIGTERM)
-        head, _, rest = (await asyncio.wait_for(reader.read(), 60)).partition(b"\r\n\r\n")
+        head, _, rest = (await answer).partition(b"\r\n\r\n")
         writer.close()
         return int(head.split()[1]), [choice["text"] for choice in json.loads(rest)["choices"]]
 
-    with serving(model_dir, "--lanes", 4) as server:
+    with serving(model_dir, "--lanes", 4, "--grace", 300) as server:
         server.told = True
         assert asyncio.run(leave(server)) == (200, expected)
 
