@@ -55,6 +55,7 @@ class ARMDForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     accepts_loss_kwargs = False  # the loss is a mean: a trainer divides by its accumulation steps
     _supports_sdpa = True
+    _no_split_modules: ClassVar = ["ARMD"]  # a device map puts the model on one device
 
     def __init__(self, config: ARMDHubConfig) -> None:
         super().__init__(config)
@@ -182,7 +183,7 @@ class ARMDForCausalLM(PreTrainedModel, GenerationMixin):
         prompts = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
         if any(row[:1] != [c.bos_id] for row in prompts):
             raise InputError(f"every text must begin with BOS ({c.bos_id})")
-        new, least = self._sizes(given, settings, ids.shape[1], max(map(len, prompts)))
+        new, least = self._sizes(given, ids.shape[1], max(map(len, prompts)))
         criteria = _criteria(given, tokenizer, stopping_criteria)
         as_dict = given.pop("return_dict_in_generate", False)
         scores, logits = (given.pop(name, False) and as_dict for name in ("output_scores", "output_logits"))
@@ -250,17 +251,21 @@ class ARMDForCausalLM(PreTrainedModel, GenerationMixin):
             )
         return torch.ones_like(ids).bool()
 
-    def _sizes(self, given: dict[str, Any], arguments: dict[str, Any], width: int, longest: int) -> tuple[int, int]:
+    def _sizes(self, given: dict[str, Any], width: int, longest: int) -> tuple[int, int]:
         """Numbers of new tokens of each text, the most and the least; ``longest``: tokens of the longest prompt."""
-        most = self.model.config.length - longest + 1
+        length = self.model.config.length
+        most = length - longest + 1
+        if most < 0:
+            raise InputError(f"a prompt has {longest - 1} tokens behind BOS, but this model takes {length}: shorten it")
         size, new = given.pop("max_length", width + most), given.pop("max_new_tokens", None)
-        name = "max_length" if new is None else "max_new_tokens"
         new = size - width if new is None else new
-        if new > most and arguments.get(name) is None:  # a general default, such as that of pipelines
-            warnings.warn(f"{name} of generation_config is more than fits: {most} new tokens", stacklevel=3)
+        if new < 0:
+            raise InputError(
+                f"{new} new tokens: raise max_length, which counts the prompts' {width}, or max_new_tokens"
+            )
+        if new > most:  # pipelines ask for 256 by default
+            warnings.warn(f"{new} new tokens do not fit: these texts get up to {most}", stacklevel=3)
             new = most
-        if not 0 <= new <= most:
-            raise InputError(f"{new} new tokens do not fit: 0 to {most} do behind these texts")
         least = given.pop("min_length", 0) - width
         return new, max(0, given.pop("min_new_tokens", least))
 
