@@ -9,6 +9,7 @@ import sentencepiece
 from transformers import AddedToken, AutoTokenizer
 
 from armd_scale.data import tokenizer as tokenizers
+from armd_scale.inference import folder
 from tests.conftest import PAPER, model_folder
 from tests.inference.conftest import TEXT
 
@@ -134,6 +135,7 @@ def test_the_chat_template_of_the_original_is_kept(place, file, tmp_path):
     (source / file).write_text(json.dumps({"chat_template": CHAT}) if file.endswith(".json") else CHAT)
     own = tokenizers.load(source)
     tokenizer = auto(model_folder(out, PAPER, own))
+    assert all(folder.FILES.fullmatch(path.name) for path in out.iterdir())  # else no export replaces this one
     ids = tokenizer.apply_chat_template(MESSAGES)["input_ids"]
     assert ids == [own.bos_id, *own.encode("def: the"), own.eos_id, *own.encode("self: cache"), own.eos_id]
 
