@@ -159,6 +159,7 @@ class ARMDForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """``input_ids`` and the tokens generated behind them; shorter texts are filled up with ``pad_token_id``.
 
+        Prompts may begin with BOS or leave it out, as some chat templates do: each text has one BOS either way.
         Settings: ``max_new_tokens`` or ``max_length`` (default: the model's length), ``min_new_tokens``,
         ``eos_token_id``, ``pad_token_id`` (default: EOS), ``do_sample``, ``temperature``, ``top_k``, ``top_p``,
         ``min_p`` (unlike in transformers, nothing is cut off by default), ``num_return_sequences``,
@@ -180,9 +181,7 @@ class ARMDForCausalLM(PreTrainedModel, GenerationMixin):
             ids = torch.full((1, 1), c.bos_id, device=self.device)
         mask = self._mask(ids, attention_mask, pad, ends)
         ids, mask = (rows.repeat_interleave(copies, dim=0) for rows in (ids, mask))
-        prompts = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
-        if any(row[:1] != [c.bos_id] for row in prompts):
-            raise InputError(f"every text must begin with BOS ({c.bos_id})")
+        prompts = [self.model.without_bos(row[kept].tolist()) for row, kept in zip(ids, mask, strict=True)]
         new, least = self._sizes(given, ids.shape[1], max(map(len, prompts)))
         criteria = _criteria(given, tokenizer, stopping_criteria)
         as_dict = given.pop("return_dict_in_generate", False)
@@ -192,7 +191,7 @@ class ARMDForCausalLM(PreTrainedModel, GenerationMixin):
         stop = given.pop("stop", True) and bool(ends)
         decoding = Decoding(**{**given, "stop": stop, "stop_ids": ends if stop else (), "min_tokens": least})
         seed = int(torch.randint(2**62, ())) if seed is None else seed
-        tasks = self.model.plan([row[1:] + [FREE] * new for row in prompts], decoding, seed) if new else []
+        tasks = self.model.plan([row + [FREE] * new for row in prompts], decoding, seed) if new else []
         if (scores or logits) and any(task.decoding.strategy not in ("strided", "exact") for task in tasks):
             raise InputError("output_scores and output_logits need a likelihood of each token: leave them out")
         watch = _Watch(ids, pad, criteria, streamer)
@@ -254,9 +253,9 @@ class ARMDForCausalLM(PreTrainedModel, GenerationMixin):
     def _sizes(self, given: dict[str, Any], width: int, longest: int) -> tuple[int, int]:
         """Numbers of new tokens of each text, the most and the least; ``longest``: tokens of the longest prompt."""
         length = self.model.config.length
-        most = length - longest + 1
+        most = length - longest
         if most < 0:
-            raise InputError(f"a prompt has {longest - 1} tokens behind BOS, but this model takes {length}: shorten it")
+            raise InputError(f"a prompt has {longest} tokens behind BOS, but this model takes {length}: shorten it")
         size, new = given.pop("max_length", width + most), given.pop("max_new_tokens", None)
         new = size - width if new is None else new
         if new < 0:

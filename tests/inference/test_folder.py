@@ -83,9 +83,6 @@ def test_hugging_face_is_greedy_unless_it_samples(place, hub):
             id="long-prompt",
         ),
         pytest.param(
-            lambda model, batch: model.generate(torch.tensor([[5, 6]])), "must begin with BOS", id="prompt-without-bos"
-        ),
-        pytest.param(
             lambda model, batch: model(torch.tensor([[5, 6]])), "input_ids must be BOS", id="text-without-bos"
         ),
         pytest.param(

@@ -86,6 +86,11 @@ def test_ended_texts_are_filled_up_with_the_padding_token(asked):
     assert len(texts[0]) < width
 
 
+def test_bos_may_be_left_out_of_a_prompt(asked, way):
+    model, _, ids = asked
+    assert new_tokens(model, ids[:, 1:], **way) == new_tokens(model, ids, **way)
+
+
 def test_several_texts_of_a_prompt(asked):
     model, _, ids = asked
     settings = {"do_sample": True, "seed": 5, "max_new_tokens": 6, "eos_token_id": None}

@@ -43,6 +43,7 @@ def test_added_tokens_have_ids_of_their_own(tokenizer, place):
     assert tokenizer.convert_ids_to_tokens(range(size, size + 4)) == names
     assert tokenizer.pad_token_id == size + 3
     assert len(tokenizer) == len(tokenizer.get_vocab()) == size + 4
+    assert tokenizer.decode([size + 1, size + 60, size + 2]) == "<new2><new3>"  # 60: a row of padded embeddings
     assert tokenizer.vocab_size == size
 
 
