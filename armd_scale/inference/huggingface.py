@@ -55,6 +55,7 @@ class ARMDForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     accepts_loss_kwargs = False  # the loss is a mean: a trainer divides by its accumulation steps
     _supports_sdpa = True
+    _no_split_modules: ClassVar = ["ARMD"]  # a device map puts the model on one device
 
     def __init__(self, config: ARMDHubConfig) -> None:
         super().__init__(config)
@@ -158,6 +159,7 @@ class ARMDForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """``input_ids`` and the tokens generated behind them; shorter texts are filled up with ``pad_token_id``.
 
+        Prompts may begin with BOS or leave it out, as some chat templates do: each text has one BOS either way.
         Settings: ``max_new_tokens`` or ``max_length`` (default: the model's length), ``min_new_tokens``,
         ``eos_token_id``, ``pad_token_id`` (default: EOS), ``do_sample``, ``temperature``, ``top_k``, ``top_p``,
         ``min_p`` (unlike in transformers, nothing is cut off by default), ``num_return_sequences``,
@@ -179,10 +181,8 @@ class ARMDForCausalLM(PreTrainedModel, GenerationMixin):
             ids = torch.full((1, 1), c.bos_id, device=self.device)
         mask = self._mask(ids, attention_mask, pad, ends)
         ids, mask = (rows.repeat_interleave(copies, dim=0) for rows in (ids, mask))
-        prompts = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
-        if any(row[:1] != [c.bos_id] for row in prompts):
-            raise InputError(f"every text must begin with BOS ({c.bos_id})")
-        new, least = self._sizes(given, settings, ids.shape[1], max(map(len, prompts)))
+        prompts = [self.model.without_bos(row[kept].tolist()) for row, kept in zip(ids, mask, strict=True)]
+        new, least = self._sizes(given, ids.shape[1], max(map(len, prompts)))
         criteria = _criteria(given, tokenizer, stopping_criteria)
         as_dict = given.pop("return_dict_in_generate", False)
         scores, logits = (given.pop(name, False) and as_dict for name in ("output_scores", "output_logits"))
@@ -191,7 +191,7 @@ class ARMDForCausalLM(PreTrainedModel, GenerationMixin):
         stop = given.pop("stop", True) and bool(ends)
         decoding = Decoding(**{**given, "stop": stop, "stop_ids": ends if stop else (), "min_tokens": least})
         seed = int(torch.randint(2**62, ())) if seed is None else seed
-        tasks = self.model.plan([row[1:] + [FREE] * new for row in prompts], decoding, seed) if new else []
+        tasks = self.model.plan([row + [FREE] * new for row in prompts], decoding, seed) if new else []
         if (scores or logits) and any(task.decoding.strategy not in ("strided", "exact") for task in tasks):
             raise InputError("output_scores and output_logits need a likelihood of each token: leave them out")
         watch = _Watch(ids, pad, criteria, streamer)
@@ -250,17 +250,21 @@ class ARMDForCausalLM(PreTrainedModel, GenerationMixin):
             )
         return torch.ones_like(ids).bool()
 
-    def _sizes(self, given: dict[str, Any], arguments: dict[str, Any], width: int, longest: int) -> tuple[int, int]:
+    def _sizes(self, given: dict[str, Any], width: int, longest: int) -> tuple[int, int]:
         """Numbers of new tokens of each text, the most and the least; ``longest``: tokens of the longest prompt."""
-        most = self.model.config.length - longest + 1
+        length = self.model.config.length
+        most = length - longest
+        if most < 0:
+            raise InputError(f"a prompt has {longest} tokens behind BOS, but this model takes {length}: shorten it")
         size, new = given.pop("max_length", width + most), given.pop("max_new_tokens", None)
-        name = "max_length" if new is None else "max_new_tokens"
         new = size - width if new is None else new
-        if new > most and arguments.get(name) is None:  # a general default, such as that of pipelines
-            warnings.warn(f"{name} of generation_config is more than fits: {most} new tokens", stacklevel=3)
+        if new < 0:
+            raise InputError(
+                f"{new} new tokens: raise max_length, which counts the prompts' {width}, or max_new_tokens"
+            )
+        if new > most:  # pipelines ask for 256 by default
+            warnings.warn(f"{new} new tokens do not fit: these texts get up to {most}", stacklevel=3)
             new = most
-        if not 0 <= new <= most:
-            raise InputError(f"{new} new tokens do not fit: 0 to {most} do behind these texts")
         least = given.pop("min_length", 0) - width
         return new, max(0, given.pop("min_new_tokens", least))
 

@@ -134,12 +134,12 @@ class ARMDTokenizer(_Frame, PreTrainedTokenizer):
         return self._processor.piece_to_id(token)
 
     def _convert_id_to_token(self, index: int) -> str:
-        return self._processor.id_to_piece(index)
+        return self._processor.id_to_piece(index) if index < self.vocab_size else ""  # no token, as in fast tokenizers
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         added = self.get_added_vocab()
         text = ""
-        for whole, group in itertools.groupby(tokens, added.__contains__):
+        for whole, group in itertools.groupby(filter(None, tokens), added.__contains__):
             run = list(group)
             text += "".join(run) if whole else self._processor.decode([self._processor.piece_to_id(t) for t in run])
         return text

@@ -86,6 +86,11 @@ def test_ended_texts_are_filled_up_with_the_padding_token(asked):
     assert len(texts[0]) < width
 
 
+def test_bos_may_be_left_out_of_a_prompt(asked, way):
+    model, _, ids = asked
+    assert new_tokens(model, ids[:, 1:], **way) == new_tokens(model, ids, **way)
+
+
 def test_several_texts_of_a_prompt(asked):
     model, _, ids = asked
     settings = {"do_sample": True, "seed": 5, "max_new_tokens": 6, "eos_token_id": None}
@@ -230,7 +235,7 @@ def test_what_has_no_meaning_here_is_one_line(asked, name, value):
         pytest.param({"stop_strings": ["a"]}, "pass tokenizer= as well", id="stop-strings"),
         pytest.param({"attention_mask": torch.ones(1, 9)}, r"input_ids \[1, .\] and attention_mask", id="mask"),
         pytest.param({"eos_token_id": 10**6}, "token 1000000 is not in the vocabulary", id="eos"),
-        pytest.param({"max_new_tokens": 99}, "99 new tokens do not fit", id="length"),
+        pytest.param({"max_length": 1}, "-. new tokens: raise max_length", id="length"),
     ],
 )
 def test_settings_that_contradict_each_other(asked, settings, line):
@@ -239,10 +244,11 @@ def test_settings_that_contradict_each_other(asked, settings, line):
         model.generate(ids, **settings)
 
 
-def test_a_general_default_of_the_length_is_cut_with_a_warning(asked):
+@pytest.mark.parametrize("settings", [{"max_new_tokens": 256}, {"max_length": 256}])
+def test_a_length_beyond_the_models_is_cut_with_a_warning(asked, settings):
     model, _, ids = asked
-    with pytest.warns(UserWarning, match="max_new_tokens of generation_config is more than fits"):
-        out = model.generate(ids, generation_config=GenerationConfig(max_new_tokens=256, eos_token_id=-1))
+    with pytest.warns(UserWarning, match=r"25. new tokens do not fit: these texts get up to"):
+        out = model.generate(ids, **settings, eos_token_id=None)
     assert out.shape[1] == model.config.length + 1
 
 

@@ -149,7 +149,7 @@ OK = torch.zeros(1, 4, dtype=torch.long)
             lambda model: model.generate(torch.zeros(1, 17, dtype=torch.long)), "17 tokens", id="generate-long-prompt"
         ),
         pytest.param(
-            lambda model: model.generate([1, 2, 3], length=2), "prompt has 3 tokens", id="generate-shorter-than-prompt"
+            lambda model: model.generate([4, 2, 3], length=2), "prompt has 3 tokens", id="generate-shorter-than-prompt"
         ),
         pytest.param(lambda model: model.generate(length=17), "length 17 does not fit", id="generate-too-long"),
         pytest.param(lambda model: model.generate(length=0), "length 0 does not fit", id="generate-nothing"),
@@ -158,7 +158,7 @@ OK = torch.zeros(1, 4, dtype=torch.long)
             "length or new_tokens",
             id="generate-two-lengths",
         ),
-        pytest.param(lambda model: model.generate([1, 2], new_tokens=15), "15 new", id="generate-too-many-new"),
+        pytest.param(lambda model: model.generate([4, 2], new_tokens=15), "15 new", id="generate-too-many-new"),
         pytest.param(
             lambda model: model.generate([1, 2], new_tokens=-1), "new_tokens must be", id="generate-negative-new"
         ),
@@ -179,7 +179,7 @@ OK = torch.zeros(1, 4, dtype=torch.long)
             lambda model: model.fill([1, FREE, FREE], order=[2, 2]), "2 free positions", id="fill-order-with-repeats"
         ),
         pytest.param(
-            lambda model: model.fill([1, FREE, FREE], order=[1, 2]), "2 free positions", id="fill-order-of-given"
+            lambda model: model.fill([4, FREE, FREE], order=[1, 2]), "2 free positions", id="fill-order-of-given"
         ),
         pytest.param(
             lambda model: model.fill([1, FREE, FREE], Decoding(streams=2), order=[3, 2]),

@@ -9,6 +9,7 @@ import sentencepiece
 from transformers import AddedToken, AutoTokenizer
 
 from armd_scale.data import tokenizer as tokenizers
+from armd_scale.inference import folder
 from tests.conftest import PAPER, model_folder
 from tests.inference.conftest import TEXT
 
@@ -42,6 +43,7 @@ def test_added_tokens_have_ids_of_their_own(tokenizer, place):
     assert tokenizer.convert_ids_to_tokens(range(size, size + 4)) == names
     assert tokenizer.pad_token_id == size + 3
     assert len(tokenizer) == len(tokenizer.get_vocab()) == size + 4
+    assert tokenizer.decode([size + 1, size + 60, size + 2]) == "<new2><new3>"  # 60: a row of padded embeddings
     assert tokenizer.vocab_size == size
 
 
@@ -134,6 +136,7 @@ def test_the_chat_template_of_the_original_is_kept(place, file, tmp_path):
     (source / file).write_text(json.dumps({"chat_template": CHAT}) if file.endswith(".json") else CHAT)
     own = tokenizers.load(source)
     tokenizer = auto(model_folder(out, PAPER, own))
+    assert all(folder.FILES.fullmatch(path.name) for path in out.iterdir())  # else no export replaces this one
     ids = tokenizer.apply_chat_template(MESSAGES)["input_ids"]
     assert ids == [own.bos_id, *own.encode("def: the"), own.eos_id, *own.encode("self: cache"), own.eos_id]
 
