@@ -172,8 +172,9 @@ def foreign_config(model: ModelConfig) -> dict[str, Any]:
 
     Raises ``UserError`` for models that no known architecture can express.
     """
-    if model.objective != "ar":
-        raise UserError(f"transformers has no architecture for objective={model.objective}: only ar models have one")
+    traits = model.traits
+    if traits.streams > 1 or traits.mask or not traits.causal:
+        raise UserError(f"transformers has no architecture for {traits.label} models: only objective=ar has one")
     for name, wanted in (("norm", "rmsnorm"), ("mlp", "swiglu")):
         if getattr(model, name) != wanted:
             raise UserError(f"model.{name} = {getattr(model, name)}: known architectures have {wanted}")
