@@ -23,7 +23,7 @@ def changed(config, **sections):
 def without(data, tmp_path_factory):
     """A finished run with ``optimizer.ema = 0``."""
     config = run(data, data / "text.jsonl", tmp_path_factory.mktemp("run") / "run", steps=4, checkpoint_every=2)
-    config = changed(config, optimizer={"ema": 0.0}, orders={"strided_steps": 0})
+    config = changed(config, optimizer={"ema": 0.0, "schedule": "constant"}, orders={"strided_steps": 0})
     start(config)
     return config
 
