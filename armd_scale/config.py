@@ -760,15 +760,19 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no configuration file {path}; see configs/ for examples")
-    values = config_syntax.read(path, overrides)
-    try:
-        config = RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error)}") from error
+    config = validated(config_syntax.read(path, overrides), path)
     run = RunDirectory.of_config(path)
     if run and not any(override.startswith("run_dir=") for override in overrides):
         return config.model_copy(update={"run_dir": str(run.path)})
     return config
+
+
+def validated(values: dict[str, Any], place: object) -> RunConfig:
+    """The configuration of ``values``; ``UserError`` names ``place`` if a value is wrong."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{place}: {_explain(error)}") from error
 
 
 def load_run(run: RunDirectory) -> RunConfig:

@@ -90,17 +90,12 @@ _Dumper.add_representer(_Int, lambda dumper, number: dumper.represent_scalar(_IN
 _Dumper.add_representer(_Float, lambda dumper, number: dumper.represent_scalar(_FLOAT, number.text))
 
 
-def read(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+def read(path: Path | None, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """The values of a YAML file with ``section.field=value`` overrides; ``UserError`` if they cannot be read.
 
-    ``section.list.0=value`` replaces an element of a list of the file.
+    ``section.list.0=value`` replaces an element of a list of the file. ``path`` None: overrides alone.
     """
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {_line(error)}") from error
-    if not isinstance(tree, dict) or not tree:
-        raise UserError(f"{path} is not a configuration: it must hold `section:` and `field: value` lines")
+    tree = {} if path is None else _load(path)
     for override in overrides:
         name, equals, value = override.partition("=")
         keys = name.strip().split(".")
@@ -113,6 +108,16 @@ def read(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
             raise UserError(f"override '{override}' cannot be read: {_line(error)}") from error
     for name in _missing(tree, ""):
         raise UserError(f"{path}: {name} is ???, which stands for a value to be given: set it, or add {name}=VALUE")
+    return tree
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {_line(error)}") from error
+    if not isinstance(tree, dict) or not tree:
+        raise UserError(f"{path} is not a configuration: it must hold `section:` and `field: value` lines")
     return tree
 
 

@@ -55,6 +55,11 @@ class RunDirectory:
         return self.path / "environment.json"
 
     @property
+    def origin_path(self) -> Path:
+        """Facts about the pretrained model that the run began with."""
+        return self.path / "origin.json"
+
+    @property
     def lock_path(self) -> Path:
         """The lock of the launcher."""
         return self.path / ".lock"

@@ -164,7 +164,12 @@ class PackedDataset:
 
 
 def fill_vocabulary(config: RunConfig) -> RunConfig:
-    """The configuration with the vocabulary of its data set; ``UserError`` when the data set is missing."""
+    """The configuration with the vocabulary of its data set; ``UserError`` when the data set is missing.
+
+    The configuration of an imported model has it before there is data.
+    """
+    if not config.data_directory.exists() and config.model.bos_id is not None:
+        return config
     index = PackedDataset(config.data_directory / "train").index
     return with_vocabulary(config, index["vocab_size"], index["bos_id"])
 

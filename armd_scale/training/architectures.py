@@ -212,9 +212,15 @@ class Pair(NamedTuple):
     """A tensor of a training checkpoint, and the tensors of transformers that it is made of."""
 
     name: str
+    shape: tuple[int, ...]
+    """Shape of the tensor of the checkpoint, without the padding of the vocabulary."""
     foreign: tuple[str, ...]
     size: int = 1
     """Rows of a tensor that stay together when the rows of several alternate."""
+
+    @property
+    def foreign_shape(self) -> tuple[int, ...]:
+        return (self.shape[0] // len(self.foreign), *self.shape[1:])
 
     def join(self, tensors: list[Tensor]) -> Tensor:
         """The tensor of the checkpoint."""
@@ -232,29 +238,34 @@ class Pair(NamedTuple):
 
 def tensors(model: ModelConfig) -> list[Pair]:
     """All tensors of a model of a known architecture, without the gates of its seed."""
-    pairs = [Pair("embedding.weight", ("model.embed_tokens.weight",)), Pair("norm.weight", ("model.norm.weight",))]
+    assert model.vocab_size is not None
+    d, f, width = model.hidden, model.ffn_width, model.head_size
+    q, kv = model.heads * width, 2 * model.key_heads * width
+    pairs = [
+        Pair("embedding.weight", (model.vocab_size, d), ("model.embed_tokens.weight",)),
+        Pair("norm.weight", (d,), ("model.norm.weight",)),
+    ]
     if not model.tied_head:
-        pairs.append(Pair("head.weight", ("lm_head.weight",)))
-    kinds = ("weight", "bias") if model.qkv_bias else ("weight",)
+        pairs.append(Pair("head.weight", (model.vocab_size, d), ("lm_head.weight",)))
     for index in range(model.layers):
         ours, theirs = f"layers.{index}", f"model.layers.{index}"
-        attention = f"{theirs}.self_attn"
+        attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
         pairs += [
-            Pair(f"{ours}.attention_norm.weight", (f"{theirs}.input_layernorm.weight",)),
-            Pair(f"{ours}.mlp_norm.weight", (f"{theirs}.post_attention_layernorm.weight",)),
-            Pair(f"{ours}.attention.output.weight", (f"{attention}.o_proj.weight",)),
-            Pair(f"{ours}.mlp.up.weight", (f"{theirs}.mlp.gate_proj.weight", f"{theirs}.mlp.up_proj.weight")),
-            Pair(f"{ours}.mlp.down.weight", (f"{theirs}.mlp.down_proj.weight",)),
+            Pair(f"{ours}.attention_norm.weight", (d,), (f"{theirs}.input_layernorm.weight",)),
+            Pair(f"{ours}.mlp_norm.weight", (d,), (f"{theirs}.post_attention_layernorm.weight",)),
+            Pair(f"{ours}.attention.output.weight", (d, q), (f"{attention}.o_proj.weight",)),
+            Pair(f"{ours}.mlp.up.weight", (2 * f, d), (f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight")),
+            Pair(f"{ours}.mlp.down.weight", (d, f), (f"{mlp}.down_proj.weight",)),
         ]
-        for kind in kinds:
+        for kind, rest in (("weight", (d,)), *((("bias", ()),) if model.qkv_bias else ())):
             keys = (f"{attention}.k_proj.{kind}", f"{attention}.v_proj.{kind}")
             pairs += [
-                Pair(f"{ours}.attention.query.{kind}", (f"{attention}.q_proj.{kind}",)),
-                Pair(f"{ours}.attention.key_value.{kind}", keys, model.head_size),
+                Pair(f"{ours}.attention.query.{kind}", (q, *rest), (f"{attention}.q_proj.{kind}",)),
+                Pair(f"{ours}.attention.key_value.{kind}", (kv, *rest), keys, width),
             ]
         if model.qk_norm:
             pairs += [
-                Pair(f"{ours}.attention.query_norm", (f"{attention}.q_norm.weight",)),
-                Pair(f"{ours}.attention.key_norm", (f"{attention}.k_norm.weight",)),
+                Pair(f"{ours}.attention.query_norm", (width,), (f"{attention}.q_norm.weight",)),
+                Pair(f"{ours}.attention.key_norm", (width,), (f"{attention}.k_norm.weight",)),
             ]
     return pairs

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,60 +65,86 @@ def export(
     logits of the exported model and of the training model. Raises ``UserError``.
     """
     manifest.check_identity(source, config)
-    out = out.resolve()
-    data = config.data_directory
-    tokenizer = tokenizers.load(data / "tokenizer", config.model.vocab_size)
-    if tokenizers.digest(tokenizer) != PackedDataset(data / "train").index["tokenizer_sha256"]:
-        raise UserError(f"{tokenizer.path} is not the tokenizer that {data} was made with: restore it")
-    shape = standalone_config(config.model, tokenizer.eos_id)
-    partial, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "old"))
-    if old.exists() and not out.exists():  # an export died between its two renames
-        os.replace(old, out)
-    _check_output(out)
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    with contextlib.ExitStack() as undo, manifest.held(source):
-        undo.callback(shutil.rmtree, partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    used = tokenizer(config)
+    shape = standalone_config(config.model, used.eos_id)
+    _check_output(out.resolve())
+    with manifest.held(source), replacing(out) as partial:
         weights = checkpoint.Weights(source, averaged)
-        parameters = _write_weights(weights, config.model, partial, file_bytes)
-        facts: dict[str, Any] = {"tokenizer_sha256": tokenizers.digest(tokenizer), "checkpoint": source.name}
-        folder.write_config(partial, shape, facts)
-        tokenizers.copy(tokenizer, partial)
-        folder.write_tokenizer_settings(
-            partial, shape.length, tokenizer.token(shape.bos_id), tokenizer.token(shape.eos_id)
+        shapes = standalone_shapes(weights, config.model)
+        parameters = write_weights(
+            shapes, lambda name: weights.read(name)[: shapes[name][0]].contiguous(), partial, file_bytes
         )
+        facts: dict[str, Any] = {"tokenizer_sha256": tokenizers.digest(used), "checkpoint": source.name}
+        folder.write_config(partial, shape, facts)
+        tokenizers.copy(used, partial)
+        folder.write_tokenizer_settings(partial, shape.length, used.token(shape.bos_id), used.token(shape.eos_id))
         folder.write_code(partial)
         difference = largest_difference(config, weights, partial)
         if not difference < TOLERANCE:
-            undo.pop_all()
-            raise UserError(
+            raise _Mismatch(
                 f"the logits of the exported model differ from those of the training model by {difference:.1e}: "
-                f"the export stays in {partial} and {out} is unchanged"
+                f"the export stays in {partial} and {out.resolve()} is unchanged"
             )
         folder.write_config(partial, shape, facts | {"logits_difference": difference})
         facts = {"parameters": parameters, "checkpoint": source.name, "difference": difference}
         card = folder.card(config.name, shape, facts | _training_facts(config, source))
         (partial / "README.md").write_text(card, encoding="utf-8")
+    return facts
+
+
+class _Mismatch(UserError):
+    """The exported model computes another function; its directory is kept."""
+
+
+@contextlib.contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """A temporary directory that takes the place of ``out`` at the end. An error removes it and leaves ``out``."""
+    out = out.resolve()
+    partial, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "old"))
+    if old.exists() and not out.exists():  # an export died between its two renames
+        os.replace(old, out)
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with contextlib.ExitStack() as undo:
+        undo.callback(shutil.rmtree, partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+        except _Mismatch:
+            undo.pop_all()
+            raise
         _flush(partial)
         if out.exists():
             os.replace(out, old)
         os.replace(partial, out)
     shutil.rmtree(old, ignore_errors=True)
-    return facts
+
+
+def tokenizer(config: RunConfig) -> Tokenizer:
+    """The tokenizer of a run: that of its data, or of the imported model while there is no data.
+
+    Raises ``UserError`` if it is not the tokenizer that the data was made with.
+    """
+    data = config.data_directory
+    if not data.exists() and config.data.tokenizer and config.model.bos_id is not None:
+        return tokenizers.load(config.data.tokenizer, config.model.vocab_size)
+    used = tokenizers.load(data / "tokenizer", config.model.vocab_size)
+    if tokenizers.digest(used) != PackedDataset(data / "train").index["tokenizer_sha256"]:
+        raise UserError(f"{used.path} is not the tokenizer that {data} was made with: restore it")
+    return used
 
 
 def in_memory(config: RunConfig, source: Path, averaged: bool = True) -> tuple[inference.ARMD, Tokenizer]:
     """Load checkpoint ``source`` as a standalone model, with its tokenizer. Raises ``UserError``."""
     manifest.check_identity(source, config)
-    tokenizer = tokenizers.load(config.data_directory / "tokenizer", config.model.vocab_size)
+    used = tokenizer(config)
     with torch.device("meta"):
-        model = inference.ARMD(standalone_config(config.model, tokenizer.eos_id))
+        model = inference.ARMD(standalone_config(config.model, used.eos_id))
     with manifest.held(source):
         weights = checkpoint.Weights(source, averaged)
         shapes = standalone_shapes(weights, config.model)
         model.load_state_dict({name: weights.read(name)[: shape[0]] for name, shape in shapes.items()}, assign=True)
-    return model.requires_grad_(False).eval(), tokenizer
+    return model.requires_grad_(False).eval(), used
 
 
 def to_training(model_dir: Path, config: RunConfig) -> Path:
@@ -204,10 +230,18 @@ def standalone_shapes(weights: checkpoint.Weights, model: ModelConfig) -> dict[s
     return {name: (rows.get(name, shape[0]), *shape[1:]) for name, shape in weights.shapes.items()}
 
 
-def _write_weights(weights: checkpoint.Weights, model: ModelConfig, directory: Path, file_bytes: int) -> int:
-    """Write safetensors files under the names that transformers expects; returns the number of parameters."""
-    shapes = standalone_shapes(weights, model)
-    sizes = {name: 4 * int(np.prod(shape)) for name, shape in shapes.items()}
+def write_weights(
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], torch.Tensor],
+    directory: Path,
+    file_bytes: int,
+    width: int = 4,
+) -> int:
+    """Write safetensors files of weights of ``width`` bytes, with one file in memory; returns their number.
+
+    ``read``: a weight by its name. ``file_bytes``: most bytes of a file.
+    """
+    sizes = {name: width * int(np.prod(shape)) for name, shape in shapes.items()}
     files: list[list[str]] = [[]]
     for name, size in sizes.items():
         if files[-1] and sum(sizes[other] for other in files[-1]) + size > file_bytes:
@@ -218,14 +252,13 @@ def _write_weights(weights: checkpoint.Weights, model: ModelConfig, directory: P
     os.umask(umask)
     for number, names in enumerate(files, start=1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
-        tensors = {name: weights.read(name)[: shapes[name][0]].contiguous() for name in names}
-        save_file(tensors, directory / file, metadata={"format": "pt"})
+        save_file({name: read(name) for name in names}, directory / file, metadata={"format": "pt"})
         (directory / file).chmod(0o666 & ~umask)  # safetensors gives the owner alone access
         file_of |= dict.fromkeys(names, file)
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    return sum(sizes.values()) // 4
+    return sum(sizes.values()) // width
 
 
 def largest_difference(config: RunConfig, weights: checkpoint.Weights, out: Path) -> float:
@@ -235,7 +268,7 @@ def largest_difference(config: RunConfig, weights: checkpoint.Weights, out: Path
     compute the ``probes`` of the objective on one held-out sample.
     """
     model = config.model
-    tokens = PackedDataset(config.data_directory / "heldout").read([0])
+    tokens = _sample(config)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     exported = inference.load(out)  # on the CPU, where its weights are mapped files
     probes = objectives.training(config.objective).probes(model, tokens)
@@ -245,6 +278,14 @@ def largest_difference(config: RunConfig, weights: checkpoint.Weights, out: Path
     for logits, trained in zip(exported_logits, _trained_logits(model, weights, batches, device), strict=True):
         differences.append((logits - trained.cpu()).abs().max())
     return float(torch.stack(differences).max())  # a tensor's maximum keeps a NaN
+
+
+def _sample(config: RunConfig) -> np.ndarray:
+    """A held-out text [1, N], or random tokens while there is no data."""
+    if config.data_directory.exists():
+        return PackedDataset(config.data_directory / "heldout").read([0])
+    assert config.model.vocab_size is not None
+    return np.random.default_rng(0).integers(0, config.model.vocab_size, (1, config.model.length))
 
 
 @torch.no_grad()

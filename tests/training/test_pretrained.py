@@ -1,0 +1,254 @@
+"""Models of transformers as runs, and left-to-right runs as models of transformers."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from armd_scale import config as configs
+from armd_scale import inference
+from armd_scale.data.shards import fill_vocabulary
+from armd_scale.errors import UserError
+from armd_scale.inference import Decoding
+from armd_scale.run_directory import RunDirectory
+from armd_scale.training import architectures, export, pretrained
+from tests.conftest import ROOT, run_armd, run_tool
+
+SIZES = {
+    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 300,
+    "max_position_embeddings": 64, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPES = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "llama3": LLAMA3 | {"original_max_position_embeddings": 16},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0},
+}
+
+
+def make(folder, architecture="LlamaForCausalLM", rope="default", dtype=torch.float32, seed=0, **fields):
+    """A small random model that transformers makes and writes."""
+    torch.manual_seed(seed)
+    kind = getattr(transformers, architecture.replace("ForCausalLM", "Config"))
+    values = SIZES | {"num_key_value_heads": 2, "tie_word_embeddings": False} | fields
+    settings = kind(**values, rope_parameters={**ROPES[rope], "rope_theta": 5000.0})
+    model = getattr(transformers, architecture)(settings).eval()
+    for name, param in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            torch.nn.init.normal_(param, mean=float("norm" in name), std=0.3)
+    model = model.to(dtype)
+    model.save_pretrained(folder)
+    shutil.copy(ROOT / "tests/fixtures/v0.1/armd/tokenizer.model", folder)
+    return model
+
+
+def adopt(model_dir, run_dir, *overrides):
+    return pretrained.adopt(model_dir, run_dir, None, ["model.length=32", *overrides])
+
+
+def standalone(run_dir):
+    run = RunDirectory(run_dir)
+    model, _ = export.in_memory(fill_vocabulary(configs.load_run(run)), run.checkpoint(0))
+    return model
+
+
+def logits_left_to_right(model, tokens):
+    """Logits [N, V] of every token of a text by a standalone model."""
+    places = torch.arange(1, len(tokens) + 1)[None]
+    return model.predict(model.whole(torch.tensor([tokens]), places, places))[0]
+
+
+TOKENS = [5, 250, 17, 17, 3, 99, 123, 7, 201, 64, 5, 250, 18, 2, 44, 45, 46, 47, 48, 49]
+FEATURES = st.fixed_dictionaries(
+    {
+        "architecture": st.sampled_from(sorted(architectures.ARCHITECTURES)),
+        "rope": st.sampled_from(sorted(ROPES)),
+        "tie_word_embeddings": st.booleans(),
+        "num_key_value_heads": st.sampled_from([1, 2, 4]),
+        "head_dim": st.sampled_from([8, 12]),
+        "rms_norm_eps": st.sampled_from([1e-6, 1e-3]),
+    }
+)
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(FEATURES, st.sampled_from(["ar", "armd"]), st.integers(1, 3))
+def test_logits_are_those_of_transformers(tmp_path_factory, features, objective, two_stream):
+    folder = tmp_path_factory.mktemp("model")
+    if features["architecture"] == "Qwen2ForCausalLM":
+        features = {**features, "head_dim": 8}  # derived there
+    model = make(folder / "theirs", **features)
+    given = ["model.two_stream_layers=" + str(two_stream)] if objective == "armd" else []
+    adopt(folder / "theirs", folder / "run", f"objective={objective}", *given)
+    ours = standalone(folder / "run")
+    with torch.no_grad():
+        expected = model(torch.tensor([[ours.config.bos_id, *TOKENS[:-1]]])).logits[0]
+        got = logits_left_to_right(ours, TOKENS)
+    assert float((got - expected).abs().max()) < 1e-4
+    if objective == "ar" and features["architecture"] != "MistralForCausalLM":
+        _round_trip(folder)
+
+
+def _round_trip(folder):
+    run = RunDirectory(folder / "run")
+    config = fill_vocabulary(configs.load_run(run))
+    pretrained.write_folder(config, run.checkpoint(0), folder / "back", True, None, 10**9)
+    before, after = (load_file(folder / name / "model.safetensors") for name in ("theirs", "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder / "back")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "theirs")
+    tokens = torch.tensor([[1, *TOKENS]])
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens).logits, theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_comes_back_byte_for_byte(tmp_path, dtype):
+    make(tmp_path / "theirs", dtype=dtype)
+    adopt(tmp_path / "theirs", tmp_path / "run", "objective=ar")
+    run = RunDirectory(tmp_path / "run")
+    pretrained.write_folder(configs.load_run(run), run.checkpoint(0), tmp_path / "back", True, None, 10**4)
+    before = load_file(tmp_path / "theirs/model.safetensors")
+    files = json.loads((tmp_path / "back/model.safetensors.index.json").read_text())["weight_map"]
+    assert files.keys() == before.keys()
+    for name, file in files.items():
+        assert torch.equal(load_file(tmp_path / "back" / file)[name], before[name])
+    adopt(tmp_path / "back", tmp_path / "again", "objective=ar")
+
+
+def test_greedy_texts_are_those_of_transformers(tmp_path):
+    model = make(tmp_path / "theirs", "Qwen3ForCausalLM", "llama3", head_dim=12)
+    adopt(tmp_path / "theirs", tmp_path / "run")
+    ours = standalone(tmp_path / "run")
+    prompt = TOKENS[:6]
+    theirs = model.generate(
+        torch.tensor([[ours.config.bos_id, *prompt]]),
+        do_sample=False,
+        max_new_tokens=20,
+        eos_token_id=[],
+        pad_token_id=0,
+    )
+    got = ours.generate([prompt], new_tokens=20, decoding=Decoding(temperature=0.0))
+    assert got[0].tolist() == theirs[0, 1:].tolist()
+    drafted = ours.generate([prompt], new_tokens=20, decoding=Decoding(temperature=0.0, draft=3))
+    assert drafted[0].tolist() == theirs[0, 1:].tolist()
+
+
+def _swapped(name):
+    """The table with another tensor in the place of one."""
+    tensors = architectures.tensors
+
+    def wrong(model):
+        pairs = tensors(model)
+        for number, pair in enumerate(pairs):
+            if name == "gate" and pair.name.endswith("mlp.up.weight"):
+                pairs[number] = pair._replace(foreign=pair.foreign[::-1])
+            if name == "key" and pair.name.endswith("key_value.weight"):
+                pairs[number] = pair._replace(foreign=pair.foreign[::-1])
+            if name == "heads" and pair.name.endswith("key_value.weight"):
+                pairs[number] = pair._replace(size=pair.size * 2)
+            if name == "pairs" and pair.name.endswith("key_value.weight"):
+                pairs[number] = pair._replace(size=1)
+        if name == "norms":
+            first, second = (
+                n for n, pair in enumerate(pairs) if pair.name.startswith("layers.1.") and "_norm.weight" in pair.name
+            )
+            pairs[first], pairs[second] = (
+                pairs[first]._replace(foreign=pairs[second].foreign),
+                pairs[second]._replace(foreign=pairs[first].foreign),
+            )
+        return pairs
+
+    return wrong
+
+
+@pytest.mark.parametrize("name", ["gate", "key", "heads", "pairs", "norms"])
+def test_a_wrong_table_gives_other_logits(tmp_path, monkeypatch, name):
+    model = make(tmp_path / "theirs")
+    monkeypatch.setattr(architectures, "tensors", _swapped(name))
+    adopt(tmp_path / "theirs", tmp_path / "run", "objective=ar")
+    ours = standalone(tmp_path / "run")
+    with torch.no_grad():
+        expected = model(torch.tensor([[ours.config.bos_id, *TOKENS[:-1]]])).logits[0]
+    assert float((logits_left_to_right(ours, TOKENS) - expected).abs().max()) > 1e-2
+
+
+def _edit(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def _edit_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _nan(weights):
+    weights["model.layers.2.mlp.down_proj.weight"][3, 4] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"version https://git-lfs"), "cannot be read"),
+        (lambda f: _edit_weights(f, lambda w: w.pop("model.norm.weight")), "no tensor model.norm.weight"),
+        (lambda f: _edit(f, intermediate_size=52), "has the shape"),
+        (lambda f: _edit_weights(f, _nan), "layers.2.mlp.down_proj.weight holds values that are not finite"),
+        (lambda f: _edit_weights(f, lambda w: w.update(x=torch.zeros(2))), "the tensor x would have to be supported"),
+        (lambda f: _edit(f, architectures=["GPT2LMHeadModel"]), "architecture GPT2LMHeadModel: known are Llama"),
+        (lambda f: _edit(f, num_local_experts=8), "experts would have to be supported"),
+        (lambda f: _edit(f, attention_bias=True), "a bias of the output projection would have to be supported"),
+        (lambda f: _edit(f, mlp_bias=True), "biases of the MLP would have to be supported"),
+        (lambda f: _edit(f, sliding_window=16, layer_types=["sliding_attention"] * 3), "sliding_window = 16"),
+        (lambda f: _edit(f, attn_logit_softcapping=50.0), "soft caps would have to be supported"),
+        (lambda f: _edit(f, partial_rotary_factor=0.5), "a part of a head would have to be supported"),
+        (lambda f: _edit(f, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "rope_type = 'dynamic'"),
+        (lambda f: _edit(f, quantization_config={"bits": 4}), "quantised weights"),
+        (lambda f: _edit(f, hidden_act="gelu"), "hidden_act = 'gelu'"),
+        (lambda f: _edit(f, something_new=3), "something_new = 3: this field would have to be supported"),
+        (lambda f: (f / "tokenizer.model").unlink(), "there is no tokenizer"),
+        (lambda f: _edit(f, vocab_size=100), "entries but the model 100"),
+    ],
+)  # fmt: skip
+def test_models_that_cannot_be_taken(tmp_path, damage, line):
+    make(tmp_path / "theirs")
+    damage(tmp_path / "theirs")
+    with pytest.raises(UserError) as error:
+        adopt(tmp_path / "theirs", tmp_path / "run")
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_configuration_that_contradicts_the_model(tmp_path):
+    make(tmp_path / "theirs")
+    with pytest.raises(UserError, match="model.layers is 4 in the configuration but 3 in"):
+        adopt(tmp_path / "theirs", tmp_path / "run", "model.layers=4")
+    with pytest.raises(UserError, match="needs a mask token"):
+        adopt(tmp_path / "theirs", tmp_path / "run", "objective=mdm")
+
+
+def test_the_commands(tmp_path):
+    make(tmp_path / "theirs")
+    done = run_armd("import", f"{tmp_path}/theirs", f"{tmp_path}/run", "model.length=32")
+    assert done.returncode == 0, done.stderr
+    assert f"armd train --config {tmp_path}/run/config.yaml" in done.stdout
+    done = run_armd("export", f"{tmp_path}/run", f"{tmp_path}/out")
+    assert done.returncode == 0, done.stderr
+    model = inference.load(tmp_path / "out")
+    assert model.config.prefix_neighbour
+    done = run_armd("export", f"{tmp_path}/run", f"{tmp_path}/foreign", "--format", "transformers")
+    assert done.returncode == 2
+    assert "only objective=ar has one" in done.stderr
+    done = run_tool(ROOT / "tools/convert_ckpt.py", "--from-transformers", f"{tmp_path}/theirs", f"{tmp_path}/run")
+    assert done.returncode == 2
+    assert "already has checkpoints" in done.stderr
