@@ -139,8 +139,8 @@ class Cache:
             slots = slots_x if layer < self._two_stream else slots_g
             at = (every[:, None, None], head, slots[:, None, :])
             buffer = self.key_values[layer]
-            buffer[0].index_put_(at, keys)
-            buffer[1].index_put_(at, values)
+            buffer[0].index_put_(at, keys.to(buffer.dtype))  # autocast computes them in another type
+            buffer[1].index_put_(at, values.to(buffer.dtype))
             return (keys, values) if lanes is not None else (buffer[0, :, :, :-1], buffer[1, :, :, :-1])
 
         return store
@@ -150,7 +150,7 @@ class Cache:
         if lanes is None:
             self.prefix.baddbmm_(keys.transpose(1, 2).expand(rows.shape[0], -1, -1), rows)
         else:
-            self.prefix[lanes] = keys.transpose(1, 2) @ rows
+            self.prefix[lanes] = (keys.transpose(1, 2) @ rows).to(self.prefix.dtype)
 
 
 class _Norm(nn.Module):
