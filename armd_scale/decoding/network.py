@@ -162,8 +162,8 @@ class Cache:
             slots = slots_x if layer < self._two_stream else slots_g
             at = (every[:, None, None], head, slots[:, None, :])
             buffer = self.key_values[layer]
-            buffer[0].index_put_(at, keys)
-            buffer[1].index_put_(at, values)
+            buffer[0].index_put_(at, keys.to(buffer.dtype))  # autocast computes them in another type
+            buffer[1].index_put_(at, values.to(buffer.dtype))
             return (keys, values) if lanes is not None else (buffer[0, :, :, :-1], buffer[1, :, :, :-1])
 
         return store
@@ -186,7 +186,7 @@ class Cache:
             self.tokens.scatter_(1, index.expand(len(self.tokens), -1), tokens.expand(len(self.tokens), -1))
         else:
             assert keep is not None
-            self.prefix[lanes] = keys.transpose(1, 2) @ rows
+            self.prefix[lanes] = (keys.transpose(1, 2) @ rows).to(self.prefix.dtype)
             self.rows[lanes] = keep.sum(1)[:, None, None].to(self.rows.dtype)
             self.tokens[lanes] = self.tokens[lanes].fill_(-1).scatter(1, index, tokens)
 

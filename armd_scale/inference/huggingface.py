@@ -236,6 +236,8 @@ class ARMDForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _mask(self, ids: Tensor, mask: Tensor | None, pad: int, ends: Sequence[int]) -> Tensor:
         """Which of ``input_ids`` [B, N] are a text, and which are padding; a warning if that cannot be told."""
+        if not isinstance(ids, Tensor):
+            raise InputError("input_ids must be a tensor: write generate(**tokenizer(texts, return_tensors='pt'))")
         if ids.dim() != 2 or (mask is not None and mask.shape != ids.shape):
             raise InputError(f"input_ids {[*ids.shape]} and attention_mask must both be [texts, tokens]")
         if mask is not None:

@@ -236,12 +236,19 @@ def test_what_has_no_meaning_here_is_one_line(asked, name, value):
         pytest.param({"attention_mask": torch.ones(1, 9)}, r"input_ids \[1, .\] and attention_mask", id="mask"),
         pytest.param({"eos_token_id": 10**6}, "token 1000000 is not in the vocabulary", id="eos"),
         pytest.param({"max_length": 1}, "-. new tokens: raise max_length", id="length"),
+        pytest.param({"inputs": [[1, 5]]}, r"input_ids must be a tensor: write generate\(\*\*tokenizer", id="list"),
     ],
 )
 def test_settings_that_contradict_each_other(asked, settings, line):
     model, _, ids = asked
     with pytest.raises(ValueError, match=line):
-        model.generate(ids, **settings)
+        model.generate(**{"inputs": ids, **settings})
+
+
+def test_texts_are_written_under_autocast(asked, way):
+    model, _, ids = asked
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(new_tokens(model, ids, eos_token_id=None, **way)) == 9
 
 
 @pytest.mark.parametrize("settings", [{"max_new_tokens": 256}, {"max_length": 256}])
