@@ -110,11 +110,11 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: str
-    content: str | list[dict[str, Any]] = ""
+    content: str | list[dict[str, Any]] | None = ""
 
     def plain(self) -> dict[str, Any]:
         """The message with its content as one text. Raises ``Refused`` for content that is no text."""
-        content = self.content
+        content = self.content or ""
         if not isinstance(content, str):
             parts = [part.get("text") for part in content]
             if not all(isinstance(part, str) for part in parts):

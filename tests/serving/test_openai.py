@@ -255,6 +255,7 @@ def test_content_types(client, content):
     [
         ([("user", " the dog ")], "user: the dog</s>assistant:"),
         ([("user", "a"), ("assistant", "b"), ("user", "c")], "user: a</s>assistant: b</s>user: c</s>assistant:"),
+        ([("user", "a"), ("assistant", None), ("user", "c")], "user: a</s>assistant: </s>user: c</s>assistant:"),
         (
             [("user", [{"type": "text", "text": "the "}, {"type": "text", "text": "dog"}])],
             "user: the dog</s>assistant:",
