@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.dtype and args.format == "armd":
+    if args.dtype and args.format != "transformers":
         raise UserError("--dtype needs --format transformers: an armd model has float32 weights")
     if not 0 < args.file_gb < 1e6:
         raise UserError(f"--file-gb must be more than 0 and below a million, not {args.file_gb}")

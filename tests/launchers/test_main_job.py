@@ -415,6 +415,7 @@ SCRIPT = """#!/bin/bash
 module load cuda
 export PYTHONSAFEPATH=1
 export PYTHONUNBUFFERED=1
+export PYTHONUTF8=1
 export TOKENIZERS_PARALLELISM=false
 export NCCL_DEBUG=INFO
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1

@@ -25,7 +25,7 @@ def config(folder, **train):
 def test_shapes_are_those_of_the_layers(tmp_path):
     """Both streams in one call while both live, and the last layer with two streams computes one."""
     run, model = config(tmp_path), MODERN
-    heads = model.key_heads, model.heads // model.key_heads, model.length, model.head_dim
+    heads = model.key_heads, model.heads // model.key_heads, model.length, model.head_size
     both, single = (2, 2, *heads), (1, 2, *heads)
     assert kernels.shapes(run) == {both: model.two_stream - 1, single: model.layers - model.two_stream + 1}
 
