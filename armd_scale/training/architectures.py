@@ -77,16 +77,20 @@ _NEEDS = {
 """What has to be supported for fields that models of these architectures may have."""
 
 
+def find(config: Mapping[str, Any]) -> Architecture:
+    """The architecture of ``config.json``; ``UserError`` if it is not known."""
+    names = config.get("architectures") or [f"of '{config.get('model_type')}'"]
+    if len(names) != 1 or names[0] not in ARCHITECTURES:
+        raise UserError(f"architecture {', '.join(names)}: known are {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[names[0]]
+
+
 def model_fields(config: Mapping[str, Any], length: int | None = None) -> dict[str, Any]:
     """``config.json`` of transformers -> fields of ``ModelConfig``. ``length``: of the run; None: that of the model.
 
     Raises ``UserError`` for what ``ModelConfig`` cannot express.
     """
-    names = config.get("architectures") or []
-    known = [ARCHITECTURES[name] for name in names if name in ARCHITECTURES]
-    if len(names) != 1 or not known:
-        raise UserError(f"architecture {', '.join(names) or 'unknown'}: known are {', '.join(ARCHITECTURES)}")
-    architecture = known[0]
+    architecture = find(config)
     for name, value in config.items():
         if name not in FIELDS and name not in _READ | _WITHOUT_EFFECT and value not in (None, False, 0, [], {}):
             if name == "partial_rotary_factor" and value == 1:

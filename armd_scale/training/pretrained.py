@@ -4,8 +4,10 @@ Both directions read and write tensor by tensor (``architectures`` has the table
 one file of weights.
 """
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,8 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = _json(path / "config.json", "is not a model directory of transformers")
+        with _named(path):
+            architectures.find(self.config)
         index, single = path / "model.safetensors.index.json", path / "model.safetensors"
         files = {single.name}
         if index.is_file():
@@ -79,6 +83,15 @@ class Folder:
         return pair.join(parts)
 
 
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name a directory in a ``UserError``."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
 def _json(path: Path, wrong: str) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -99,10 +112,8 @@ def configuration(
     """
     given = values.get("model") or {}
     longest = folder.config.get("max_position_embeddings") or LENGTH
-    try:
+    with _named(folder.path):
         fields = architectures.model_fields(folder.config, given.get("length") or min(longest, LENGTH))
-    except UserError as error:
-        raise UserError(f"{folder.path}: {error}") from error
     for name, value in {**fields, "bos_id": tokenizer.bos_id}.items():
         if name in given and given[name] not in (value, None):
             raise UserError(

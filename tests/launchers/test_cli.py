@@ -131,7 +131,7 @@ def test_a_foreign_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     done = run_armd("import", tmp_path, tmp_path / "run", "--config", "configs/tiny.yaml")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "'gpt2'" in done.stderr
+    assert "architecture of 'gpt2': known are LlamaForCausalLM" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
