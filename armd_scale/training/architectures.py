@@ -56,12 +56,11 @@ _READ = {
 }  # fmt: skip
 """Other fields that the translation looks at."""
 _WITHOUT_EFFECT = {
-    "_name_or_path", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "initializer_range",
-    "is_llama_config",
-    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "return_dict", "rope_interleaved",
+    "attention_dropout", "dtype", "initializer_range", "is_llama_config",
+    "output_attentions", "output_hidden_states", "pretraining_tp", "return_dict", "rope_interleaved",
     "torch_dtype", "transformers.js_config", "transformers_version", "unsloth_fixed", "use_cache",
 }  # fmt: skip
-"""Fields that do not change what a model computes."""
+"""Fields that do not change what a model computes, besides ids of tokens and names that begin with ``_``."""
 _NEEDS = {
     "attention_bias": "a bias of the output projection",
     "mlp_bias": "biases of the MLP",
@@ -92,9 +91,11 @@ def model_fields(config: Mapping[str, Any], length: int | None = None) -> dict[s
     """
     architecture = find(config)
     for name, value in config.items():
-        if name not in FIELDS and name not in _READ | _WITHOUT_EFFECT and value not in (None, False, 0, [], {}):
-            if name == "partial_rotary_factor" and value == 1:
-                continue
+        is_known = (
+            name in FIELDS or name in _READ | _WITHOUT_EFFECT or name.startswith("_") or name.endswith("_token_id")
+        )
+        neutral = 1 if name == "partial_rotary_factor" else None
+        if not is_known and value not in (neutral, None, False, 0, [], {}):
             raise UserError(f"{name} = {value!r}: {_NEEDS.get(name, 'this field')} would have to be supported")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise UserError(f"hidden_act = {config['hidden_act']!r}: this activation would have to be supported")

@@ -164,15 +164,18 @@ class _Reader(dcp.DefaultSavePlanner):
     def __init__(self, read: Callable[[str], Tensor]) -> None:
         super().__init__()
         self._weight = read
+        self._last = torch.empty(0)
 
     def resolve_data(self, write_item: Any) -> Any:
         entry = super().resolve_data(write_item)
         if not isinstance(entry, Tensor):
             return entry
+        self._last.untyped_storage().resize_(0)  # the writer refers to all tensors until its end
+        self._last = torch.zeros(entry.shape)
         state, _, parameter = write_item.index.fqn.partition("/")
-        if state in MOMENTS:
-            return torch.zeros(entry.shape)
-        return self._weight(parameter).float().contiguous()
+        if state not in MOMENTS:
+            self._last.copy_(self._weight(parameter))
+        return self._last
 
 
 def pad(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
