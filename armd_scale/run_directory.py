@@ -59,6 +59,10 @@ class RunDirectory:
         """Facts about the pretrained model that the run began with."""
         return self.path / "origin.json"
 
+    def origin(self) -> dict[str, Any]:
+        """``model``, ``architecture``, ``dtype`` and ``bos`` of the pretrained model; empty without one."""
+        return read_json(self.origin_path) or {}
+
     @property
     def lock_path(self) -> Path:
         """The lock of the launcher."""

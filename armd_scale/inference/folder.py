@@ -172,12 +172,17 @@ def card(name: str, config: ARMDConfig, facts: dict[str, Any]) -> str:
     """The model card of a model directory.
 
     ``facts``: ``parameters``, ``checkpoint``, ``difference`` to the training model's logits, ``tokens`` trained on,
-    ``text``, and ``heldout``: figures of the newest evaluation by kind of order, in bits per byte.
+    ``text``, ``heldout``: figures of the newest evaluation by kind of order, in bits per byte, and ``origin``: facts
+    about the pretrained model, if there is one.
     """
     scores = facts["heldout"].items()
     heldout = "".join(f"| held-out text, {kind}, bits per byte | {value:.4f} |\n" for kind, value in scores)
     words, tags, decoding, scored = interface.training(config.objective).card
     setting = decoding + ", " if decoding else ""
+    begun = ""
+    if facts["origin"]:
+        begun = f"| pretrained model | {facts['origin']['model']} ({facts['origin']['architecture']}) |\n"
+        begun += f"| token at position 0 | `{facts['origin']['bos']}` |\n"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -193,7 +198,7 @@ tags: [{tags}]
 | parameters | {facts["parameters"]:,} |
 | layers x width x heads | {config.layers} x {config.hidden} x {config.heads} |
 | vocabulary, longest text | {config.vocab_size:,}, {config.length:,} tokens |
-| checkpoint | {facts["checkpoint"]} |
+{begun}| checkpoint | {facts["checkpoint"]} |
 | training tokens | {facts["tokens"]:,} |
 | training text | {facts["text"]} |
 {heldout}| largest difference to the training model's logits | {facts["difference"]:.1e} |

@@ -195,6 +195,7 @@ def _training_facts(config: RunConfig, source: Path) -> dict[str, Any]:
         "tokens": step * config.train.global_batch * config.model.length,
         "text": ", ".join(config.data.text) or str(config.data_directory),
         "heldout": heldout,
+        "origin": config.run_directory.origin(),
     }
 
 

@@ -22,7 +22,6 @@ from armd_scale.data import tokenizer as tokenizers
 from armd_scale.data.tokenizer import Tokenizer
 from armd_scale.errors import UserError
 from armd_scale.files import write_atomically
-from armd_scale.run_directory import RunDirectory
 from armd_scale.training import architectures, checkpoint, export, manifest
 
 SEED = {"width": [1.0, 3.0, 8.0], "gate": 0.0, "neighbour": True, "place": "before"}
@@ -195,7 +194,7 @@ def write_folder(
         raise UserError(f"{out} exists: choose another output directory")
     tokenizer = export.tokenizer(config)
     settings = architectures.foreign_config(config.model)
-    kind = dtype or origin(config.run_directory).get("dtype", "float32")
+    kind = dtype or config.run_directory.origin().get("dtype", "float32")
     weights = checkpoint.Weights(source, averaged)
     pairs = architectures.tensors(config.model)
     files = {name: (pair, index) for pair in pairs for index, name in enumerate(pair.foreign)}
@@ -213,12 +212,3 @@ def write_folder(
         write_atomically(partial / "config.json", json.dumps({**settings, **ids, "dtype": kind}, indent=1) + "\n")
         tokenizers.copy(tokenizer, partial)
     return {"parameters": parameters, "architecture": settings["architectures"][0], "dtype": kind}
-
-
-def origin(run: RunDirectory) -> dict[str, Any]:
-    """Facts about the imported model; empty for other runs."""
-    try:
-        facts: dict[str, Any] = json.loads(run.origin_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return facts

@@ -246,6 +246,9 @@ def test_the_commands(tmp_path):
     assert done.returncode == 0, done.stderr
     model = inference.load(tmp_path / "out")
     assert model.config.prefix_neighbour
+    card = (tmp_path / "out/README.md").read_text()
+    assert "| pretrained model | theirs (LlamaForCausalLM) |" in card
+    assert "| token at position 0 | `<s>` |" in card
     done = run_armd("export", f"{tmp_path}/run", f"{tmp_path}/foreign", "--format", "transformers")
     assert done.returncode == 2
     assert "only objective=ar has one" in done.stderr
