@@ -12,11 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from armd_scale import config as configs
 from armd_scale import inference
-from armd_scale.data.shards import fill_vocabulary
+from armd_scale.data.shards import PackedDataset, fill_vocabulary
 from armd_scale.errors import UserError
 from armd_scale.inference import Decoding
 from armd_scale.run_directory import RunDirectory
 from armd_scale.training import architectures, export, pretrained
+from armd_scale.training.samples import Samples
+from data_pipeline import prepare
+from tests import runs
 from tests.conftest import ROOT, run_armd, run_tool
 
 SIZES = {
@@ -255,3 +258,48 @@ def test_the_commands(tmp_path):
     done = run_tool(ROOT / "tools/convert_ckpt.py", "--from-transformers", f"{tmp_path}/theirs", f"{tmp_path}/run")
     assert done.returncode == 2
     assert "already has checkpoints" in done.stderr
+
+
+LAYOUTS = {
+    "tensor 2, sequence": (2, {"tensor": 2, "sequence": True}),
+    "pipeline 2": (2, {"pipeline": 2}),
+    "data 2, zero 3": (2, {"zero": 3}),
+    "tensor 2, pipeline 2": (4, {"tensor": 2, "pipeline": 2}),
+}
+
+
+def test_every_layout_trains_an_imported_model_alike(tmp_path):
+    """The first loss is that of transformers; later losses and weights are those of one process."""
+    model = make(tmp_path / "theirs", "Qwen3ForCausalLM", "yarn", head_dim=12, rms_norm_eps=1e-3)
+    (tmp_path / "a.txt").write_text("\n".join(f"{n} {runs.PANGRAMS}" for n in range(60)))
+    settings = {
+        "data.text": [f"{tmp_path}/a.txt"], "data.directory": f"{tmp_path}/data", "data.heldout_fraction": 0.2,
+        "orders.ar_steps": 1, "orders.permutation_steps": 2, "orders.rho": 8, "orders.strided_steps": 1,
+        "train.steps": 2, "train.global_batch": 4, "train.micro_batch": 2, "train.dtype": "float32",
+        "train.log_every": 1, "train.eval_samples": 4, "optimizer.warmup_steps": 0, "optimizer.lr": 1e-3,
+        "optimizer.eps": 1e-3, "report.wandb": "disabled",
+    }  # fmt: skip
+    given = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+    first, _ = adopt(tmp_path / "theirs", tmp_path / "one", *given)
+    prepare.prepare(first)
+    records = [record for record in runs.start(first) if "loss" in record]
+    index = PackedDataset(first.data_directory / "train").index
+    samples = Samples(configs.with_vocabulary(first, index["vocab_size"], index["bos_id"]))
+    samples.start(0, {})
+    tokens = torch.from_numpy(samples.read(0, 4))
+    with torch.no_grad():
+        logits = model(torch.cat([torch.full((4, 1), first.model.bos_id), tokens[:, :-1]], dim=1)).logits
+    expected = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()))
+    assert records[0]["loss"] == pytest.approx(expected, abs=1e-4)
+    final = runs.tensors(first.run_directory.checkpoint(3), raw=False)
+    for number, (name, (processes, parallel)) in enumerate(LAYOUTS.items()):
+        place = tmp_path / str(number)
+        layout = [f"parallel.{field}={json.dumps(value)}" for field, value in parallel.items()]
+        config, _ = adopt(tmp_path / "theirs", place, *given, *layout, f"cluster.tasks_per_node={processes}")
+        for found, known in zip(runs.start(config), first.run_directory.metrics(), strict=True):
+            if "loss" in known:
+                assert found["loss"] == pytest.approx(known["loss"], rel=1e-4), name
+        found = runs.tensors(config.run_directory.checkpoint(3), raw=False)
+        assert found.keys() == final.keys()
+        for key, tensor in final.items():
+            torch.testing.assert_close(found[key], tensor, atol=2e-5, rtol=1e-3, msg=f"{name}: {key}")
