@@ -67,7 +67,7 @@ def export(
     manifest.check_identity(source, config)
     used = tokenizer(config)
     shape = standalone_config(config.model, used.eos_id)
-    _check_output(out.resolve())
+    _check_output(_places(out)[0])
     with manifest.held(source), replacing(out) as partial:
         weights = checkpoint.Weights(source, averaged)
         shapes = standalone_shapes(weights, config.model)
@@ -99,10 +99,7 @@ class _Mismatch(UserError):
 @contextlib.contextmanager
 def replacing(out: Path) -> Iterator[Path]:
     """A temporary directory that takes the place of ``out`` at the end. An error removes it and leaves ``out``."""
-    out = out.resolve()
-    partial, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "old"))
-    if old.exists() and not out.exists():  # an export died between its two renames
-        os.replace(old, out)
+    out, partial, old = _places(out)
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     with contextlib.ExitStack() as undo:
@@ -118,6 +115,15 @@ def replacing(out: Path) -> Iterator[Path]:
             os.replace(out, old)
         os.replace(partial, out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _places(out: Path) -> tuple[Path, Path, Path]:
+    """The output directory, the one that is written, and the one that was replaced, which is put back if need be."""
+    out = out.resolve()
+    partial, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "old"))
+    if old.exists() and not out.exists():  # an export died between its two renames
+        os.replace(old, out)
+    return out, partial, old
 
 
 def tokenizer(config: RunConfig) -> Tokenizer:
