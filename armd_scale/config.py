@@ -288,6 +288,14 @@ class OrderConfig(Section):
     """Steps of strided fine-tuning after the base training, i_SBP."""
     streams: list[Positive] = [1, 2, 4]
     """Each step of strided fine-tuning draws its number of streams from this list."""
+    left_to_right_share: Fraction = 0.0
+    """Share of the steps after ``ar_steps`` that stay left to right."""
+    groups: list[Annotated[int, Field(ge=2)]] = []
+    """Sizes of contiguous groups: blocks of so many neighbours, left to right. Each step in groups draws one."""
+    group_share: Fraction = 0.0
+    """Share of the steps from ``permutation_steps`` to the end of the base training that are in groups."""
+    group_decay: Annotated[float, Field(gt=0.0)] | None = None
+    """Weight of the losses of a group: exp(-place / ``group_decay``) at places 0, 1, ..., with mean 1; null: 1."""
 
     @model_validator(mode="after")
     def _grows(self) -> typing.Self:
@@ -297,6 +305,12 @@ class OrderConfig(Section):
             )
         if self.strided_steps and not self.streams:
             raise ValueError("strided_steps needs at least one number in streams")
+        if self.group_share and not self.groups:
+            raise ValueError("group_share needs at least one size in groups")
+        if self.left_to_right_share + self.group_share > 1:
+            raise ValueError(
+                f"left_to_right_share ({self.left_to_right_share}) and group_share ({self.group_share}) exceed 1"
+            )
         return self
 
 
@@ -711,6 +725,8 @@ class RunConfig(Section):
         model = self.model
         if self.orders.rho > model.length:
             raise ValueError(f"orders.rho = {self.orders.rho} exceeds model.length = {model.length}")
+        if max(self.orders.groups, default=0) > model.length:
+            raise ValueError(f"orders.groups = {self.orders.groups} exceeds model.length = {model.length}")
         if self.orders.permutation_steps > self.train.steps:
             raise ValueError(
                 f"orders.permutation_steps = {self.orders.permutation_steps} exceeds train.steps = {self.train.steps}"

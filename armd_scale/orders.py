@@ -83,6 +83,24 @@ def strided(length: int, streams: int) -> Layout:
     return Layout(order, block_ids)
 
 
+def groups(length: int, size: int, first: int = 0) -> Layout:
+    """Contiguous groups: left to right, ``size`` neighbours in a block; the first block has ``first`` tokens.
+
+    ``first`` = 0: as many as the others.
+    """
+    if size < 1:
+        raise UserError(f"a layout in groups needs at least 1 token in a group, not {size}")
+    order, index = np.arange(1, length + 1), np.arange(length)
+    return Layout(order, (index + (-first) % size) // size + 1)
+
+
+def places(layout: Layout) -> np.ndarray:
+    """Place of every token in its block, from 0, along the order [N]."""
+    index = np.arange(len(layout.order))
+    starts = np.searchsorted(layout.block_ids, layout.block_ids)
+    return index - starts
+
+
 def shuffled_tokens(step: int, *, ar_steps: int, permutation_steps: int, rho: int) -> int:
     """Number of tokens that progressive permutation shuffles at ``step``: 0, then from 1 to ``rho``.
 
@@ -99,6 +117,16 @@ def draw_streams(streams: list[int], seed: int, step: int) -> int:
     """The number of streams S of a strided fine-tuning step, equal on all ranks."""
     word = random_words(1, "streams", seed, step)[0]
     return streams[int(word % np.uint64(len(streams)))]
+
+
+def draw_share(seed: int, step: int) -> float:
+    """A uniform number in [0, 1) that selects the kind of order of a step, equal on all ranks."""
+    return float(random_words(1, "kind", seed, step)[0]) / 2.0**64
+
+
+def draw_group(sizes: list[int], seed: int, step: int) -> int:
+    """The size of the groups of a step, equal on all ranks."""
+    return sizes[int(random_words(1, "group", seed, step)[0] % np.uint64(len(sizes)))]
 
 
 def inverse(order: np.ndarray) -> np.ndarray:

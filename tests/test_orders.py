@@ -108,3 +108,16 @@ def test_strided_needs_a_stream():
 
 GOLDEN_ORDER = [1, 2, 3, 10, 5, 9, 4, 8, 7, 6]
 GOLDEN_STREAMS = [4, 2, 4, 4, 4, 2, 2, 1]
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 8))
+def test_groups_are_neighbours(length, size, first):
+    layout = orders.groups(length, size, first)
+    check(layout)
+    assert layout.order.tolist() == list(range(1, length + 1))
+    sizes = np.bincount(layout.block_ids)[1:].tolist()
+    assert sizes[0] == min(length, first % size or size)
+    assert all(count == size for count in sizes[1:-1])
+    assert len(sizes) == 1 or 1 <= sizes[-1] <= size
+    expected = [place for count in sizes for place in range(count)]
+    assert orders.places(layout).tolist() == expected

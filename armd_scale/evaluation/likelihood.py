@@ -58,11 +58,11 @@ def parse_order(name: str) -> tuple[str, int]:
     kind, _, number = name.partition(":")
     if name in ("left-to-right", "bound"):
         return kind, 0
-    if kind in ("shuffled", "strided") and number.isascii() and number.isdigit() and int(number) >= 1:
+    if kind in ("shuffled", "strided", "groups") and number.isascii() and number.isdigit() and int(number) >= 1:
         return kind, int(number)
     raise UserError(
-        f"unknown order '{name}': use left-to-right, shuffled:K or strided:S, with K and S at least 1, or bound for "
-        "objectives without an exact likelihood"
+        f"unknown order '{name}': use left-to-right, shuffled:K, groups:K or strided:S, with K and S at least 1, or "
+        "bound for objectives without an exact likelihood"
     )
 
 
@@ -76,6 +76,8 @@ def layout(name: str, length: int, chunk: int, draw: int = 0) -> Layout:
     kind, number = parse_order(name)
     if kind == "shuffled":
         return orders.shuffled(length, min(number, length), draw, chunk)
+    if kind == "groups":
+        return orders.groups(length, number)
     return orders.strided(length, number) if kind == "strided" else orders.left_to_right(length)
 
 

@@ -52,7 +52,14 @@ class ArmdTraining(Training):
     decoding_words = "S streams are written side by side, S tokens a step."
 
     def rows(self, config: "RunConfig", tokens_BN: np.ndarray, step: int, slots: Sequence[int]) -> Rows:
-        return _ordered(config.model, tokens_BN, [self.layout(step, slot, config) for slot in slots])
+        layouts = [self.layout(step, slot, config) for slot in slots]
+        rows = _ordered(config.model, tokens_BN, layouts)
+        decay = config.orders.group_decay
+        if decay is None or self.phase(step, config) != "groups":
+            return rows
+        weights_BN = np.stack([np.exp(-orders.places(layout) / decay) for layout in layouts])
+        weights_BN /= weights_BN.mean(axis=-1, keepdims=True)
+        return rows._replace(weights=torch.from_numpy(weights_BN.astype(np.float32)))
 
     def heldout_rows(self, config: "RunConfig", kind: str, tokens_BN: np.ndarray, numbers: Sequence[int]) -> Rows:
         length, rho = tokens_BN.shape[1], config.orders.rho
@@ -94,10 +101,18 @@ class ArmdTraining(Training):
         return shuffled + [f"strided:{s}" for s in config.report.generate_streams if s > 1]
 
     def phase(self, step: int, config: "RunConfig") -> str:
-        """``left-to-right``, ``permutation`` or ``strided``."""
-        if step >= config.train.steps:
-            return "strided"
-        return "left-to-right" if step < config.orders.ar_steps else "permutation"
+        """``left-to-right``, ``permutation``, ``groups`` or ``strided``."""
+        order = config.orders
+        strided, in_groups = step >= config.train.steps, step >= order.permutation_steps and order.group_share > 0
+        if step < order.ar_steps and not strided:
+            return "left-to-right"
+        if order.left_to_right_share or in_groups:
+            share = orders.draw_share(config.seed, step)
+            if share < order.left_to_right_share:
+                return "left-to-right"
+            if in_groups and not strided and share < order.left_to_right_share + order.group_share:
+                return "groups"
+        return "strided" if strided else "permutation"
 
     def streams(self, step: int, config: "RunConfig") -> int:
         """Streams of a strided step, 1 in the base training."""
@@ -121,6 +136,10 @@ class ArmdTraining(Training):
         length = config.model.length
         if self.phase(step, config) == "strided":
             return orders.strided(length, self.streams(step, config))
+        if self.phase(step, config) == "groups":
+            size = orders.draw_group(config.orders.groups, config.seed, step)
+            first = int(orders.random_words(1, "first", config.seed, step, slot)[0] % np.uint64(size))
+            return orders.groups(length, size, first)
         draw = orders.window if config.orders.shuffle == "window" else orders.shuffled
         return draw(length, self.shuffled_tokens(step, config), config.seed, step, slot)
 

@@ -6,6 +6,7 @@ one file of weights.
 
 import contextlib
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from armd_scale import config as configs
 from armd_scale import config_syntax
-from armd_scale.config import RunConfig
+from armd_scale.config import RopeConfig, RunConfig
 from armd_scale.data import tokenizer as tokenizers
 from armd_scale.data.tokenizer import Tokenizer
 from armd_scale.errors import UserError
@@ -114,7 +115,7 @@ def configuration(
     with _named(folder.path):
         fields = architectures.model_fields(folder.config, given.get("length") or min(longest, LENGTH))
     for name, value in {**fields, "bos_id": tokenizer.bos_id}.items():
-        if name in given and given[name] not in (value, None):
+        if name in given and given[name] is not None and not _equal(given[name], value):
             raise UserError(
                 f"model.{name} is {given[name]} in the configuration but {value} in {folder.path}: remove the field"
             )
@@ -128,6 +129,15 @@ def configuration(
     if config.traits.streams == 2 and (prefix.kernel == "learned" or prefix.target_position):
         raise UserError("model.prefix has weights that the model lacks: kernel=gaussian and target_position=false")
     return config
+
+
+def _equal(given: Any, value: Any) -> bool:
+    """Whether a field of a configuration is that of a model; numbers of files in float32 are rounded."""
+    if isinstance(value, dict):
+        return isinstance(given, dict) and {**RopeConfig(**value).model_dump()} == RopeConfig(**given).model_dump()
+    if isinstance(value, float) and isinstance(given, float | int):
+        return math.isclose(given, value, rel_tol=1e-6)
+    return bool(given == value)
 
 
 def adopt(model_dir: Path, run_dir: Path, path: Path | None, overrides: list[str]) -> tuple[RunConfig, Path]:

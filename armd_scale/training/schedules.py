@@ -9,7 +9,18 @@ from armd_scale.errors import UserError
 
 _FIELDS = {
     "train": ("steps",),
-    "orders": ("ar_steps", "permutation_steps", "rho", "shuffle", "strided_steps", "streams"),
+    "orders": (
+        "ar_steps",
+        "permutation_steps",
+        "rho",
+        "shuffle",
+        "strided_steps",
+        "streams",
+        "left_to_right_share",
+        "groups",
+        "group_share",
+        "group_decay",
+    ),
     "optimizer": ("lr", "schedule", "warmup_steps", "min_lr_ratio"),
 }
 _LENGTHS = {f"{section}.{name}" for section, names in _FIELDS.items() for name in names if name.endswith("steps")}

@@ -127,6 +127,30 @@ def test_phases_of_armd():
     assert [name for name, *_ in training("armd").spans(run)] == ["left to right", "progressive permutation", "strided"]
 
 
+def test_groups_and_a_share_left_to_right():
+    """The kind of a step is drawn; groups are in the steps with all shuffled tokens."""
+    order = {
+        "ar_steps": 100, "permutation_steps": 200, "rho": 4, "strided_steps": 1000, "streams": [2],
+        "left_to_right_share": 0.25, "groups": [2, 4], "group_share": 0.5, "group_decay": 1.0,
+    }  # fmt: skip
+    run, kind = config("armd", orders=order, train={"steps": 2000}), training("armd")
+    kinds = [kind.phase(step, run) for step in range(3000)]
+    assert set(kinds[:100]) == {"left-to-right"}
+    assert set(kinds[100:200]) == {"left-to-right", "permutation"}
+    for name, count in (("left-to-right", 450), ("groups", 900), ("permutation", 450)):
+        assert kinds[200:2000].count(name) == pytest.approx(count, abs=90)
+    assert kinds[2000:].count("left-to-right") == pytest.approx(250, abs=60)
+    assert set(kinds[2000:]) == {"left-to-right", "strided"}
+    step = kinds.index("groups")
+    rows = kind.rows(run, np.ones((5, 16), dtype=np.int64), step, range(5))
+    size = orders.draw_group([2, 4], 0, step)
+    assert rows.visible is not None
+    assert len({int(row[0]) for row in rows.visible.target_of_target}) > 1, "texts begin with groups of any size"
+    torch.testing.assert_close(rows.weights.mean(-1), torch.ones(5))
+    assert rows.weights.unique().numel() >= size
+    assert kind.rows(run, np.ones((5, 16), dtype=np.int64), kinds.index("permutation"), range(5)).weights is None
+
+
 @pytest.mark.parametrize("objective", [name for name, traits in TRAITS.items() if not traits.phases])
 def test_an_objective_without_phases_ignores_the_section_of_orders(objective):
     run = config(objective)
