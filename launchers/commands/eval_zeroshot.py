@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--order",
         nargs="+",
-        help="left-to-right (exact), shuffled:K, strided:S, or bound (masked diffusion); "
+        help="left-to-right (exact), shuffled:K, groups:K, strided:S, or bound (masked diffusion); "
         "default: those of the model's objective, the first one for --text",
     )
     parser.add_argument("--repeats", type=int, default=2, help="random orders or noise per chunk (default 2)")
