@@ -20,7 +20,6 @@ LAYOUTS = {
     "pipeline 2 interleaved": (2, {"pipeline": 2, "chunks": 2}),
     "zero 3": (2, {"zero": 3}),
     "pipeline 2 tensor 2 sequence": (4, {"pipeline": 2, "tensor": 2, "sequence": True}),
-    "zero 0": (2, {"zero": 0}),
     "zero 2 recompute": (2, {"zero": 2, "recompute": "full"}),
 }
 

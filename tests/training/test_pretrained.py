@@ -264,7 +264,7 @@ LAYOUTS = {
     "tensor 2, sequence": (2, {"tensor": 2, "sequence": True}),
     "pipeline 2": (2, {"pipeline": 2}),
     "data 2, zero 3": (2, {"zero": 3}),
-    "tensor 2, pipeline 2": (4, {"tensor": 2, "pipeline": 2}),
+    "tensor 2, pipeline 2, recompute": (4, {"tensor": 2, "pipeline": 2, "recompute": "full"}),
 }
 
 
