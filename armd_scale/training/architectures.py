@@ -107,17 +107,23 @@ def model_fields(config: Mapping[str, Any], length: int | None = None) -> dict[s
         raise UserError(f"{missing[0]} is missing")
     values["kv_heads"] = values["kv_heads"] or values["heads"]
     values["head_dim"] = values["head_dim"] or values["hidden"] // values["heads"]
-    longest = config.get("max_position_embeddings") or 2048
-    values["length"] = length or longest
+    values["length"] = length or longest(config)
+    if values["length"] > longest(config):
+        raise UserError(f"model.length = {length} exceeds the {longest(config)} positions of the model: lower it")
     _check_windows(config, values["length"])
     return {
         **values,
-        **_rope(config, longest),
+        **_rope(config),
         "norm": "rmsnorm",
         "mlp": "swiglu",
         "qk_norm": architecture.qk_norm,
         "qkv_bias": architecture.qkv_bias,
     }
+
+
+def longest(config: Mapping[str, Any]) -> int:
+    """Positions that a model was trained for."""
+    return int(config.get("max_position_embeddings") or 2048)
 
 
 def _check_windows(config: Mapping[str, Any], length: int) -> None:
@@ -136,7 +142,7 @@ def _check_windows(config: Mapping[str, Any], length: int) -> None:
         )
 
 
-def _rope(config: Mapping[str, Any], longest: int) -> dict[str, Any]:
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """``rope_base`` and ``rope``."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     base = given.get("rope_theta", config.get("rope_theta", 10000.0))
@@ -148,7 +154,9 @@ def _rope(config: Mapping[str, Any], longest: int) -> dict[str, Any]:
     if kind not in ("linear", "llama3", "yarn"):
         raise UserError(f"rope_type = {kind!r}: this scaling of rotary embeddings would have to be supported")
     original = (
-        given.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or longest
+        given.get("original_max_position_embeddings")
+        or config.get("original_max_position_embeddings")
+        or longest(config)
     )
     rope = {"scaling": kind, "factor": float(given["factor"]), "original_length": original}
     if kind == "llama3":

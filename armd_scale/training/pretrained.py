@@ -85,11 +85,13 @@ class Folder:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Name a directory in a ``UserError``."""
+    """Name a directory in a ``UserError``, also of a ``config.json`` that lacks a value or has one of another type."""
     try:
         yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path / 'config.json'} cannot be read: {error!r}; download the model again") from error
 
 
 def _json(path: Path, wrong: str) -> dict[str, Any]:
@@ -111,8 +113,8 @@ def configuration(
     ``UserError`` if they contradict each other.
     """
     given = values.get("model") or {}
-    longest = folder.config.get("max_position_embeddings") or LENGTH
     with _named(folder.path):
+        longest = architectures.longest(folder.config)
         fields = architectures.model_fields(folder.config, given.get("length") or min(longest, LENGTH))
     for name, value in {**fields, "bos_id": tokenizer.bos_id}.items():
         if name in given and given[name] is not None and not _equal(given[name], value):

@@ -215,6 +215,8 @@ def _nan(weights):
         (lambda f: _edit(f, attn_logit_softcapping=50.0), "soft caps would have to be supported"),
         (lambda f: _edit(f, partial_rotary_factor=0.5), "a part of a head would have to be supported"),
         (lambda f: _edit(f, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "rope_type = 'dynamic'"),
+        (lambda f: _edit(f, rope_parameters={"rope_type": "linear"}), "config.json cannot be read: KeyError('factor')"),
+        (lambda f: _edit(f, hidden_size="32"), "model.hidden = '32'"),
         (lambda f: _edit(f, quantization_config={"bits": 4}), "quantised weights"),
         (lambda f: _edit(f, hidden_act="gelu"), "hidden_act = 'gelu'"),
         (lambda f: _edit(f, something_new=3), "something_new = 3: this field would have to be supported"),
@@ -236,6 +238,8 @@ def test_a_configuration_that_contradicts_the_model(tmp_path):
     make(tmp_path / "theirs")
     with pytest.raises(UserError, match="model.layers is 4 in the configuration but 3 in"):
         adopt(tmp_path / "theirs", tmp_path / "run", "model.layers=4")
+    with pytest.raises(UserError, match="model.length = 65 exceeds the 64 positions"):
+        pretrained.adopt(tmp_path / "theirs", tmp_path / "run", None, ["model.length=65"])
     with pytest.raises(UserError, match="needs a mask token"):
         adopt(tmp_path / "theirs", tmp_path / "run", "objective=mdm")
 
