@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from armd_scale import config as configs
 from armd_scale import inference
 from armd_scale.data.shards import PackedDataset, fill_vocabulary
+from armd_scale.decoding import network
 from armd_scale.errors import UserError
 from armd_scale.inference import Decoding
 from armd_scale.run_directory import RunDirectory
@@ -307,3 +308,35 @@ def test_every_layout_trains_an_imported_model_alike(tmp_path):
         assert found.keys() == final.keys()
         for key, tensor in final.items():
             torch.testing.assert_close(found[key], tensor, atol=2e-5, rtol=1e-3, msg=f"{name}: {key}")
+
+
+def _without_biases(monkeypatch):
+    join = architectures.Pair.join
+
+    def without(pair, parts):
+        return join(pair, parts) * (not pair.name.endswith("bias"))
+
+    monkeypatch.setattr(architectures.Pair, "join", without)
+
+
+def _half_rotated(monkeypatch):
+    rotate = network.rotate
+
+    def half(x, cos, sin):
+        width = cos.shape[-1]
+        return torch.cat([rotate(x, cos, sin)[..., :width], x[..., width:]], dim=-1)
+
+    monkeypatch.setattr(network, "rotate", half)
+
+
+@pytest.mark.parametrize("broken", [None, _without_biases, _half_rotated])
+def test_biases_and_rotation_count(tmp_path, monkeypatch, broken):
+    model = make(tmp_path / "theirs", "Qwen2ForCausalLM")
+    if broken:
+        broken(monkeypatch)
+    adopt(tmp_path / "theirs", tmp_path / "run", "objective=ar")
+    ours = standalone(tmp_path / "run")
+    with torch.no_grad():
+        expected = model(torch.tensor([[ours.config.bos_id, *TOKENS[:-1]]])).logits[0]
+        difference = float((logits_left_to_right(ours, TOKENS) - expected).abs().max())
+    assert difference > 1e-2 if broken else difference < 1e-4
