@@ -809,13 +809,15 @@ def with_vocabulary(config: RunConfig, vocab_size: int, bos_id: int) -> RunConfi
     A pretrained model can have more entries than its tokenizer.
     """
     entries, bos = config.model.vocab_size or vocab_size, config.model.bos_id
-    wrong = ("vocab_size", entries, vocab_size) if entries < vocab_size else ("bos_id", bos, bos_id)
-    if entries < vocab_size or bos not in (None, bos_id):
-        name, wanted, value = wrong
-        raise UserError(
-            f"model.{name} is {wanted} in the configuration but {value} in the data set "
-            f"{config.data_directory}; remove the field or use the data set it was made for"
-        )
+    for name, wanted, value, fits in (
+        ("vocab_size", entries, vocab_size, entries >= vocab_size),
+        ("bos_id", bos, bos_id, bos in (None, bos_id)),
+    ):
+        if not fits:
+            raise UserError(
+                f"model.{name} is {wanted} in the configuration but {value} in the data set "
+                f"{config.data_directory}; remove the field or use the data set it was made for"
+            )
     model = config.model.model_copy(update={"vocab_size": entries, "bos_id": bos_id})
     return config.model_copy(update={"model": model})
 

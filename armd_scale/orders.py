@@ -115,8 +115,7 @@ def shuffled_tokens(step: int, *, ar_steps: int, permutation_steps: int, rho: in
 
 def draw_streams(streams: list[int], seed: int, step: int) -> int:
     """The number of streams S of a strided fine-tuning step, equal on all ranks."""
-    word = random_words(1, "streams", seed, step)[0]
-    return streams[int(word % np.uint64(len(streams)))]
+    return _choose(streams, "streams", seed, step)
 
 
 def draw_share(seed: int, step: int) -> float:
@@ -126,7 +125,11 @@ def draw_share(seed: int, step: int) -> float:
 
 def draw_group(sizes: list[int], seed: int, step: int) -> int:
     """The size of the groups of a step, equal on all ranks."""
-    return sizes[int(random_words(1, "group", seed, step)[0] % np.uint64(len(sizes)))]
+    return _choose(sizes, "group", seed, step)
+
+
+def _choose(values: list[int], purpose: str, seed: int, step: int) -> int:
+    return values[int(random_words(1, purpose, seed, step)[0] % np.uint64(len(values)))]
 
 
 def inverse(order: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 import torch
 
 from armd_scale.config import RunConfig
+from armd_scale.training import manifest
 from tests.conftest import run_processes
 
 PANGRAMS = "the quick brown fox jumps over a lazy dog while seven wizards quietly judge my vow of black quartz"
@@ -43,6 +44,15 @@ def train(rank, processes, rendezvous, config):
     from armd_scale.training import loop
 
     loop.train(config, rank, processes, rank, rendezvous)
+
+
+def write_checkpoint(run, step):
+    """A checkpoint of one small file."""
+    partial = run.partial_checkpoint(step)
+    partial.mkdir(parents=True)
+    (partial / "data").write_text(str(step))
+    manifest.write(partial, {"step": step})
+    manifest.publish(run, step)
 
 
 def figures(records):

@@ -135,8 +135,9 @@ class Cache:
         self.rows = torch.zeros(batch, 1, 1, dtype=network.precise, device=like.device)
         """Context rows in ``prefix``."""
         # The last column takes padding.
-        self.tokens = torch.full((batch, c.length + 2), -1, device=like.device)
-        """Tokens of the context rows in ``prefix`` by their positions [B, length + 2]; -1: not there."""
+        self.tokens = torch.full((batch, c.length + 2), -1, device=like.device) if c.prefix_neighbour else None
+        """With ``prefix_neighbour``: tokens of the context rows in ``prefix`` by their positions [B, length + 2]; -1:
+        not there."""
         self._filled = [0] * c.layers
         self._two_stream = c.two_stream_layers
 
@@ -170,7 +171,9 @@ class Cache:
 
     def clear(self, lanes: Tensor) -> None:
         """Remove the context rows of sequences from the prefix."""
-        self.prefix[lanes], self.rows[lanes], self.tokens[lanes] = 0, 0, -1
+        self.prefix[lanes], self.rows[lanes] = 0, 0
+        if self.tokens is not None:
+            self.tokens[lanes] = -1
 
     def absorb(
         self, keys: Tensor, rows: Tensor, tokens: Tensor, at: Tensor, keep: Tensor | None, lanes: Tensor | None = None
@@ -179,16 +182,19 @@ class Cache:
 
         ``keys``: their position embeddings [B, C, d_pe], zero where ``keep`` is False: padding.
         """
-        index = at if keep is None else at.where(keep, self.tokens.shape[1] - 1)
         if lanes is None:
             self.prefix.baddbmm_(keys.transpose(1, 2).expand(rows.shape[0], -1, -1), rows)
             self.rows += at.shape[1] if keep is None else keep.sum(1)[:, None, None]
-            self.tokens.scatter_(1, index.expand(len(self.tokens), -1), tokens.expand(len(self.tokens), -1))
         else:
             assert keep is not None
             self.prefix[lanes] = (keys.transpose(1, 2) @ rows).to(self.prefix.dtype)
             self.rows[lanes] = keep.sum(1)[:, None, None].to(self.rows.dtype)
-            self.tokens[lanes] = self.tokens[lanes].fill_(-1).scatter(1, index, tokens)
+        if self.tokens is not None:
+            index = at if keep is None else at.where(keep, self.tokens.shape[1] - 1)
+            if lanes is None:
+                self.tokens.scatter_(1, index.expand(len(self.tokens), -1), tokens.expand(len(self.tokens), -1))
+            else:
+                self.tokens[lanes] = torch.full_like(self.tokens[lanes], -1).scatter(1, index, tokens)
 
 
 class _Norm(nn.Module):
@@ -381,7 +387,7 @@ class Network(nn.Module):
             )
             size = cache.rows + before.sum(-1, keepdim=True)
         near: Tensor | None = None
-        if self.config.prefix_neighbour:
+        if cache.tokens is not None:
             places = (targets - 1).clamp(min=0)
             token = cache.tokens.gather(1, places.expand(len(cache.tokens), -1))
             near = self._embed(token.clamp(min=0)) * (token >= 0)[..., None]

@@ -182,7 +182,7 @@ class ARMDHarness(TemplateLM):
         for _names, context, continuation in requests:
             if not 0 < len(continuation) <= longest:
                 raise UserError(f"a continuation has {len(continuation)} tokens: this model takes 1 to {longest}")
-            whole = [*self._without_bos(context), *continuation]
+            whole = [*self._model.without_bos(context), *continuation]
             cut += len(whole) > longest
             texts.append((whole[-longest:], len(continuation)))
         self._report_cut(cut, len(texts))
@@ -230,7 +230,7 @@ class ARMDHarness(TemplateLM):
                     f"max_gen_toks={most} leaves no room for a prompt: this model takes {longest} tokens in all; "
                     f"lower it with --gen_kwargs max_gen_toks=N"
                 )
-            prompt = self._without_bos(self.tok_encode(context))
+            prompt = self._model.without_bos(self.tok_encode(context))
             cut += len(prompt) > longest - most
             row = prompt[-(longest - most) :] + [FREE] * most
             tasks += [(task, stops) for task in self._model.plan([row], decoding, [self._seed + number])]
@@ -267,10 +267,6 @@ class ARMDHarness(TemplateLM):
             if not open_:
                 break
         return texts
-
-    def _without_bos(self, tokens: list[int]) -> list[int]:
-        """Tokens without a BOS at their head, which the model adds itself."""
-        return tokens[1:] if tokens[:1] == [self._model.config.bos_id] else tokens
 
     def _report_cut(self, cut: int, count: int) -> None:
         if cut:

@@ -141,7 +141,7 @@ class Server:
         except UserError as error:
             raise Refused(400, str(error)) from error
         prompt = self.tokenizer.encode_with_special(text)
-        return body.completion(prompt, self.model.config.length - len(self._without_bos(prompt)))
+        return body.completion(prompt, self.model.config.length - len(self.model.without_bos(prompt)))
 
     async def _respond(self, request: Request, read: Callable[[bytes], Completion], form: CompletionForm) -> Response:
         try:
@@ -201,10 +201,6 @@ class Server:
             raise Refused(400, f"prompt: token {min(map(min, filter(None, tokens)))} is not in the vocabulary")
         return tokens
 
-    def _without_bos(self, tokens: list[int]) -> list[int]:
-        """Tokens without a BOS at their head, which the model adds itself."""
-        return tokens[1:] if tokens[:1] == [self.model.config.bos_id] else tokens
-
     def _tasks(self, completion: Completion, prompts: Sequence[list[int]]) -> list[Task]:
         """The tasks of a request, ``n`` for each prompt. Raises ``Refused`` and ``InputError``."""
         decoding = Decoding(
@@ -228,7 +224,7 @@ class Server:
         after = self.tokenizer.encode(completion.suffix) if completion.suffix is not None else []
         count, rows = completion.max_tokens, []
         for prompt in prompts:
-            given = self._without_bos(prompt)
+            given = self.model.without_bos(prompt)
             self._check_size(len(given) + len(after), count)
             rows += [given + [FREE] * count + after] * completion.n
         seed = secrets.randbits(62) if completion.seed is None else completion.seed

@@ -133,8 +133,9 @@ def begin(
 ) -> Path:
     """Write checkpoint 0 from whole weights, in this process, with zero moments; holds one tensor at a time.
 
-    ``shapes``: of the weights by their names; ``read``: a weight by its name. ``state``: facts that the manifest keeps.
-    ``averaged``: also write a moving average, equal to the weights. Nothing stays if ``read`` raises an error.
+    ``shapes``: of the weights by their names; ``read``: a weight by its name, whose missing rows are zeros. ``state``:
+    facts that the manifest keeps. ``averaged``: also write a moving average, equal to the weights. Nothing stays if
+    ``read`` raises an error.
     """
     names = (MASTER, *MOMENTS, *((EMA,) if averaged else ()))
     entries = {
@@ -173,15 +174,11 @@ class _Reader(dcp.DefaultSavePlanner):
         self._last.untyped_storage().resize_(0)  # the writer refers to all tensors until its end
         self._last = torch.zeros(entry.shape)
         state, _, parameter = write_item.index.fqn.partition("/")
-        if state not in MOMENTS:
-            self._last.copy_(self._weight(parameter))
+        if state in MOMENTS:
+            return self._last
+        weight = self._weight(parameter)
+        self._last[: len(weight)] = weight
         return self._last
-
-
-def pad(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A tensor with rows of zeros up to ``shape``: training pads the table of the vocabulary."""
-    missing = shape[0] - len(tensor)
-    return torch.cat([tensor, tensor.new_zeros(missing, *shape[1:])]) if missing else tensor
 
 
 def newest(run: RunDirectory) -> Path | None:

@@ -181,11 +181,7 @@ def to_training(model_dir: Path, config: RunConfig) -> Path:
     shapes = {name: (rows.get(name, len(tensor)), *tensor.shape[1:]) for name, tensor in weights.items()}
     state = {"identity": configs.identity(full), "samples": 0, "losses": []}
     state["tokenizer_sha256"] = tokenizers.digest(tokenizer)
-
-    def read(name: str) -> torch.Tensor:
-        return checkpoint.pad(weights[name], shapes[name])
-
-    return checkpoint.begin(config.run_directory, shapes, read, state, averaged=config.optimizer.ema > 0)
+    return checkpoint.begin(config.run_directory, shapes, weights.__getitem__, state, averaged=config.optimizer.ema > 0)
 
 
 def _training_facts(config: RunConfig, source: Path) -> dict[str, Any]:

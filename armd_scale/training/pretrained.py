@@ -170,7 +170,7 @@ def adopt(model_dir: Path, run_dir: Path, path: Path | None, overrides: list[str
         if name == "prefix.gate":
             assert gates is not None
             return gates
-        return checkpoint.pad(folder.read(pairs[name]), shapes[name])
+        return folder.read(pairs[name])
 
     state = {"identity": configs.identity(config), "samples": 0, "losses": []}
     facts = {

@@ -12,7 +12,7 @@ from armd_scale.errors import UserError
 from armd_scale.run_directory import RunDirectory
 from armd_scale.training import checkpoint, export, manifest
 from tests.conftest import ROOT, run_processes
-from tests.runs import run, start
+from tests.runs import run, start, write_checkpoint
 
 HOLD = """
 import sys, time
@@ -24,14 +24,6 @@ with held(Path(sys.argv[1])):
 """
 
 
-def write(run, step):
-    partial = run.partial_checkpoint(step)
-    partial.mkdir(parents=True)
-    (partial / "data").write_text(str(step))
-    manifest.write(partial, {"step": step})
-    manifest.publish(run, step)
-
-
 def steps(run):
     return [run.step_of(path) for path in run.complete_checkpoints()]
 
@@ -39,13 +31,13 @@ def steps(run):
 def test_it_is_removed_when_its_reader_has_ended(tmp_path):
     run = RunDirectory(tmp_path)
     for step in (1, 2):
-        write(run, step)
+        write_checkpoint(run, step)
     reader = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(run.checkpoint(1))], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     assert reader.stdout.readline() == "held\n"
     for step in (3, 4):
-        write(run, step)
+        write_checkpoint(run, step)
         manifest.retain(run, 2, None)
     assert steps(run) == [1, 3, 4]
     reader.kill()
@@ -65,7 +57,7 @@ def test_removed_nevertheless_it_is_one_line(tmp_path):
                 shutil.rmtree(run.checkpoint(1))
             raise error
 
-    write(run, 1)
+    write_checkpoint(run, 1)
     with pytest.raises(ZeroDivisionError):
         read(ZeroDivisionError, removed=False)
     with pytest.raises(UserError, match=line):
@@ -107,7 +99,7 @@ def _export(rank, count, rendezvous, config, out, removed):
             shutil.rmtree(run.checkpoint(4), ignore_errors=True)
         elif not run.checkpoint(5).exists():
             for step in (5, 6):
-                write(run, step)
+                write_checkpoint(run, step)
             manifest.retain(run, 2, None)
         return read(self, name)
 

@@ -9,7 +9,7 @@ from armd_scale.config import RunConfig
 from armd_scale.errors import UserError
 from armd_scale.run_directory import RunDirectory
 from armd_scale.training import manifest
-from tests.runs import run, start
+from tests.runs import run, start, write_checkpoint
 
 
 def test_damaged_checkpoints_are_named(data, tmp_path):
@@ -46,29 +46,21 @@ def test_damaged_checkpoints_do_not_push_out_good_ones(tmp_path):
     """Steps 300 and 400 are damaged; the run goes on from 200 and writes 250: that one must stay."""
     run = RunDirectory(tmp_path)
     for step in (100, 200, 300, 400):
-        _checkpoint(run, step)
+        write_checkpoint(run, step)
     for step in (300, 400):
         (tmp_path / f"checkpoints/step-{step:08d}/data").write_text("damaged")
     assert manifest.newest_good(run).name == "step-00000200"
-    _checkpoint(run, 250)
+    write_checkpoint(run, 250)
     manifest.retain(run, 2, None)
     assert [path.name for path in run.complete_checkpoints()] == ["step-00000200", "step-00000250"]
     assert manifest.newest_good(run).name == (tmp_path / "checkpoints/latest").read_text().strip() == "step-00000250"
     assert (tmp_path / "checkpoints/step-00000400.damaged/data").read_text() == "damaged"
 
 
-def _checkpoint(run, step):
-    partial = run.partial_checkpoint(step)
-    partial.mkdir(parents=True)
-    (partial / "data").write_text(str(step))
-    manifest.write(partial, {"step": step})
-    manifest.publish(run, step)
-
-
 def test_an_unreadable_manifest_is_passed_over(tmp_path):
     run = RunDirectory(tmp_path)
     for step in (1, 2, 3):
-        _checkpoint(run, step)
+        write_checkpoint(run, step)
     (tmp_path / "checkpoints/step-00000003/manifest.json").write_text("")
     (tmp_path / "checkpoints/step-00000002/manifest.json").write_text('{"files": {"data": 1}}')
     assert manifest.readable(run).name == "step-00000001"
