@@ -472,6 +472,10 @@ class TrainConfig(Section):
     """Number of checkpoints to keep, the newest."""
     keep_every: Positive | None = None
     """Also keep the checkpoints whose step is a multiple of this number; null: keep only the newest."""
+    distill: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of a second loss of runs that begin with ``armd import``: KL(imported model || model) of each token in
+    nats, in steps whose rows go left to right, in groups too. The imported model is read from checkpoint 0, which is
+    kept [D]."""
     spike_nats: Annotated[float, Field(gt=0.0)] | None = 3.0
     """A step is skipped if its loss exceeds the median of the last 64 applied steps by more than this; null: a step is
     skipped only if its loss or gradient is not finite."""

@@ -94,6 +94,18 @@ def groups(length: int, size: int, first: int = 0) -> Layout:
     return Layout(order, (index + (-first) % size) // size + 1)
 
 
+def infill(length: int) -> Layout:
+    """The first and the last third left to right, then the ``middle``; one token per block."""
+    positions = np.arange(1, length + 1)
+    gap = positions[middle(length)]
+    return Layout(np.concatenate([np.setdiff1d(positions, gap), gap]), positions)
+
+
+def middle(length: int) -> slice:
+    """The middle third of a text, as indices from 0."""
+    return slice(length // 3, length - length // 3)
+
+
 def places(layout: Layout) -> np.ndarray:
     """Place of every token in its block, from 0, along the order [N]."""
     index = np.arange(len(layout.order))

@@ -39,12 +39,15 @@ class Rows(NamedTuple):
     """None with one token per block: all masks are then the ordinary causal mask."""
     weights: Tensor | None = None
     """Factors of the NLL of the targets, [B, N] float32; None: all 1."""
+    in_text_order: bool = False
+    """Whether rows are known to go left to right, so that each sees nothing but tokens before its target."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Rows":
         """The rows with ``change`` applied to every tensor."""
         visible = self.visible and Visible(*map(change, self.visible))
         tokens = {name: change(getattr(self, name)) for name in self._fields[:4]}
-        return Rows(**tokens, visible=visible, weights=None if self.weights is None else change(self.weights))
+        weights = None if self.weights is None else change(self.weights)
+        return self._replace(**tokens, visible=visible, weights=weights)
 
     def to(self, device: torch.device | str) -> "Rows":
         """The same rows on ``device``."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from armd_scale.data.tokenizer import Tokenizer
 from armd_scale.errors import UserError
-from armd_scale.evaluation.models import Mapper
-from armd_scale.inference import ARMD, FREE, Decoding
+from armd_scale.evaluation.models import Mapper, Scored
+from armd_scale.inference import FREE, Decoding
 
 _UNIT = 16
 
@@ -58,7 +58,7 @@ def _task(tokenizer: Tokenizer, passage: str, length: int) -> tuple[list[int], l
     return whole[:shared][max(0, shared + len(word_tokens) - length) :], word_tokens
 
 
-def right(model: ARMD, tasks: Sequence[tuple[list[int], list[int]]]) -> int:
+def right(model: Scored, tasks: Sequence[tuple[list[int], list[int]]]) -> int:
     """Number of last words that the model writes."""
     texts = [[*context, *[FREE] * len(word)] for context, word in tasks]
     # Position by position, also for masked diffusion.

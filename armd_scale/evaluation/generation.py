@@ -17,6 +17,7 @@ import torch
 
 from armd_scale import config_syntax
 from armd_scale.errors import UserError
+from armd_scale.evaluation import models
 from armd_scale.evaluation.likelihood import cut, units
 from armd_scale.evaluation.models import open_model
 from armd_scale.inference import ARMD, FREE, Decoding, Frontier
@@ -64,21 +65,19 @@ class HuggingFaceJudge:
     """A causal language model of transformers, such as GPT-2, from a local directory. Puts BOS before each text."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
-        try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-        except ImportError as error:
-            raise UserError("this judge needs transformers: pip install -c constraints.txt -e '.[eval]'") from error
         self.name = folder.name
+        self._model = models.load_transformer(folder, device)
+        from transformers import AutoTokenizer
+
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder))
-            self._model = AutoModelForCausalLM.from_pretrained(str(folder)).eval().to(device)
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder} is not a causal language model: {error}") from error
+            raise UserError(f"{folder} has no tokenizer that transformers reads: {error}") from error
         ends = [self._tokenizer.bos_token_id, self._tokenizer.eos_token_id]
         self._bos = next((token for token in ends if token is not None), None)
         if self._bos is None:
             raise UserError(f"{folder} has neither a BOS nor an EOS token: choose another judge")
-        self._longest = getattr(self._model.config, "max_position_embeddings", 2048) - 1
+        self._longest = models.positions(self._model) - 1
 
     @torch.no_grad()
     def nll(self, texts: Sequence[str]) -> list[tuple[float, int]]:
@@ -98,8 +97,7 @@ def load_judge(path: Path, device: str = "cpu") -> Judge:
     """Load a judge from a run directory, a model directory or a directory of transformers. Raises ``UserError``."""
     if not (path / "config.json").is_file() and not RunDirectory(path).exists():
         raise UserError(f"{path} holds no judge: name a model directory or a run directory")
-    foreign = (path / "config.json").is_file() and not (path / "modeling_armd.py").is_file()
-    return HuggingFaceJudge(path, device) if foreign else OwnJudge(path, device)
+    return HuggingFaceJudge(path, device) if models.is_foreign(path) else OwnJudge(path, device)
 
 
 def find_judge(model: Path) -> Path:

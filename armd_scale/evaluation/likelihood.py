@@ -17,8 +17,7 @@ import torch
 
 from armd_scale import orders
 from armd_scale.errors import UserError
-from armd_scale.evaluation.models import Mapper
-from armd_scale.inference import ARMD
+from armd_scale.evaluation.models import Mapper, Scored
 from armd_scale.orders import Layout
 
 _UNIT = 16
@@ -41,7 +40,7 @@ class Score:
     perplexity: float
     """exp(nll)."""
     bits_per_byte: float
-    """Bits of the whole text over its UTF-8 bytes."""
+    """Bits of the scored text over its UTF-8 bytes."""
     tokens: int
     """Scored tokens."""
 
@@ -54,19 +53,21 @@ class Score:
 
 
 def parse_order(name: str) -> tuple[str, int]:
-    """``left-to-right``, ``bound``, ``shuffled:K`` or ``strided:S`` -> (kind, number); ``UserError`` otherwise."""
+    """The kind of an order and its number: ``left-to-right``, ``infill``, ``bound``, or ``shuffled:K``, ``groups:K``
+    or ``strided:S``. Raises ``UserError`` for other names.
+    """
     kind, _, number = name.partition(":")
-    if name in ("left-to-right", "bound"):
+    if name in ("left-to-right", "infill", "bound"):
         return kind, 0
     if kind in ("shuffled", "strided", "groups") and number.isascii() and number.isdigit() and int(number) >= 1:
         return kind, int(number)
     raise UserError(
-        f"unknown order '{name}': use left-to-right, shuffled:K, groups:K or strided:S, with K and S at least 1, or "
-        "bound for objectives without an exact likelihood"
+        f"unknown order '{name}': use left-to-right, shuffled:K, groups:K or strided:S, with K and S at least 1, "
+        "infill, or bound for objectives without an exact likelihood"
     )
 
 
-def default_orders(model: ARMD, shuffles: int = 8, streams: int = 4) -> list[str]:
+def default_orders(model: Scored, shuffles: int = 8, streams: int = 4) -> list[str]:
     """Orders under which the likelihood of a model is reported."""
     return model.objective.orders(shuffles, streams)
 
@@ -78,7 +79,14 @@ def layout(name: str, length: int, chunk: int, draw: int = 0) -> Layout:
         return orders.shuffled(length, min(number, length), draw, chunk)
     if kind == "groups":
         return orders.groups(length, number)
+    if kind == "infill":
+        return orders.infill(length)
     return orders.strided(length, number) if kind == "strided" else orders.left_to_right(length)
+
+
+def scored(name: str, length: int) -> slice:
+    """The tokens of a chunk that count: all, or the middle third that ``infill`` writes last."""
+    return orders.middle(length) if name == "infill" else slice(0, length)
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,7 @@ def units(chunks: Sequence[np.ndarray]) -> list[Unit]:
     return out
 
 
-def score_unit(model: ARMD, unit: Unit, order: str, repeats: int) -> Totals:
+def score_unit(model: Scored, unit: Unit, order: str, repeats: int) -> Totals:
     """Score a unit. Deterministic orders have a single draw."""
     tokens, numbers = torch.from_numpy(unit.tokens), range(unit.first, unit.first + len(unit.tokens))
     kind = parse_order(order)[0]
@@ -118,7 +126,8 @@ def score_unit(model: ARMD, unit: Unit, order: str, repeats: int) -> Totals:
     for draw in range(repeats if kind == "shuffled" else 1):
         layouts = [layout(order, tokens.shape[1], number, draw) for number in numbers]
         order_BN, blocks_BN = (torch.from_numpy(np.stack(field)) for field in zip(*layouts, strict=True))
-        totals.append(model.nll(tokens, order_BN, blocks_BN).double().sum(1).tolist())
+        nll = model.nll(tokens, order_BN, blocks_BN)[:, scored(order, tokens.shape[1])]
+        totals.append(nll.double().sum(1).tolist())
     return totals
 
 
@@ -143,7 +152,8 @@ def score(mapper: Mapper, chunks: Sequence[np.ndarray], order: str, text_bytes: 
     ``mapper``: runs the jobs (``models.alone``, ``models.workers``).
     """
     jobs = [(unit, order, repeats) for unit in units(chunks)]
-    return combine(order, mapper(score_unit, jobs), sum(map(len, chunks)), text_bytes)
+    whole, counted = sum(map(len, chunks)), sum(len(chunk[scored(order, len(chunk))]) for chunk in chunks)
+    return combine(order, mapper(score_unit, jobs), counted, text_bytes * counted / max(1, whole))
 
 
 def cut(tokens: Sequence[int] | np.ndarray, length: int) -> list[np.ndarray]:

@@ -8,6 +8,7 @@ Single-stream objectives embed the context rows only. A causal objective predict
 row (the shift query); a bidirectional objective predicts the token that the row masks.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from armd_scale.config import ModelConfig
+from armd_scale.model import distillation
 from armd_scale.model.layers import (
     Layer,
     Linears,
@@ -106,14 +108,15 @@ class Stage(nn.Module):
         """Set the activations received from the previous stage; called by Megatron's schedules."""
         self._received = received[0] if isinstance(received, list) else received
 
-    def forward(self, rows: Rows) -> Tensor:
+    def forward(self, rows: Rows, teacher: "Stage | None" = None) -> Tensor:
         """NLL of the targets in nats, [B, N] float32 in generation order, times ``rows.weights``.
 
-        Stages before the last return their activations.
+        ``teacher``: a whole left-to-right network, for rows in text order; the result is then [2, B, N], NLL and
+        KL(teacher || network) in nats. Stages before the last return their activations.
         """
         h = self.hidden(rows)
         if self.is_last:
-            nll = self.nll(h, rows.target_tokens)
+            nll = self.nll(h, rows.target_tokens) if teacher is None else self._taught(h, rows, teacher)
             return nll if rows.weights is None else nll * rows.weights
         missing = self.model_config.streams * len(rows.target_tokens) - h.shape[1]
         if self.config.pipeline_model_parallel_size > 1 and missing:
@@ -174,16 +177,35 @@ class Stage(nn.Module):
 
     def nll(self, h: Tensor, target_tokens_BN: Tensor) -> Tensor:
         """-log p of the targets in nats, [B, N], from activations [N, B, d]."""
-        size = self.head_batch or len(target_tokens_BN)
-        if size >= len(target_tokens_BN):
-            return self._nll(h, target_tokens_BN)
-        parts = zip(h.split(size, dim=1), target_tokens_BN.split(size), strict=True)
-        return torch.cat([self._nll_of_part(part.contiguous(), targets) for part, targets in parts])
+        return self._in_parts(self._nll, h, target_tokens_BN)
 
-    def _nll_of_part(self, h: Tensor, targets_BN: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return self._nll(h, targets_BN)
-        return checkpoint(self._nll, h, targets_BN, use_reentrant=False, preserve_rng_state=False)
+    def _in_parts(self, score: Callable[..., Tensor], h: Tensor, targets_BN: Tensor, *more: Tensor) -> Tensor:
+        """``score`` of activations [N, B, d] and targets, with the logits of ``head_batch`` texts at a time."""
+        size = self.head_batch or len(targets_BN)
+        if size >= len(targets_BN):
+            return score(h, targets_BN, *more)
+        parts = zip(targets_BN.split(size), *(tensor.split(size, dim=1) for tensor in (h, *more)), strict=True)
+        scores = []
+        for targets, *activations in parts:
+            first, *rest = (tensor.contiguous() for tensor in activations)
+            if torch.is_grad_enabled():
+                kept = {"use_reentrant": False, "preserve_rng_state": False}
+                scores.append(checkpoint(score, first, targets, *rest, **kept))
+            else:
+                scores.append(score(first, targets, *rest))
+        return torch.cat(scores, dim=-2)
+
+    def _taught(self, h: Tensor, rows: Rows, teacher: "Stage") -> Tensor:
+        """NLL of the targets and divergence from ``teacher``, [2, B, N]."""
+
+        def score(h: Tensor, targets_BN: Tensor, taught: Tensor) -> Tensor:
+            with torch.no_grad():
+                known = teacher.logits(taught)
+            return distillation.scores(self.logits(h), targets_BN.t(), known).transpose(1, 2)
+
+        with torch.no_grad():
+            taught = teacher.hidden(rows)
+        return self._in_parts(score, h, rows.target_tokens, taught)
 
     def _nll(self, h: Tensor, target_tokens_BN: Tensor) -> Tensor:
         if self.config.tensor_model_parallel_size == 1 and on_cuda(h):
@@ -207,3 +229,8 @@ def streams_of(config: ModelConfig, index: int) -> tuple[int, int]:
     if index >= config.two_stream:
         return 1, 1
     return (2, 1) if index == config.two_stream - 1 else (2, 2)
+
+
+def left_to_right(config: ModelConfig) -> ModelConfig:
+    """The network with one causal stream and the same layers."""
+    return config.model_copy(update={"objective": "ar"})

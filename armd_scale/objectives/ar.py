@@ -45,7 +45,8 @@ class ArTraining(Training):
 def left_to_right_rows(model: "ModelConfig", tokens_BN: np.ndarray) -> Rows:
     """Rows of texts [B, N] left to right, one token a block."""
     assert model.bos_id is not None
-    return arrange(tokens_BN, orders.left_to_right(tokens_BN.shape[1]), model.bos_id)
+    rows = arrange(tokens_BN, orders.left_to_right(tokens_BN.shape[1]), model.bos_id)
+    return rows._replace(in_text_order=True)
 
 
 TRAINING = ArTraining()

@@ -54,6 +54,8 @@ class ArmdTraining(Training):
     def rows(self, config: "RunConfig", tokens_BN: np.ndarray, step: int, slots: Sequence[int]) -> Rows:
         layouts = [self.layout(step, slot, config) for slot in slots]
         rows = _ordered(config.model, tokens_BN, layouts)
+        in_text_order = self.streams(step, config) == 1 and self.shuffled_tokens(step, config) < 2
+        rows = rows._replace(in_text_order=in_text_order)
         decay = config.orders.group_decay
         if decay is None or self.phase(step, config) != "groups":
             return rows

@@ -20,11 +20,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from armd_scale.config import RunConfig
 from armd_scale.model.flops import stage_edges
 from armd_scale.model.layers import Attention
-from armd_scale.model.network import Stage
+from armd_scale.model.network import Stage, left_to_right
 from armd_scale.parallel import zero
 from armd_scale.parallel.groups import transformer_config
 from armd_scale.parallel.sharding import initialise, is_partial
@@ -43,6 +44,8 @@ class Step(NamedTuple):
     """Whether the weights were updated."""
     grad_norm: float
     """Global gradient norm before clipping; can be infinite or NaN if the step was skipped."""
+    divergence: float
+    """Mean KL(teacher || model) per token in nats; 0 without a teacher."""
 
 
 class Pending:
@@ -60,8 +63,8 @@ class Pending:
         """Wait for the step and return its outcome."""
         if self._done:
             self._done.synchronize()
-        loss, flags, applied, norm = self._values.tolist()
-        return Step(loss, int(flags), bool(applied), norm)
+        loss, flags, applied, norm, divergence = self._values.tolist()
+        return Step(loss, int(flags), bool(applied), norm, divergence)
 
 
 class Engine:
@@ -80,6 +83,7 @@ class Engine:
         initialise(self.stages, config.seed)
         self.stages.to(device)
         self.zero = zero.build(config, self.stages)
+        self.teacher = self._build_teacher() if config.train.distill else None
         self._spans: deque[tuple[Any, Any]] = deque(maxlen=1000)  # begin and end of the passes of a step
         self._schedule = get_forward_backward_func()
         self._uploads = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -105,6 +109,14 @@ class Engine:
                 stage.embedding.weight.pipeline_copy = True
             stages.append(stage)
         return stages
+
+    def _build_teacher(self) -> Stage | None:
+        """The whole imported model, left to right, on the ranks of the last stage; its weights are not set yet."""
+        if not any(stage.is_last for stage in self.stages):
+            return None
+        parallel = transformer_config(self.config.model, self.config.parallel, getattr(torch, self.config.train.dtype))
+        teacher = Stage(left_to_right(self.config.model), parallel)
+        return teacher.requires_grad_(False).to(self.device)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters under their global names."""
@@ -174,27 +186,34 @@ class Engine:
         self.stages.train()
         with self.zero.accumulate():
             started = self._now()
-            # The schedule divides the loss in place, so the logged loss is a copy.
-            results = self._run(
-                micro_batches, lambda nll: (nll.mean(), nll.detach().mean().clone()), forward_only=False
-            )
+            results = self._run(micro_batches, self._loss, forward_only=False)
             self._spans.append((started, self._now()))
             self._sum_partial_gradients()
             self._sum_tied_gradients()
-        loss, flags, norm = self._agree(results, flag)
+        loss, divergence, flags, norm = self._agree(results, flag)
         accepted, norm = self.zero.update(loss.isfinite() & (loss <= limit), norm)
-        return Pending(torch.stack([loss, flags, accepted.double(), norm]))
+        return Pending(torch.stack([loss, flags, accepted.double(), norm, divergence]))
 
-    def _agree(self, losses: list[Tensor], flag: int) -> Tensor:
-        """Mean loss of the micro-batches over all ranks, sum of the flags, and gradient norm, in an all-reduce."""
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        if losses:
-            sums[0] = torch.stack(losses).mean()
-        sums[1].fill_(flag)
-        sums[2] = self.zero.squares()
+    def _loss(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a micro-batch, and its mean NLL and divergence from the teacher for the log."""
+        means = scores.mean(dim=(-2, -1)).view(-1)
+        loss = means[0] + self.config.train.distill * means[1] if len(means) == 2 else means[0]
+        # The schedule divides the loss in place, so what is logged is a copy.
+        return loss, F.pad(means.detach(), (0, 2 - len(means))).clone()
+
+    def _agree(self, results: list[Tensor], flag: int) -> Tensor:
+        """Mean NLL and divergence of the micro-batches over all ranks, sum of the flags, and gradient norm, in an
+        all-reduce.
+        """
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        if results:
+            sums[:2] = torch.stack(results).mean(dim=0)
+        sums[2].fill_(flag)
+        sums[3] = self.zero.squares()
         dist.all_reduce(sums)
-        sums[0] /= parallel_state.get_data_parallel_world_size() * parallel_state.get_tensor_model_parallel_world_size()
-        sums[2].sqrt_()
+        copies = parallel_state.get_data_parallel_world_size() * parallel_state.get_tensor_model_parallel_world_size()
+        sums[:2] /= copies
+        sums[3].sqrt_()
         return sums
 
     def evaluate(self, micro_batches: Sequence[Rows]) -> tuple[float, int]:
@@ -252,8 +271,10 @@ class Engine:
         self.zero.write_states(self.named_parameters(), read, steps)
 
     def _run(self, micro_batches: Sequence[Rows], loss: Callable, forward_only: bool) -> list[Tensor]:
-        def forward_step(batches: Iterator[Rows], stage: nn.Module) -> tuple[Tensor, Callable]:
-            return stage(next(batches).to(self.device)), loss
+        def forward_step(batches: Iterator[Rows], stage: Stage) -> tuple[Tensor, Callable]:
+            rows = next(batches).to(self.device)
+            taught = rows.in_text_order and not forward_only
+            return stage(rows, self.teacher if taught else None), loss
 
         return self._schedule(
             forward_step_func=forward_step,

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import flop_registry
 
 from armd_scale.config import RunConfig
 from armd_scale.model import prefix
-from armd_scale.model.network import Stage, streams_of
+from armd_scale.model.network import Stage, left_to_right, streams_of
 from armd_scale.model.regions import Region, intercepted
 from armd_scale.parallel import megatron_cpu
 from armd_scale.parallel.groups import transformer_config
@@ -134,7 +134,7 @@ class Meter:
         shape = config.model.model_copy(update={"layers": before + length + after, "two_stream_layers": two_stream})
         parallel = config.parallel
         layout = parallel.tensor, parallel.sequence, parallel.recompute, parallel.pipeline > 1
-        train = config.train.dtype, config.train.micro_batch, config.train.head_batch
+        train = config.train.dtype, config.train.micro_batch, config.train.head_batch, config.train.distill > 0
         key = repr((shape, layout, train, has_first, has_last))
         if key not in self._known:
             small = config.model_copy(update={"model": shape})
@@ -182,6 +182,10 @@ def measure_stage(config: RunConfig, first: int, last: int, gpu: GPU) -> StageCo
             )
             for param in stage.parameters():
                 param.grad = torch.empty_like(param)
+            teacher = None
+            if config.train.distill and stage.is_last:  # of one layer: ``Planner`` adds the others
+                single = left_to_right(model).model_copy(update={"layers": 1})
+                teacher = Stage(single, transformer_config(single, config.parallel, dtype)).requires_grad_(False)
             index = torch.zeros(batch, length, dtype=torch.int64)
             rows = Rows(index, index, index, index, visible=None)
             if not stage.is_first:
@@ -195,7 +199,7 @@ def measure_stage(config: RunConfig, first: int, last: int, gpu: GPU) -> StageCo
                 if not stage.is_first:
                     received = torch.empty(rank_rows, streams * batch, model.hidden, dtype=dtype, requires_grad=True)
                     stage.set_input_tensor(received)
-                out = stage(rows)
+                out = stage(rows, teacher)
                 loss = out.mean() if stage.is_last else out
             kept, sent = watch.alive, 0 if stage.is_last else out.nbytes
             forward = watch.turn()

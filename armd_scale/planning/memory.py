@@ -32,8 +32,11 @@ class Memory:
         return sum(asdict(self).values())
 
 
-def rank_memory(config: RunConfig, rank: int, stages: list[StageCost]) -> Memory:
-    """The largest moment of a pipeline rank: in the passes, in the reduction, or in the update."""
+def rank_memory(config: RunConfig, rank: int, stages: list[StageCost], frozen: float = 0.0) -> Memory:
+    """The largest moment of a pipeline rank: in the passes, in the reduction, or in the update.
+
+    ``frozen``: number of weights that are not trained.
+    """
     zero, ranks = config.parallel.zero, config.data_parallel
     low = config.train.dtype == "bfloat16"
     states = sum(stage.parameters for stage in stages)
@@ -61,6 +64,7 @@ def rank_memory(config: RunConfig, rank: int, stages: list[StageCost]) -> Memory
     filling = 4 * bucket if zero == 1 and not low else 0  # the bucket exists from the first gradient on
     # Input of the optimiser beside its states: the flattened gradients of its shard.
     update = {0: grads, 1: 0 if low else 8 * shard, 2: (4 if low else 8) * shard, 3: 4 * shard}[zero]
+    weights += width * frozen
     activations = _in_flight(config, rank, stages)
     moments = [
         # With ZeRO-3 the gradients of a layer replace its gathered weights.

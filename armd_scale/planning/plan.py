@@ -6,13 +6,14 @@ passes from the pipeline schedule. Times are estimates with the assumptions of `
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from armd_scale.config import RunConfig, with_vocabulary
 from armd_scale.model.flops import stage_edges, training_flops_per_token
+from armd_scale.model.network import left_to_right
 from armd_scale.planning.hardware import COMMUNICATION, GPU, MEMORY, RESERVED
 from armd_scale.planning.measure import Meter, Pass, StageCost, add_up
 from armd_scale.planning.memory import Memory, rank_memory
@@ -79,6 +80,9 @@ class Planner:
         parallel, model = config.parallel, config.model
         edges = stage_edges(config)
         stages = self._meter.stages(config, edges)
+        frozen = 0.0  # weights of the imported model
+        if config.train.distill:
+            stages[-1], frozen = self._taught(config, stages[-1])
         times = [(self._pass(config, stage.forward), self._pass(config, stage.backward)) for stage in stages]
         ranks = [stages[rank :: parallel.pipeline] for rank in range(parallel.pipeline)]
         states = max(sum(stage.parameters for stage in rank) for rank in ranks)
@@ -98,7 +102,10 @@ class Planner:
             flops_per_token=training_flops_per_token(model),
             edges=edges,
             costs=[sum(pair) / sum(map(sum, times)) for pair in times],
-            memory=[rank_memory(config, rank, stages) for rank, stages in enumerate(ranks)],
+            memory=[
+                rank_memory(config, rank, stages, frozen if rank == parallel.pipeline - 1 else 0.0)
+                for rank, stages in enumerate(ranks)
+            ],
             bubble=bubble(spans),
             traffic=traffic,
             work=max(sums, key=lambda work: work.seconds),
@@ -108,6 +115,21 @@ class Planner:
                 "optimiser": _updated(config, states, share) / (self.gpu.bandwidth * MEMORY),
             },
         )
+
+    def _taught(self, config: RunConfig, last: StageCost) -> tuple[StageCost, float]:
+        """The last stage with a pass of the imported model, which was measured with one layer, and its weights."""
+        alone = {
+            "parallel": config.parallel.model_copy(update={"pipeline": 1, "chunks": 1}),
+            "train": config.train.model_copy(update={"distill": 0.0}),
+        }
+        costs = []
+        for layers in (config.model.layers, 1):
+            model = left_to_right(config.model).model_copy(update={"layers": layers})
+            costs += self._meter.stages(config.model_copy(update={"model": model, **alone}), [0, layers])
+        whole, single = costs
+        more = {name: value - getattr(single.forward, name) for name, value in vars(whole.forward).items()}
+        forward = add_up([last.forward, Pass(**{**more, "peak": 0.0})])
+        return replace(last, forward=forward), whole.parameters
 
     def _pass(self, config: RunConfig, work: Pass) -> float:
         return work.seconds + self._link(config, work.sent, config.parallel.tensor, 1)

@@ -23,11 +23,12 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from armd_scale.config import TrainConfig
 from armd_scale.errors import UserError
 from armd_scale.logs import CHECKPOINT as log
 from armd_scale.parallel.engine import Engine
 from armd_scale.parallel.optimizer import EMA, MASTER, MOMENTS
-from armd_scale.parallel.sharding import is_pipeline_copy, partition_dim
+from armd_scale.parallel.sharding import is_pipeline_copy, local_part, partition_dim
 from armd_scale.parallel.zero import local_shape
 from armd_scale.run_directory import RunDirectory
 from armd_scale.training import manifest
@@ -36,9 +37,8 @@ from armd_scale.training import manifest
 class Checkpointer:
     """Writes checkpoints in a thread beside the training, at most one checkpoint at a time."""
 
-    def __init__(self, engine: Engine, run: RunDirectory, keep: int, keep_every: int | None) -> None:
-        self.engine, self.run = engine, run
-        self._keep, self._keep_every = keep, keep_every
+    def __init__(self, engine: Engine, run: RunDirectory, train: TrainConfig) -> None:
+        self.engine, self.run, self._train = engine, run, train
         self._mesh = _mesh(engine)
         # A separate group keeps the messages of the writer apart from those of the training.
         self._group = dist.new_group(backend="gloo")
@@ -105,7 +105,8 @@ class Checkpointer:
         def end() -> None:
             manifest.write(partial, facts)
             manifest.publish(self.run, facts["step"])
-            manifest.retain(self.run, self._keep, self._keep_every)
+            keep = self._train.keep_checkpoints, self._train.keep_every
+            manifest.retain(self.run, *keep, first=self._train.distill > 0)
 
         self._on_rank_0(begin)
         dcp.save(tensors, checkpoint_id=partial, process_group=self._group)
@@ -221,6 +222,24 @@ def load(engine: Engine, checkpoint: Path) -> dict[str, Any]:
 
     engine.write_state(read, facts["updates"])
     return facts
+
+
+@torch.no_grad()
+def load_teacher(engine: Engine, run: RunDirectory) -> None:
+    """Set the teacher's weights to those of checkpoint 0, the imported model.
+
+    Raises ``UserError`` on all ranks if the run did not begin with an imported model or no longer has it.
+    """
+    source = run.checkpoint(0)
+    if not run.origin() or not run.manifest_path(source).is_file():
+        raise UserError(
+            f"train.distill needs the imported model, but {run.path} has no checkpoint 0 of one: begin the run with "
+            "armd import, or set train.distill=0"
+        )
+    if engine.teacher:
+        weights = Weights(source, averaged=False)
+        for name, param in engine.teacher.named_parameters():
+            param.copy_(local_part(weights.read(name), param))
 
 
 class Weights:

@@ -91,11 +91,12 @@ class _Trainer:
         self.step = 0
         self.updates = 0  # applied steps
         self.grad_norm = math.nan  # of the last step whose result was read
+        self.divergences: list[float] = []  # of applied steps with a teacher since the last record
         self.skipped: list[int] = []  # the latest consecutive skipped steps
         log.info(_layout(config))
-        self.checkpointer = checkpoint.Checkpointer(
-            self.engine, config.run_directory, config.train.keep_checkpoints, config.train.keep_every
-        )
+        self.checkpointer = checkpoint.Checkpointer(self.engine, config.run_directory, config.train)
+        if config.train.distill:
+            checkpoint.load_teacher(self.engine, config.run_directory)
         self._resume(checkpoint.newest(self.config.run_directory))
         self.telemetry = Telemetry(config, active=rank == 0, first_step=self.step)
         first_of_stage = parallel_state.get_tensor_model_parallel_rank() == self.engine.data_rank == 0
@@ -216,6 +217,8 @@ class _Trainer:
         if result.applied:
             self.updates += 1
             self.losses.append(result.loss)
+            if result.divergence:
+                self.divergences.append(result.divergence)
             self.spikes.applied(step, result.loss)
             self.skipped = []
             return result.flags
@@ -318,6 +321,9 @@ class _Trainer:
             "seconds_per_step": seconds,
             "tokens_per_second": config.train.global_batch * config.model.length / seconds,
         }
+        if self.divergences:
+            record["divergence"] = sum(self.divergences) / len(self.divergences)
+            self.divergences = []
         if slow:
             record["slow_ranks"] = slow
             if self.rank == 0:

@@ -52,8 +52,9 @@ def _remove_from_list(checkpoint: Path) -> Path:
     return removed
 
 
-def retain(run: RunDirectory, last: int, every: int | None) -> None:
-    """Remove all but the ``last`` newest checkpoints and those whose step is a multiple of ``every``.
+def retain(run: RunDirectory, last: int, every: int | None, first: bool = False) -> None:
+    """Remove all but the ``last`` newest checkpoints, those whose step is a multiple of ``every``, and with ``first``
+    checkpoint 0.
 
     A checkpoint that another process reads (``held``) is removed later.
 
@@ -68,7 +69,9 @@ def retain(run: RunDirectory, last: int, every: int | None) -> None:
             shutil.rmtree(damaged, ignore_errors=True)
             os.replace(checkpoint, damaged)
     for old in run.complete_checkpoints()[:-last]:
-        if (not every or run.step_of(old) % every) and not is_in_use(run.manifest_path(old)):
+        step = run.step_of(old)
+        kept = (every and step % every == 0) or (first and step == 0)
+        if not kept and not is_in_use(run.manifest_path(old)):
             _remove_from_list(old)
     for removed in run.removed_checkpoints():
         shutil.rmtree(removed)

@@ -3,8 +3,9 @@
     armd eval zeroshot MODEL --suite zeroshot --data DIR [--json OUT.json]
     armd eval zeroshot MODEL --text FILE... [--order left-to-right strided:4]
 
-MODEL is a model directory, a run directory (its newest checkpoint, of any layout), or a checkpoint of a run. The texts
-of the suite are files in DIR (docs/howto/evaluation.md lists them), or come from a hub with --data hub.
+MODEL is a model directory, a run directory (its newest checkpoint, of any layout), a checkpoint of a run, or a
+directory of transformers, which is scored left to right. The texts of the suite are files in DIR
+(docs/howto/evaluation.md lists them), or come from a hub with --data hub.
 """
 
 import argparse
@@ -44,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--order",
         nargs="+",
-        help="left-to-right (exact), shuffled:K, groups:K, strided:S, or bound (masked diffusion); "
-        "default: those of the model's objective, the first one for --text",
+        help="left-to-right (exact), shuffled:K, groups:K, strided:S, infill (the middle third of a chunk given the "
+        "rest), or bound (masked diffusion); default: those of the model's objective, the first one for --text",
     )
     parser.add_argument("--repeats", type=int, default=2, help="random orders or noise per chunk (default 2)")
     parser.add_argument("--no-detokenise", action="store_true", help="do not detokenise the texts of the suite")
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from armd_scale.evaluation import accuracy, likelihood, suites
-    from armd_scale.evaluation.models import alone, open_model, resolve, workers
+    from armd_scale.evaluation.models import alone, open_scored, resolve, workers
     from armd_scale.files import check_writable, write_atomically
 
     for order in args.order or []:
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
         print(line, file=screen, flush=True)
 
     source = resolve(args.model)  # resolved once, as a running job may write newer checkpoints
-    model, tokenizer = open_model(source, args.device)
+    model, tokenizer = open_scored(source, args.device)
     length = model.config.length if args.length is None else args.length
     least = 3 if args.blocks == "mdlm" else 2
     if not least <= length <= model.config.length:

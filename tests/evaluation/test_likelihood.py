@@ -42,6 +42,19 @@ def test_score_is_the_sum_over_all_chunks(order, tokens):
     assert score.bits_per_byte == pytest.approx(total / np.log(2) / 100)
 
 
+@pytest.mark.parametrize("length", [2, 3, 16])
+def test_infilling_counts_the_middle_third(length):
+    model = standalone(MODELS["paper"])
+    text = np.random.default_rng(0).integers(0, 50, length)
+    score = likelihood.score(alone(model), [text], "infill", 7 * length)
+    gap = list(range(1 + length // 3, 1 + length - length // 3))
+    given = [place for place in range(1, length + 1) if place not in gap]
+    nll = float(model.conditional_nll(text.tolist(), gap, given).sum())
+    assert score.tokens == len(gap)
+    assert score.nll == pytest.approx(nll / len(gap), rel=1e-5)
+    assert score.bits_per_byte == pytest.approx(nll / len(gap) / np.log(2) / 7, rel=1e-5)
+
+
 def test_orders_differ():
     model = standalone(MODELS["paper"])
     chunks = likelihood.cut(np.arange(48) % 50, 16)

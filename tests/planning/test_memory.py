@@ -20,7 +20,7 @@ STATES = {"length": 64, "hidden": 256, "micro_batch": 1, "global_batch": 8}
 """Most of the memory is the optimiser's."""
 
 
-def config(shape, processes=1, dtype="float32", model=None, **parallel):
+def config(shape, processes=1, dtype="float32", model=None, distill=0.0, **parallel):
     return RunConfig.model_validate(
         {
             "model": {
@@ -30,6 +30,7 @@ def config(shape, processes=1, dtype="float32", model=None, **parallel):
             "orders": {"ar_steps": 10, "permutation_steps": 10, "rho": 8},
             "train": {
                 "steps": 10, "global_batch": shape["global_batch"], "micro_batch": shape["micro_batch"], "dtype": dtype,
+                "distill": distill,
             },
             "parallel": parallel,
             "cluster": {"tasks_per_node": processes},
@@ -51,6 +52,7 @@ def steps(rank, count, rendezvous, run, watch):
         engine = Engine(run, device)
         for _ in range(3):
             rows = [arrange(tokens, orders.left_to_right(length), 1) for _ in range(run.micro_batches)]
+            rows = [one._replace(in_text_order=True) for one in rows]
             engine.train_step(rows, 1e-3)
     groups.stop()
     return seen
@@ -89,13 +91,15 @@ LAYOUTS = {
         "processes": 4, "pipeline": 2, "tensor": 2, "sequence": True, "dtype": "bfloat16", "model": MODERN,
     },
     "pipeline 4": {"processes": 4, "pipeline": 4},
+    "teacher": {"distill": 0.5},
+    "teacher, pipeline 2, tensor 2": {"processes": 4, "pipeline": 2, "tensor": 2, "distill": 0.5},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", [ACTIVATIONS, STATES], ids=["activations", "states"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_planned_memory_is_what_a_run_allocates(layout, shape, request):
-    if shape is STATES and layout not in ("one", "zero 2, bf16", "zero 3") and not request.config.getoption("--parity"):
+    if shape is STATES and layout not in ("one", "zero 2, bf16", "zero 3", "teacher") and not request.config.getoption("--parity"):
         pytest.skip("part of the whole matrix: make parity")
     run = config(shape, **LAYOUTS[layout])
     real = run_processes(run.cluster.processes, _live, run)

@@ -90,7 +90,7 @@ def _pass_on(rank, processes, rendezvous, config, source):
     groups.start(config.parallel, rank=rank, processes=processes, rendezvous=rendezvous, device=device)
     engine = Engine(config, device)
     facts = checkpoint.load(engine, source)
-    writer = checkpoint.Checkpointer(engine, config.run_directory, keep=1, keep_every=None)
+    writer = checkpoint.Checkpointer(engine, config.run_directory, config.train)
     writer.save(facts["step"], facts["updates"], facts["state"])
     writer.close()
     groups.stop()

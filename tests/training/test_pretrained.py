@@ -274,14 +274,16 @@ LAYOUTS = {
 
 
 def test_every_layout_trains_an_imported_model_alike(tmp_path):
-    """The first loss is that of transformers; later losses and weights are those of one process."""
+    """The first loss is that of transformers; later losses, divergences from the imported model and weights are those
+    of one process.
+    """
     model = make(tmp_path / "theirs", "Qwen3ForCausalLM", "yarn", head_dim=12, rms_norm_eps=1e-3)
     (tmp_path / "a.txt").write_text("\n".join(f"{n} {runs.PANGRAMS}" for n in range(60)))
     settings = {
         "data.text": [f"{tmp_path}/a.txt"], "data.directory": f"{tmp_path}/data", "data.heldout_fraction": 0.2,
-        "orders.ar_steps": 1, "orders.permutation_steps": 2, "orders.rho": 8, "orders.strided_steps": 1,
-        "train.steps": 2, "train.global_batch": 4, "train.micro_batch": 2, "train.dtype": "float32",
-        "train.log_every": 1, "train.eval_samples": 4, "optimizer.warmup_steps": 0, "optimizer.lr": 1e-3,
+        "orders.ar_steps": 2, "orders.permutation_steps": 3, "orders.rho": 8, "orders.strided_steps": 1,
+        "train.steps": 3, "train.distill": 0.5, "train.global_batch": 4, "train.micro_batch": 2, "train.log_every": 1,
+        "train.dtype": "float32", "train.eval_samples": 4, "optimizer.warmup_steps": 0, "optimizer.lr": 1e-3,
         "optimizer.eps": 1e-3, "report.wandb": "disabled",
     }  # fmt: skip
     given = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
@@ -296,7 +298,9 @@ def test_every_layout_trains_an_imported_model_alike(tmp_path):
         logits = model(torch.cat([torch.full((4, 1), first.model.bos_id), tokens[:, :-1]], dim=1)).logits
     expected = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()))
     assert records[0]["loss"] == pytest.approx(expected, abs=1e-4)
-    final = runs.tensors(first.run_directory.checkpoint(3), raw=False)
+    assert "divergence" not in records[0]  # 0: the model is the teacher
+    assert records[1]["divergence"] > 1e-4
+    final = runs.tensors(first.run_directory.checkpoint(4), raw=False)
     for number, (name, (processes, parallel)) in enumerate(LAYOUTS.items()):
         place = tmp_path / str(number)
         layout = [f"parallel.{field}={json.dumps(value)}" for field, value in parallel.items()]
@@ -304,7 +308,8 @@ def test_every_layout_trains_an_imported_model_alike(tmp_path):
         for found, known in zip(runs.start(config), first.run_directory.metrics(), strict=True):
             if "loss" in known:
                 assert found["loss"] == pytest.approx(known["loss"], rel=1e-4), name
-        found = runs.tensors(config.run_directory.checkpoint(3), raw=False)
+                assert found.get("divergence", 0) == pytest.approx(known.get("divergence", 0), rel=1e-3, abs=1e-9)
+        found = runs.tensors(config.run_directory.checkpoint(4), raw=False)
         assert found.keys() == final.keys()
         for key, tensor in final.items():
             torch.testing.assert_close(found[key], tensor, atol=2e-5, rtol=1e-3, msg=f"{name}: {key}")
@@ -340,3 +345,31 @@ def test_biases_and_rotation_count(tmp_path, monkeypatch, broken):
         expected = model(torch.tensor([[ours.config.bos_id, *TOKENS[:-1]]])).logits[0]
         difference = float((logits_left_to_right(ours, TOKENS) - expected).abs().max())
     assert difference > 1e-2 if broken else difference < 1e-4
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_the_teacher_stays(tmp_path, weight):
+    """Checkpoint 0 is kept while it teaches, and the second job reads it again."""
+    make(tmp_path / "theirs")
+    (tmp_path / "a.txt").write_text("\n".join(f"{n} {runs.PANGRAMS}" for n in range(60)))
+    settings = {
+        "data.text": [f"{tmp_path}/a.txt"], "data.heldout_fraction": 0.2, "objective": "ar", "train.steps": 2,
+        "train.distill": weight, "train.checkpoint_every": 1, "train.keep_checkpoints": 1, "train.global_batch": 2,
+        "train.micro_batch": 2, "train.dtype": "float32", "train.log_every": 1, "train.head_batch": 1,
+        "train.eval_samples": 2, "optimizer.warmup_steps": 0, "report.wandb": "disabled",
+    }  # fmt: skip
+    config, _ = adopt(tmp_path / "theirs", tmp_path / "run", *(f"{k}={json.dumps(v)}" for k, v in settings.items()))
+    prepare.prepare(config)
+    runs.start(config)
+    names = [path.name for path in config.run_directory.complete_checkpoints()]
+    assert names == (["step-00000000"] if weight else []) + ["step-00000002"]
+    more = config.model_copy(update={"train": config.train.model_copy(update={"steps": 3})})
+    records = [record for record in runs.start(more) if "loss" in record]
+    assert [("divergence" in record) for record in records] == [False, weight > 0, weight > 0]
+    if weight:
+        config.run_directory.origin_path.unlink()
+        with pytest.raises(
+            torch.multiprocessing.ProcessRaisedException,
+            match="has no checkpoint 0 of one: begin the run with armd import",
+        ):
+            runs.start(more)

@@ -1,0 +1,62 @@
+"""Models of transformers are scored by the protocol of the project's own models."""
+
+import json
+
+import pytest
+
+from armd_scale import inference
+from armd_scale.config import load_run
+from armd_scale.data.shards import fill_vocabulary
+from armd_scale.errors import UserError
+from armd_scale.evaluation import accuracy, likelihood, models
+from armd_scale.run_directory import RunDirectory
+from armd_scale.training import export
+from tests.conftest import ROOT, run_tool
+from tests.runs import PANGRAMS
+from tests.training.test_pretrained import adopt, make
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model of transformers, and the model that it became."""
+    folder = tmp_path_factory.mktemp("models")
+    make(folder / "theirs", "Qwen2ForCausalLM")
+    adopt(folder / "theirs", folder / "run")
+    run = RunDirectory(folder / "run")
+    export.export(fill_vocabulary(load_run(run)), run.checkpoint(0), folder / "ours")
+    return folder / "theirs", folder / "ours"
+
+
+def test_an_import_has_the_figures_of_its_parent(folders, tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text(PANGRAMS)
+    figures = []
+    for folder in folders:
+        options = ("--text", str(text), "--length", "31", "--order", "left-to-right", "--json", f"{tmp_path}/out.json")
+        done = run_tool(ROOT / "tools/eval_zeroshot.py", str(folder), *options)
+        assert done.returncode == 0, done.stderr
+        [row] = json.loads((tmp_path / "out.json").read_text())["results"]
+        figures.append(row)
+    assert figures[0]["tokens"] == figures[1]["tokens"] > 62
+    assert figures[0]["nll"] == pytest.approx(figures[1]["nll"], rel=1e-5)
+
+
+def test_last_words_are_those_of_its_parent(folders):
+    """Of passages whose last words one of them writes, both write the same."""
+    (theirs, tokenizer), (ours, _) = map(models.open_scored, folders)
+    passages = []
+    for number in range(12):
+        prompt = tokenizer.encode(f"{number} {PANGRAMS[:20]}")
+        [written] = ours.generate([prompt], new_tokens=3, decoding=inference.Decoding(temperature=0))
+        passages.append(tokenizer.decode(written.tolist()))
+    found = [accuracy.last_words(models.alone(model), tokenizer, passages, 32) for model in (theirs, ours)]
+    assert found[0] == found[1]
+    assert found[0].right > 0
+
+
+def test_other_orders_are_refused(folders):
+    model, tokenizer = models.open_scored(folders[0])
+    chunks = likelihood.cut(tokenizer.encode(PANGRAMS), 16)
+    for order in ("infill", "strided:2", "groups:2", "bound"):
+        with pytest.raises(UserError, match="leave out --order"):
+            likelihood.score(models.alone(model), chunks, order, 1)
