@@ -2,15 +2,13 @@
 
 - ``RunConfig`` and its parts: every field is documented where it is defined, and nothing else configures a run.
   docs/reference/configuration.md is generated from it (``armd_scale.config_reference``).
-- ``load``: YAML file + dotted overrides (``model.layers=4``) -> ``RunConfig``. The error line for an unknown key
-  names the nearest valid key; the error line for a wrong value names the field.
-- ``save``: writes the resolved configuration, which reruns the run.
+- ``identity``: what must stay the same when a run resumes; ``with_vocabulary``: what its data set adds.
+- ``config_files`` reads and writes configurations.
 
 Fields marked [D] are decisions of this project where the paper is silent; docs/explanation/decisions.md gives the
 reasons.
 """
 
-import difflib
 import math
 import types
 import typing
@@ -22,7 +20,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -30,7 +27,6 @@ from pydantic import (
 
 from armd_scale import config_syntax
 from armd_scale.errors import UserError
-from armd_scale.files import write_atomically
 from armd_scale.run_directory import RunDirectory
 from armd_scale.traits import DEFAULT, TRAITS, Traits
 
@@ -772,41 +768,6 @@ class RunConfig(Section):
             )
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Read a YAML file and dotted overrides into a checked configuration; ``UserError`` on anything wrong.
-
-    The configuration in a run directory means this directory, wherever the run began.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no configuration file {path}; see configs/ for examples")
-    config = validated(config_syntax.read(path, overrides), path)
-    run = RunDirectory.of_config(path)
-    if run and not any(override.startswith("run_dir=") for override in overrides):
-        return config.model_copy(update={"run_dir": str(run.path)})
-    return config
-
-
-def validated(values: dict[str, Any], place: object) -> RunConfig:
-    """The configuration of ``values``; ``UserError`` names ``place`` if a value is wrong."""
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise UserError(f"{place}: {_explain(error)}") from error
-
-
-def load_run(run: RunDirectory) -> RunConfig:
-    """The resolved configuration of a run directory; ``UserError`` when it is no run directory."""
-    if not run.exists():
-        raise UserError(f"{run.path} is not a run directory: it has no {run.config_path.name}")
-    return load(run.config_path).model_copy(update={"run_dir": str(run.path)})
-
-
-def save(config: RunConfig, path: str | Path) -> None:
-    """Write the resolved configuration as YAML, atomically."""
-    write_atomically(Path(path), config_syntax.write(config.model_dump()))
-
-
 def with_vocabulary(config: RunConfig, vocab_size: int, bos_id: int) -> RunConfig:
     """The configuration with the vocabulary of its data set filled in; ``UserError`` when they disagree.
 
@@ -826,24 +787,6 @@ def with_vocabulary(config: RunConfig, vocab_size: int, bos_id: int) -> RunConfi
     return config.model_copy(update={"model": model})
 
 
-def _explain(error: ValidationError) -> str:
-    """The first problem of a validation error as one line, with the nearest valid name for an unknown key."""
-    first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
-    where = ".".join(location)
-    if first["type"] == "extra_forbidden":
-        near = _nearest(location)
-        return f"unknown key '{where}'; did you mean '{near}'?"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "string_type" and isinstance(first["input"], bool | None):
-        message += f"; quote a word to make it text: {where}='{str(first['input']).lower()}'"
-    if first["type"] == "list_type" and isinstance(first["input"], dict):
-        message += "; give the whole list"
-    if first["type"] == "value_error":
-        return f"{where}: {message}" if where else message
-    return f"{where} = {first['input']!r}: {message[0].lower()}{message[1:]}"
-
-
 def identity(config: RunConfig) -> dict[str, Any]:
     """Values that must not change when a run resumes."""
     values = config.model_dump()
@@ -855,33 +798,3 @@ def identity(config: RunConfig) -> dict[str, Any]:
         **{name: values[name] for name in ("objective", "seed", "model", "data")},
         **{f"train.{name}": values["train"][name] for name in ("global_batch", "dtype", "fp8")},
     }
-
-
-def _nearest(location: list[str]) -> str:
-    """The most likely valid name of an unknown key: the same name in another section, or a similar name."""
-    *sections, word = location
-    every = _all_names(RunConfig)
-    elsewhere = [name for name in every if name.rpartition(".")[2] == word]
-    if elsewhere:
-        return elsewhere[0]
-    section: type[BaseModel] = RunConfig
-    for part in sections:
-        section = _section_of(section.model_fields[part].annotation) or section
-    siblings = difflib.get_close_matches(word, section.model_fields, n=1, cutoff=0.5)
-    if siblings:
-        return ".".join([*sections, siblings[0]])
-    return difflib.get_close_matches(".".join(location), every, n=1, cutoff=0.0)[0]
-
-
-def _section_of(annotation: object) -> type[BaseModel] | None:
-    if isinstance(annotation, types.UnionType):
-        return None
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-
-
-def _all_names(section: type[BaseModel], prefix: str = "") -> list[str]:
-    names = []
-    for name, field in section.model_fields.items():
-        inner = _section_of(field.annotation)
-        names += _all_names(inner, f"{prefix}{name}.") if inner else [prefix + name]
-    return names

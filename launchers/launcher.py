@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from armd_scale import config as configs
-from armd_scale import logs
+from armd_scale import config_files, logs
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError
 from armd_scale.files import write_atomically
@@ -230,7 +229,7 @@ def _prepare_folder(config: RunConfig) -> None:
         state = manifest.read(newest)
         schedules.check(state.get("state", {}).get("schedule", {}), config, state["step"])
     try:
-        configs.save(_movable(config), run.config_path)
+        config_files.save(_movable(config), run.config_path)
         write_atomically(run.environment_path, json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"the run directory {run.path} cannot be written: {error}") from error

@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from armd_scale import config as configs
-from armd_scale import logs
+from armd_scale import config_files, logs
 from armd_scale.config import RunConfig
 from armd_scale.files import append_json_line
 from armd_scale.run_directory import RunDirectory
@@ -151,7 +150,7 @@ def _reached(run: RunDirectory, error: dict[str, Any] | None, since: float) -> i
 def main() -> int:
     run_dir, step, job, code = sys.argv[1:]
     logs.configure()
-    config = configs.load_run(RunDirectory(Path(run_dir)))
+    config = config_files.load_run(RunDirectory(Path(run_dir)))
     wait, reason, elsewhere = decide(config, step, job, int(code))
     if wait is None:
         logs.JOB.error("the job does not restart: %s", reason)

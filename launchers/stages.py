@@ -17,7 +17,8 @@ from submitit.local.local import LocalJobEnvironment
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 from armd_scale import logs
-from armd_scale.config import RunConfig, load_run
+from armd_scale.config import RunConfig
+from armd_scale.config_files import load_run
 from armd_scale.data.shards import fill_vocabulary
 from armd_scale.errors import UserError, is_bad_input, is_permanent, is_user_error
 from armd_scale.files import exclusive

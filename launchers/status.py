@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from armd_scale import config as configs
+from armd_scale import config_files
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError
 from armd_scale.run_directory import RunDirectory
@@ -15,7 +15,7 @@ from launchers import jobs
 
 def lines(run: RunDirectory) -> list[str]:
     """Jobs, progress, checkpoints and restarts of a run."""
-    config = configs.load_run(run)
+    config = config_files.load_run(run)
     known = jobs.known(run)
     state_of = jobs.states(run, known)
     out = [f"{config.name}: {run.path}"]
@@ -60,7 +60,7 @@ def progress(records: list[dict[str, Any]], config: RunConfig) -> str:
 
 def log_of(run: RunDirectory, stage: str, rank: int, stream: str = "out") -> Path:
     """The output file of a process of the newest job of a stage."""
-    configs.load_run(run)
+    config_files.load_run(run)
     submitted = [job for job in jobs.known(run) if stage in (job.stage, job.step)]
     if not submitted:
         raise UserError(f"no job '{stage}' was submitted for {run.path}: see `armd status {run.path}`")

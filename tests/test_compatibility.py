@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from armd_scale import config as configs
-from armd_scale import inference, orders
+from armd_scale import config_files, inference, orders
 from data_pipeline import prepare
 from tests.runs import figures, start
 
@@ -26,7 +25,7 @@ EXPECTED = json.loads((OLD / "expected.json").read_text())
 def test_a_data_set_is_prepared_to_the_same_bytes(tmp_path, monkeypatch):
     shutil.copy(OLD / "text.jsonl", tmp_path)
     monkeypatch.chdir(tmp_path)
-    prepare.prepare(configs.load(OLD / "run" / "config.yaml"))
+    prepare.prepare(config_files.load(OLD / "run" / "config.yaml"))
     for path in (OLD / "data").rglob("*"):
         if path.suffix in (".tar", ".model", ".parquet"):
             assert (tmp_path / "data" / path.relative_to(OLD / "data")).read_bytes() == path.read_bytes(), path
@@ -35,7 +34,7 @@ def test_a_data_set_is_prepared_to_the_same_bytes(tmp_path, monkeypatch):
 def test_a_run_resumes_from_a_checkpoint(tmp_path, monkeypatch):
     shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    records = start(configs.load("run/config.yaml"))
+    records = start(config_files.load("run/config.yaml"))
     assert figures([record for record in records if record["step"] > 4]) == EXPECTED["records"]
 
 

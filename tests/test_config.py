@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from armd_scale import config as configs
-from armd_scale import config_reference
+from armd_scale import config_files, config_reference
 from armd_scale.errors import UserError
 
 SHIPPED = Path(__file__).parents[1] / "configs"
@@ -23,7 +23,7 @@ def file(tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configurations_are_valid(path):
-    config = configs.load(path)
+    config = config_files.load(path)
     assert config.micro_batches >= 1
     assert config.total_steps > 0
 
@@ -56,10 +56,12 @@ def test_the_reference_page_has_every_field():
 
 
 def test_overrides_and_round_trip(file, tmp_path):
-    config = configs.load(file, ["model.layers=6", "optimizer.lr=1e-3", "orders.streams=[1,8]", "model.kv_heads=null"])
+    config = config_files.load(
+        file, ["model.layers=6", "optimizer.lr=1e-3", "orders.streams=[1,8]", "model.kv_heads=null"]
+    )
     assert (config.model.layers, config.optimizer.lr, config.orders.streams) == (6, 1e-3, [1, 8])
-    configs.save(config, tmp_path / "resolved.yaml")
-    assert configs.load(tmp_path / "resolved.yaml") == config
+    config_files.save(config, tmp_path / "resolved.yaml")
+    assert config_files.load(tmp_path / "resolved.yaml") == config
     assert yaml.safe_load((tmp_path / "resolved.yaml").read_text())["model"]["layers"] == 6
 
 
@@ -100,7 +102,7 @@ def test_overrides_and_round_trip(file, tmp_path):
 )
 def test_mistakes_are_one_line(file, override, line):
     with pytest.raises(UserError) as error:
-        configs.load(file, [override])
+        config_files.load(file, [override])
     assert line in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -110,17 +112,17 @@ def test_broken_files(tmp_path, text):
     path = tmp_path / "broken.yaml"
     path.write_text(text)
     with pytest.raises(UserError):
-        configs.load(path)
+        config_files.load(path)
 
 
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match="no configuration file"):
-        configs.load(tmp_path / "absent.yaml")
+        config_files.load(tmp_path / "absent.yaml")
 
 
 def test_layout_that_needs_more_heads(file):
     with pytest.raises(UserError, match="model.heads = 12 .* parallel.tensor = 8"):
-        configs.load(file, ["cluster.tasks_per_node=8", "parallel.tensor=8"])
+        config_files.load(file, ["cluster.tasks_per_node=8", "parallel.tensor=8"])
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,7 @@ def test_layout_that_needs_more_heads(file):
 )
 def test_pipelines_that_cannot_work(file, overrides, line):
     with pytest.raises(UserError) as error:
-        configs.load(file, ["cluster.tasks_per_node=2", "parallel.pipeline=2", *overrides])
+        config_files.load(file, ["cluster.tasks_per_node=2", "parallel.pipeline=2", *overrides])
     assert line in str(error.value)
 
 
@@ -145,17 +147,17 @@ def test_files_that_are_no_configuration(tmp_path, text):
     path = tmp_path / "odd.yaml"
     path.write_text(text)
     with pytest.raises(UserError):
-        configs.load(path)
+        config_files.load(path)
 
 
 def test_text_that_looks_like_an_interpolation(file, tmp_path):
-    config = configs.load(file).model_copy(update={"name": "costs ${5}"})
-    configs.save(config, tmp_path / "again.yaml")
-    assert configs.load(tmp_path / "again.yaml") == config
+    config = config_files.load(file).model_copy(update={"name": "costs ${5}"})
+    config_files.save(config, tmp_path / "again.yaml")
+    assert config_files.load(tmp_path / "again.yaml") == config
 
 
 def test_vocabulary_must_agree(file):
-    config = configs.load(file, ["model.vocab_size=100"])
+    config = config_files.load(file, ["model.vocab_size=100"])
     with pytest.raises(UserError, match="vocab_size is 100"):
         configs.with_vocabulary(config, 110, 1)
     assert configs.with_vocabulary(config, 90, 1).model.vocab_size == 100, "pretrained models have unused entries"

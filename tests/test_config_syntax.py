@@ -7,8 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from armd_scale import config as configs
-from armd_scale import config_syntax
+from armd_scale import config_files, config_syntax
 from armd_scale.errors import UserError
 
 
@@ -76,7 +75,7 @@ def test_values(file, override, value):
     ],
 )  # fmt: skip
 def test_fields(file, overrides, name, value):
-    config = configs.load(file, overrides)
+    config = config_files.load(file, overrides)
     for part in name.split("."):
         config = getattr(config, part)
     assert config == value
@@ -102,7 +101,7 @@ def test_fields(file, overrides, name, value):
 )
 def test_mistakes(file, override, line):
     with pytest.raises(UserError) as error:
-        configs.load(file, [override])
+        config_files.load(file, [override])
     assert line in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -120,15 +119,15 @@ def test_a_placeholder_can_be_replaced(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("name: ???\nreport: {prompt: '???'}\n")
     with pytest.raises(UserError, match=r"name is \?\?\?.*name=VALUE"):
-        configs.load(path)
-    config = configs.load(path, ["name=x"])
+        config_files.load(path)
+    config = config_files.load(path, ["name=x"])
     assert (config.name, config.report.prompt) == ("x", "???")
 
 
 def test_anchors_and_merge_keys(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("cluster:\n  tokenise: &small {cpus: 2}\n  export: {<<: *small, memory_gb: 8}\n")
-    export = configs.load(path).cluster.export
+    export = config_files.load(path).cluster.export
     assert (export.cpus, export.memory_gb) == (2, 8)
 
 

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from armd_scale import config as configs
+from armd_scale import config_files
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError
 from armd_scale.files import append_json_line, read_json, read_json_lines
@@ -88,7 +88,7 @@ def run(tmp_path):
     """A run directory with damage in every file that a job writes while it runs."""
     config = RunConfig.model_validate({"run_dir": str(tmp_path), "report": {"wandb": "disabled"}})
     run = config.run_directory
-    configs.save(config, run.config_path)
+    config_files.save(config, run.config_path)
     record = {
         "step": 5, "loss": 2.0, "bits_per_byte": 3.0, "phase": "left_to_right", "streams": 1, "shuffled": 0,
         "tokens_per_second": 1.0, "seconds_per_step": 1.0,

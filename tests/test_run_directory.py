@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from armd_scale import config as configs
+from armd_scale import config_files
 from armd_scale.config import RunConfig
 from armd_scale.data.shards import fill_vocabulary
 from armd_scale.errors import UserError
@@ -98,16 +98,16 @@ f = f"{job}_0_log.out"
 def test_a_run_directory_is_found_from_inside(tmp_path):
     run = RunDirectory(tmp_path / "run")
     with pytest.raises(UserError, match="no config.yaml"):
-        configs.load_run(run)
+        config_files.load_run(run)
     run.checkpoint(4).mkdir(parents=True)
     config = RunConfig(name="some", run_dir="elsewhere")
-    configs.save(config, run.config_path)
-    assert configs.load_run(run) == config.model_copy(update={"run_dir": str(run.path)})
+    config_files.save(config, run.config_path)
+    assert config_files.load_run(run) == config.model_copy(update={"run_dir": str(run.path)})
     for path in (run.path, run.export, run.checkpoint(4)):
         assert RunDirectory.around(path) == run
     assert RunDirectory.around(tmp_path) is None
     with pytest.raises(UserError, match="not a complete data set"):
-        fill_vocabulary(configs.load_run(run))
+        fill_vocabulary(config_files.load_run(run))
 
 
 def test_checkpoints_are_listed_by_their_steps(tmp_path):

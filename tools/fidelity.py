@@ -120,13 +120,13 @@ def _run(study: Any, args: argparse.Namespace) -> None:
 
 def _check_begun(config: Any) -> None:
     """``UserError`` when the directory of a run holds one with other settings."""
-    from armd_scale import config as configs
+    from armd_scale import config_files
 
     path = config.run_directory.config_path
     if not path.is_file():
         return
     free = {"name", "run_dir", "cluster", "report"}
-    before, now = (one.model_dump(exclude=free) for one in (configs.load(path), config))
+    before, now = (one.model_dump(exclude=free) for one in (config_files.load(path), config))
     changed = [name for name in now if before[name] != now[name]]
     if changed:
         raise UserError(

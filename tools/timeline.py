@@ -15,6 +15,7 @@ from typing import Any
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # processes on gloo, wherever it runs
 
 from armd_scale import config as configs
+from armd_scale import config_files
 from armd_scale.config import RunConfig
 from armd_scale.errors import cli
 
@@ -26,7 +27,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps to run; the last one is drawn")
     parser.add_argument("overrides", nargs="*", help="section.field=value")
     args = parser.parse_args()
-    config = configs.load(args.config, args.overrides)
+    config = config_files.load(args.config, args.overrides)
     size = config.model.vocab_size or config.data.vocab_size
     config = configs.with_vocabulary(config, size, config.model.bos_id or 0)
     if config.cluster.gpus_per_node:

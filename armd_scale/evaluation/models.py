@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from armd_scale import inference
-from armd_scale.config import load_run
+from armd_scale.config_files import load_run
 from armd_scale.data import tokenizer as tokenizers
 from armd_scale.data.shards import fill_vocabulary
 from armd_scale.data.tokenizer import Tokenizer

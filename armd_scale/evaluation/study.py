@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from pydantic import Field, ValidationError
 
-from armd_scale import config as configs
-from armd_scale import config_syntax
+from armd_scale import config_files, config_syntax
 from armd_scale.config import Count, Objective, Positive, RunConfig, Section
 from armd_scale.data.shards import PackedDataset, fill_vocabulary
 from armd_scale.data.tokenizer import Tokenizer
@@ -75,7 +74,7 @@ class Study(Section):
 
     def config(self, run: "Run", directory: Path, overrides: list[str]) -> RunConfig:
         """The configuration of a run in the directory of the study; ``UserError`` if it is not valid."""
-        return configs.load(directory / "run.yaml", [*overrides, *self.overrides(run, directory)])
+        return config_files.load(directory / "run.yaml", [*overrides, *self.overrides(run, directory)])
 
     def overrides(self, run: "Run", directory: Path) -> list[str]:
         """Overrides of the shared configuration for a run."""
@@ -131,7 +130,7 @@ def measure(study: Study, run: Run, folder: Path, equal: int, judge: Path, suite
     ``equal``: number of steps at which variants are compared; ``judge``: run directory of the judge; ``suite``:
     directory of the zero-shot texts. Raises ``UserError``.
     """
-    config = fill_vocabulary(configs.load_run(RunDirectory(folder)))
+    config = fill_vocabulary(config_files.load_run(RunDirectory(folder)))
     torch.set_num_threads(1 if study.slots > 1 else torch.get_num_threads())
     device = "cuda" if config.cluster.gpus_per_node else "cpu"
     records = config.run_directory.metrics()

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from armd_scale import config as configs
-from armd_scale import config_syntax
+from armd_scale import config_files, config_syntax
 from armd_scale.config import RopeConfig, RunConfig
 from armd_scale.data import tokenizer as tokenizers
 from armd_scale.data.tokenizer import Tokenizer
@@ -124,7 +124,7 @@ def configuration(
     model = {**fields, "bos_id": tokenizer.bos_id, "prefix": {**SEED, **(given.get("prefix") or {})}}
     data = {**(values.get("data") or {}), "tokenizer": str(run_dir / "tokenizer")}
     whole = {"name": folder.path.resolve().name, **values, "run_dir": str(run_dir), "data": data}
-    config = configs.validated({**whole, "model": {**given, **model}}, place)
+    config = config_files.validated({**whole, "model": {**given, **model}}, place)
     if config.traits.mask:
         raise UserError(f"{config.traits.label} needs a mask token, which {folder.path} lacks: objective=armd or ar")
     prefix = config.model.prefix
@@ -185,7 +185,7 @@ def adopt(model_dir: Path, run_dir: Path, path: Path | None, overrides: list[str
         (run_dir / "tokenizer").mkdir(exist_ok=True)
         tokenizers.copy(tokenizer, run_dir / "tokenizer")
         write_atomically(run.origin_path, json.dumps(facts, indent=1) + "\n")
-        configs.save(config, run.config_path)
+        config_files.save(config, run.config_path)
     except BaseException:
         if is_new:
             shutil.rmtree(run_dir, ignore_errors=True)

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from armd_scale.config import load_run
+    from armd_scale.config_files import load_run
     from armd_scale.run_directory import RunDirectory
     from launchers import jobs
 

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--dtype needs --format transformers: an armd model has float32 weights")
     if not 0 < args.file_gb < 1e6:
         raise UserError(f"--file-gb must be more than 0 and below a million, not {args.file_gb}")
-    from armd_scale.config import load_run
+    from armd_scale.config_files import load_run
     from armd_scale.data.shards import fill_vocabulary
     from armd_scale.run_directory import RunDirectory
     from armd_scale.training import export, manifest, pretrained

@@ -31,10 +31,10 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.config is None:
         raise UserError("the configuration of the run is missing: add --config FILE")
-    from armd_scale import config as configs
+    from armd_scale import config_files
     from armd_scale.training import export
 
-    config = configs.load(args.config, [*args.overrides, f"run_dir={args.run_dir}"])
+    config = config_files.load(args.config, [*args.overrides, f"run_dir={args.run_dir}"])
     checkpoint = export.to_training(args.model_dir, config)
     overrides = " ".join([f"run_dir={args.run_dir}", *args.overrides])
     print(f"{checkpoint}: train on with armd train --config {args.config} {overrides}")

@@ -62,9 +62,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
     """The plan of one run, and faster layouts of it."""
-    from armd_scale import config as configs
+    from armd_scale import config_files
 
-    config = configs.load(args.config, overrides)
+    config = config_files.load(args.config, overrides)
     assumed = config.model.vocab_size is None
     from armd_scale.planning import hardware, report
     from armd_scale.planning.plan import Planner, alternatives, assume_vocabulary, with_recompute
@@ -102,7 +102,7 @@ def _planned(planner: "Planner", config: "RunConfig") -> "Plan":
 
 def _along(args: argparse.Namespace, overrides: list[str]) -> None:
     """Plans of all objectives along the values of fields."""
-    from armd_scale import config as configs
+    from armd_scale import config_files
     from armd_scale.planning import hardware, report
     from armd_scale.planning.plan import Planner, assume_vocabulary
 
@@ -123,7 +123,7 @@ def _along(args: argparse.Namespace, overrides: list[str]) -> None:
         chosen = [f"{name}={value}" for (name, _), value in zip(fields, place, strict=True)]
         left_to_right = 0.0
         for objective in OBJECTIVES:
-            config = configs.load(args.config, [*overrides, *chosen, f"objective={objective}"])
+            config = config_files.load(args.config, [*overrides, *chosen, f"objective={objective}"])
             plan = _planned(planner, assume_vocabulary(config, args.vocab))
             left_to_right = left_to_right or plan.step
             row = {

@@ -16,9 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from armd_scale import config as configs
+    from armd_scale import config_files
     from launchers import stages
 
-    config = configs.load(args.config, args.overrides)
+    config = config_files.load(args.config, args.overrides)
     count = stages.tokenise(config)["samples"]
     print(f"{config.data_directory}: {count:,} training samples of {config.model.length} tokens")

@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from armd_scale import config as configs
+    from armd_scale import config_files
 
-    config = configs.load(args.config, args.overrides)
+    config = config_files.load(args.config, args.overrides)
     cluster = args.cluster or ("slurm" if shutil.which("sbatch") else "local")
     _check(config, cluster, args)
     if args.dry_run:

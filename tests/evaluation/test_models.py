@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from armd_scale import config as configs
-from armd_scale import inference
+from armd_scale import config_files, inference
 from armd_scale.config import RunConfig
 from armd_scale.data.shards import PackedDataset
 from armd_scale.errors import UserError
@@ -36,7 +35,7 @@ def test_a_checkpoint_is_scored_as_it_is(data, tmp_path, objective, parallel):
     fields["model"] |= {"qk_norm": objective == "card", "qkv_bias": objective == "card"}
     config = RunConfig.model_validate(fields)
     records = start(config)
-    configs.save(config, config.directory / "config.yaml")
+    config_files.save(config, config.directory / "config.yaml")
     name, *others = (f"heldout_{kind}" for kind in training(objective).heldout)
     last = [record for record in records if name in record][-1]
     assert all(other in last for other in others)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from armd_scale import config as configs
-from armd_scale import config_syntax
+from armd_scale import config_files, config_syntax
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError
 from armd_scale.evaluation import study as studies
@@ -93,7 +92,7 @@ def results(data, tmp_path_factory):
     made = {one: study.config(one, out, []) for one in studies.runs(study)}
     for config in made.values():
         start(RunConfig.model_validate(config.model_dump()))
-        configs.save(config, config.directory / "config.yaml")
+        config_files.save(config, config.directory / "config.yaml")
     judge = next(config.directory for one, config in made.items() if one.variant == "judge")
     for one, config in made.items():
         figures = studies.measure(study, one, config.directory, study.equal_steps(made), judge, None)

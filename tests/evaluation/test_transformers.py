@@ -5,7 +5,7 @@ import json
 import pytest
 
 from armd_scale import inference
-from armd_scale.config import load_run
+from armd_scale.config_files import load_run
 from armd_scale.data.shards import fill_vocabulary
 from armd_scale.errors import UserError
 from armd_scale.evaluation import accuracy, likelihood, models

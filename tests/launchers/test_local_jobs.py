@@ -9,8 +9,7 @@ import time
 
 import pytest
 
-from armd_scale import config as configs
-from armd_scale import logs
+from armd_scale import config_files, logs
 from armd_scale.config import RunConfig
 from armd_scale.errors import UserError
 from armd_scale.run_directory import RunDirectory
@@ -34,7 +33,7 @@ with exclusive(Path(sys.argv[1]), "a rank"):
 def config(tmp_path):
     config = RunConfig.model_validate({"run_dir": str(tmp_path / "run"), "cluster": {"tasks_per_node": 2}})
     config.directory.mkdir()
-    configs.save(config, config.run_directory.config_path)
+    config_files.save(config, config.run_directory.config_path)
     jobs.remember(
         config.run_directory, jobs.Submitted("train", "train", ["4000000"], "local", [4_000_000], time.time())
     )

@@ -16,8 +16,7 @@ import pytest
 import torch
 import yaml
 
-from armd_scale import config as configs
-from armd_scale import inference
+from armd_scale import config_files, inference
 from armd_scale.config import RunConfig
 from armd_scale.data import tokenizer as tokenizers
 from armd_scale.errors import UserError
@@ -260,7 +259,7 @@ def test_back_to_training(finished, tmp_path):
     assert result.returncode == 0, result.stderr
     for change, line in (((), "already has checkpoints"), (["model.layers=6"], "has layers = 6")):
         with pytest.raises(UserError, match=line):
-            export.to_training(model, configs.load(config, [f"run_dir={begun}", *same, *change]))
+            export.to_training(model, config_files.load(config, [f"run_dir={begun}", *same, *change]))
     steps = "orders.ar_steps=0", "train.steps=4", "orders.permutation_steps=0", "orders.strided_steps=0", "orders.rho=0"
     launched = command(
         "launchers/slurm.py", "--config", config, "--cluster", "local", "--only", "train", f"run_dir={begun}", *same,

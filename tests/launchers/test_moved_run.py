@@ -6,6 +6,7 @@ import os
 import pytest
 
 from armd_scale import config as configs
+from armd_scale import config_files
 from armd_scale.config import RunConfig
 from armd_scale.run_directory import RunDirectory
 from launchers import jobs
@@ -43,18 +44,18 @@ def test_a_run_goes_on_where_it_lies(places, run_dir, moved):
     begin(run_dir=run_dir and run_dir.format(places=places))
     os.makedirs(os.path.dirname(moved), exist_ok=True)
     os.rename("runs/a", moved)
-    config = configs.load(f"{moved}/config.yaml")
+    config = config_files.load(f"{moved}/config.yaml")
     assert config.directory.resolve() == (places / "here" / moved).resolve()
     assert jobs.is_trained(config)
     assert [spec.name for spec in jobs.remaining_jobs(config)] == ["export", "evaluate"]
     Launcher(config, "local", None, None)
-    assert configs.load_run(config.run_directory).run_dir == moved
+    assert config_files.load_run(config.run_directory).run_dir == moved
 
 
 def test_from_another_working_directory(places, monkeypatch):
     begin(data={"directory": "data"})
     monkeypatch.chdir(places / "there")
-    config = configs.load("../here/runs/a/config.yaml")
+    config = config_files.load("../here/runs/a/config.yaml")
     assert jobs.is_trained(config)
     assert config.data_directory == places / "here/data"
 
@@ -63,7 +64,7 @@ def test_from_another_working_directory(places, monkeypatch):
 def test_data_in_the_run_directory_move_with_it(places, directory):
     begin(data={"directory": directory and directory.format(places=places)})
     os.rename("runs/a", "../there/b")
-    config = configs.load("../there/b/config.yaml")
+    config = config_files.load("../there/b/config.yaml")
     assert config.data_directory.resolve() == places / "there/b/data"
 
 
@@ -71,18 +72,18 @@ def test_data_in_the_run_directory_move_with_it(places, directory):
 def test_another_directory_can_be_named(places, word, directory):
     begin()
     os.rename("runs/a", "runs/b")
-    assert str(configs.load("runs/b/config.yaml", [word]).directory) == directory
-    assert str(configs.load("runs/b/config.yaml", ["seed=1"]).directory) == "runs/b"
+    assert str(config_files.load("runs/b/config.yaml", [word]).directory) == directory
+    assert str(config_files.load("runs/b/config.yaml", ["seed=1"]).directory) == "runs/b"
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "other.yaml"])
 def test_a_configuration_elsewhere_means_what_it_says(places, name):
     """Also one of the same name, and a copy under another name beside a run."""
-    configs.save(RunConfig(name="mine"), name)
-    assert str(configs.load(name).directory) == "runs/mine"
+    config_files.save(RunConfig(name="mine"), name)
+    assert str(config_files.load(name).directory) == "runs/mine"
     begin()
-    configs.save(RunConfig(name="mine"), "runs/a/other.yaml")
-    assert str(configs.load("runs/a/other.yaml").directory) == "runs/mine"
+    config_files.save(RunConfig(name="mine"), "runs/a/other.yaml")
+    assert str(config_files.load("runs/a/other.yaml").directory) == "runs/mine"
 
 
 def test_the_command_names_the_new_place(places):

@@ -99,7 +99,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("shape", [ACTIVATIONS, STATES], ids=["activations", "states"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_planned_memory_is_what_a_run_allocates(layout, shape, request):
-    if shape is STATES and layout not in ("one", "zero 2, bf16", "zero 3", "teacher") and not request.config.getoption("--parity"):
+    always = "one", "zero 2, bf16", "zero 3", "teacher"
+    if shape is STATES and layout not in always and not request.config.getoption("--parity"):
         pytest.skip("part of the whole matrix: make parity")
     run = config(shape, **LAYOUTS[layout])
     real = run_processes(run.cluster.processes, _live, run)

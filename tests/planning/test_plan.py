@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from armd_scale import config as configs
+from armd_scale import config_files
 from armd_scale.config import RunConfig
 from armd_scale.model.flops import training_flops_per_token
 from armd_scale.planning import measure
@@ -194,7 +195,7 @@ def tool(*words):
 
 @pytest.mark.parametrize("name", ["125m", "345m", "1b", "7b", "70b"])
 def test_every_cluster_configuration_fits(name):
-    config = configs.load(ROOT / f"configs/{name}.yaml")
+    config = config_files.load(ROOT / f"configs/{name}.yaml")
     config = configs.with_vocabulary(config, 50257, 50256)
     plan = Planner(H100).plan(config)
     assert plan.fits

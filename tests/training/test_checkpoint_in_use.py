@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from armd_scale import config as configs
+from armd_scale import config_files
 from armd_scale.data.shards import fill_vocabulary
 from armd_scale.errors import UserError
 from armd_scale.run_directory import RunDirectory
@@ -73,7 +74,7 @@ def trained(data, tmp_path_factory):
     fields["orders"]["strided_steps"] = 0
     config = configs.RunConfig.model_validate(fields)
     start(config)
-    configs.save(config, config.run_directory.config_path)
+    config_files.save(config, config.run_directory.config_path)
     return config
 
 
@@ -81,7 +82,7 @@ def trained(data, tmp_path_factory):
 def test_an_export_of_a_removed_checkpoint(trained, tmp_path, removed):
     """Protected from the run; removed by hand, it is one line, and no directory stays."""
     shutil.copytree(trained.directory, tmp_path / "run")
-    config = configs.load_run(RunDirectory(tmp_path / "run"))
+    config = config_files.load_run(RunDirectory(tmp_path / "run"))
     outcome = run_processes(1, _export, config, tmp_path / "model", removed)[0]
     if removed == "by the run":
         assert outcome == "step-00000004"

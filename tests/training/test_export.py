@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from armd_scale import config as configs
-from armd_scale import inference
+from armd_scale import config_files, inference
 from armd_scale.config import RunConfig
 from armd_scale.data.shards import fill_vocabulary
 from armd_scale.errors import UserError
@@ -103,14 +102,14 @@ def _export_again(rank, count, rendezvous, config, source, out):
     from armd_scale.training import export
 
     with pytest.raises(UserError) as error:
-        export.export(fill_vocabulary(configs.load_run(config.run_directory)), source, out)
+        export.export(fill_vocabulary(config_files.load_run(config.run_directory)), source, out)
     return str(error.value)
 
 
 def test_what_is_there_is_not_lost(trained, tmp_path):
     """Folders of other things, checkpoints of other runs, and an export that died between its two renames."""
     source = next((trained.directory / "checkpoints").glob("step-*"))
-    configs.save(trained, trained.directory / "config.yaml")
+    config_files.save(trained, trained.directory / "config.yaml")
     out = tmp_path / "mine"
     out.mkdir()
     (out / "config.json").write_text("{}")
@@ -124,7 +123,7 @@ def test_what_is_there_is_not_lost(trained, tmp_path):
     fields = trained.model_dump()
     fields["model"]["rope_base"] = 500.0
     fields["run_dir"] = str(other)
-    configs.save(RunConfig.model_validate(fields), other / "config.yaml")
+    config_files.save(RunConfig.model_validate(fields), other / "config.yaml")
     line = run_processes(1, _export_again, RunConfig.model_validate(fields), source, tmp_path / "new")[0]
     assert "another 'model'" in line
     assert not (tmp_path / "new").exists()

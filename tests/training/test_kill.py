@@ -7,7 +7,7 @@ import time
 
 import torch.multiprocessing
 
-from armd_scale import config as configs
+from armd_scale import config_files
 from armd_scale.run_directory import RunDirectory
 from armd_scale.training import manifest
 from tests.runs import figures, run
@@ -21,7 +21,7 @@ def _worker(rank, path, store):
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    train(configs.load(path), rank, 2, rank, store)
+    train(config_files.load(path), rank, 2, rank, store)
 
 
 def _start(path, store):
@@ -37,7 +37,7 @@ def _prepare(data, folder):
         data, data / "text.jsonl", folder, 2, 2, steps=120, checkpoint_every=3, eval_every=60, keep_checkpoints=2
     )
     folder.mkdir()
-    configs.save(config, folder / "config.yaml")
+    config_files.save(config, folder / "config.yaml")
     return config
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from armd_scale import config as configs
-from armd_scale import inference
+from armd_scale import config_files, inference
 from armd_scale.data.shards import PackedDataset, fill_vocabulary
 from armd_scale.decoding import network
 from armd_scale.errors import UserError
@@ -58,7 +58,7 @@ def adopt(model_dir, run_dir, *overrides):
 
 def standalone(run_dir):
     run = RunDirectory(run_dir)
-    model, _ = export.in_memory(fill_vocabulary(configs.load_run(run)), run.checkpoint(0))
+    model, _ = export.in_memory(fill_vocabulary(config_files.load_run(run)), run.checkpoint(0))
     return model
 
 
@@ -101,7 +101,7 @@ def test_logits_are_those_of_transformers(tmp_path_factory, features, objective,
 
 def _round_trip(folder):
     run = RunDirectory(folder / "run")
-    config = fill_vocabulary(configs.load_run(run))
+    config = fill_vocabulary(config_files.load_run(run))
     pretrained.write_folder(config, run.checkpoint(0), folder / "back", True, None, 10**9)
     before, after = (load_file(folder / name / "model.safetensors") for name in ("theirs", "back"))
     assert before.keys() == after.keys()
@@ -118,7 +118,7 @@ def test_half_precision_comes_back_byte_for_byte(tmp_path, dtype):
     make(tmp_path / "theirs", dtype=dtype)
     adopt(tmp_path / "theirs", tmp_path / "run", "objective=ar")
     run = RunDirectory(tmp_path / "run")
-    pretrained.write_folder(configs.load_run(run), run.checkpoint(0), tmp_path / "back", True, None, 10**4)
+    pretrained.write_folder(config_files.load_run(run), run.checkpoint(0), tmp_path / "back", True, None, 10**4)
     before = load_file(tmp_path / "theirs/model.safetensors")
     files = json.loads((tmp_path / "back/model.safetensors.index.json").read_text())["weight_map"]
     assert files.keys() == before.keys()
