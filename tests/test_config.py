@@ -46,7 +46,7 @@ def test_the_reference_page_is_generated_from_the_fields():
 
 def test_the_reference_page_has_every_field():
     page = config_reference.page()
-    for name in configs._all_names(configs.RunConfig):
+    for name in config_files._all_names(configs.RunConfig):
         assert f"| `{name.rpartition('.')[2]}` |" in page or name == "model.objective"
     for line in (
         "| `seed` | int (>= 0, < 2,147,483,648) | `0` |",
