@@ -32,7 +32,7 @@ def test_every_field_is_documented():
     def check(section):
         for name, field in section.model_fields.items():
             assert field.description, f"{section.__name__}.{name}"
-            inner = configs._section_of(field.annotation)
+            inner = config_files._section_of(field.annotation)
             if inner:
                 check(inner)
 
