@@ -138,16 +138,18 @@ def plot(config: RunConfig, metrics: list[dict[str, Any]], summary: dict[str, An
     from matplotlib import pyplot
 
     training = [record for record in metrics if "bits_per_byte" in record]
-    kinds = objectives.training(config.objective).labels(config)
+    kinds = objectives.training(config.objective).kinds(config)
     heldout = [record for record in metrics if f"heldout_{next(iter(kinds))}_bits_per_byte" in record]
     figure, axes = pyplot.subplots(figsize=(9, 5), dpi=120)
     axes.plot(
         [r["step"] for r in training], [r["bits_per_byte"] for r in training], color="0.7", lw=1, label="training"
     )
     for kind, label in kinds.items():
+        key = f"heldout_{kind}_bits_per_byte"
+        scored = [record for record in heldout if key in record]
         axes.plot(
-            [r["step"] for r in heldout],
-            [r[f"heldout_{kind}_bits_per_byte"] for r in heldout],
+            [r["step"] for r in scored],
+            [r[key] for r in scored],
             marker="o",
             ms=3,
             lw=1.5,

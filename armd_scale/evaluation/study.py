@@ -134,7 +134,7 @@ def measure(study: Study, run: Run, folder: Path, equal: int, judge: Path, suite
     torch.set_num_threads(1 if study.slots > 1 else torch.get_num_threads())
     device = "cuda" if config.cluster.gpus_per_node else "cpu"
     records = config.run_directory.metrics()
-    known_by = f"heldout_{objectives.training(config.objective).heldout[0]}"
+    known_by = f"heldout_{next(iter(objectives.training(config.objective).kinds(config)))}"
     tokens_a_step = config.train.global_batch * config.model.length
     steps = [record for record in records if "loss" in record]
     out: dict[str, Any] = {

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from armd_scale.config import ModelConfig
-from armd_scale.model import distillation
+from armd_scale.model import laws
 from armd_scale.model.layers import (
     Layer,
     Linears,
@@ -201,7 +201,7 @@ class Stage(nn.Module):
         def score(h: Tensor, targets_BN: Tensor, taught: Tensor) -> Tensor:
             with torch.no_grad():
                 known = teacher.logits(taught)
-            return distillation.scores(self.logits(h), targets_BN.t(), known).transpose(1, 2)
+            return laws.scores(self.logits(h), targets_BN.t(), known).transpose(1, 2)
 
         with torch.no_grad():
             taught = teacher.hidden(rows)
@@ -212,6 +212,15 @@ class Stage(nn.Module):
             return cross_entropy(self._scores(h), target_tokens_BN.t(), self.vocab_rows).t()
         # Megatron's cross-entropy overwrites the logits, which have no other use.
         return vocab_parallel_cross_entropy(self.logits(h), target_tokens_BN.t().contiguous()).t()
+
+    @torch.no_grad()
+    def overlap(self, h: Tensor, other: Tensor) -> Tensor:
+        """``laws.overlap`` of the rows of two activations [N, B, d]: [B, N]."""
+
+        def score(h: Tensor, _: Tensor, other: Tensor) -> Tensor:
+            return laws.overlap(self.logits(h), self.logits(other)).t()
+
+        return self._in_parts(score, h, torch.empty(h.shape[1], 0), other)
 
     def _enter(self, rows: Rows) -> Tensor:
         h = self.embedding(rows.context_tokens).transpose(0, 1).contiguous()

@@ -36,7 +36,6 @@ class ArmdInference(Inference, name="armd"):
 class ArmdTraining(Training):
     """Every text in the generation order of its step."""
 
-    heldout = ("left_to_right", "permutation", "strided")
     card = Card(
         "An auto-regressive masked diffusion language model (ARMD, arXiv 2601.16971), trained and exported with "
         "armd_scale. It\nscores a text exactly in any generation order, and writes up to S tokens a step in S parallel "
@@ -70,6 +69,8 @@ class ArmdTraining(Training):
         layout = orders.left_to_right(length)
         if kind == "strided":
             layout = orders.strided(length, config.train.eval_streams)
+        if kind == "groups":
+            layout = orders.groups(length, max(config.orders.groups))
         return _ordered(config.model, tokens_BN, [layout] * len(numbers))
 
     def probes(self, model: "ModelConfig", tokens_BN: np.ndarray) -> list[tuple[Rows, Callable[[Any], Tensor]]]:
@@ -82,12 +83,22 @@ class ArmdTraining(Training):
 
         return [(_ordered(model, tokens_BN, [layout]), logits(layout)) for layout in layouts]
 
-    def labels(self, config: "RunConfig") -> dict[str, str]:
-        return {
+    def kinds(self, config: "RunConfig") -> dict[str, str]:
+        kinds = {
             "left_to_right": "left to right",
             "permutation": f"{config.orders.rho} tokens shuffled",
             "strided": f"strided, {config.train.eval_streams} streams",
         }
+        if config.orders.groups:
+            kinds["groups"] = f"groups of {max(config.orders.groups)}"
+        return kinds
+
+    def drafts(self, config: "RunConfig", tokens_BN: np.ndarray) -> tuple[Rows, Rows, int] | None:
+        if not config.orders.groups:
+            return None
+        texts = range(len(tokens_BN))
+        proposed, known = (self.heldout_rows(config, kind, tokens_BN, texts) for kind in ("groups", "left_to_right"))
+        return proposed, known, max(config.orders.groups)
 
     def progress(self, step: int, config: "RunConfig") -> dict[str, Any]:
         shuffled = self.shuffled_tokens(step, config)

@@ -105,7 +105,6 @@ class CardInference(Inference, name="card"):
 class CardTraining(Training):
     """Next-token prediction from a prefix whose tail is masked."""
 
-    heldout = ("left_to_right", "noised")
     card = Card(
         "A causal autoregressive diffusion language model (CARD, arXiv 2601.22031), trained and exported with "
         "armd_scale as a\nbaseline of its ARMD models. It scores a text exactly left to right, and writes several "
@@ -148,7 +147,7 @@ class CardTraining(Training):
             (noised_rows(model, tokens_BN, masked), lambda exported: logits(exported, noised)),
         ]
 
-    def labels(self, config: "RunConfig") -> dict[str, str]:
+    def kinds(self, config: "RunConfig") -> dict[str, str]:
         return {"left_to_right": "left to right", "noised": "from a noised prefix"}
 
     def progress(self, step: int, config: "RunConfig") -> dict[str, Any]:

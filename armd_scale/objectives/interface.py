@@ -72,8 +72,6 @@ class Card(NamedTuple):
 class Training(ABC):
     """How an objective is trained: everything is a function of (seed, step, place in the batch), so ranks agree."""
 
-    heldout: ClassVar[tuple[str, ...]] = ("left_to_right",)
-    """Kinds of held-out scores; the first is the one that a run is known by."""
     card: ClassVar[Card]
     flops_formula: ClassVar[str]
     """What is counted in the FLOPs of a token (``model.flops``)."""
@@ -86,7 +84,7 @@ class Training(ABC):
 
     @abstractmethod
     def heldout_rows(self, config: "RunConfig", kind: str, tokens_BN: np.ndarray, numbers: Sequence[int]) -> Rows:
-        """Rows of held-out texts [B, N] with these numbers, the same at every evaluation; ``kind``: of ``heldout``."""
+        """Rows of held-out texts [B, N] with these numbers, the same at every evaluation; ``kind``: of ``kinds``."""
 
     @abstractmethod
     def probes(self, model: "ModelConfig", tokens_BN: np.ndarray) -> list[tuple[Rows, Callable[[Any], Tensor]]]:
@@ -95,9 +93,15 @@ class Training(ABC):
         The export compares both.
         """
 
-    def labels(self, config: "RunConfig") -> dict[str, str]:
-        """The kinds of held-out scores in words."""
-        return dict.fromkeys(self.heldout, "left to right")
+    def kinds(self, config: "RunConfig") -> dict[str, str]:
+        """Kinds of held-out scores, and each in words; the first is the one that a run is known by."""
+        return {"left_to_right": "left to right"}
+
+    def drafts(self, config: "RunConfig", tokens_BN: np.ndarray) -> tuple[Rows, Rows, int] | None:
+        """Rows of held-out texts [B, N] in groups, the same texts one token a block, and the size of a group: in exact
+        parallel decoding the law of one token a block accepts what a group proposes. None: no groups.
+        """
+        return None
 
     def progress(self, step: int, config: "RunConfig") -> dict[str, Any]:
         """``phase``, ``shuffled`` tokens a text and ``streams`` of a step, for its record."""

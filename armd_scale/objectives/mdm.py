@@ -120,7 +120,6 @@ class MdmInference(Inference, name="mdm"):
 class MdmTraining(Training):
     """Some tokens masked, to be predicted from all others."""
 
-    heldout = ("bound",)
     card = Card(
         "A masked diffusion language model (absorbing, as MDLM and RADD), trained and exported with armd_scale as a "
         "baseline of\nits ARMD models. It has a bound of a text's likelihood, and writes in any number of steps.",
@@ -147,7 +146,7 @@ class MdmTraining(Training):
         rows = _masked(model, tokens_BN, [Noise(noise(model.length, 0.5, "any-order", 0).masked, 1.0)])
         return [(rows, lambda exported: exported.predict(exported.denoise(rows.context_tokens))[0])]
 
-    def labels(self, config: "RunConfig") -> dict[str, str]:
+    def kinds(self, config: "RunConfig") -> dict[str, str]:
         return {"bound": "bound"}
 
     def progress(self, step: int, config: "RunConfig") -> dict[str, Any]:

@@ -221,20 +221,63 @@ class Engine:
         self.stages.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         if micro_batches:
-            # Stages exchange full micro-batches, interleaved stages a multiple of their number; padding is not counted.
-            padded, size = list(micro_batches), self.config.train.micro_batch
-            if self.config.parallel.pipeline > 1:
-                padded = [rows.fill(size) for rows in padded]
-                padded += [padded[-1]] * (-len(padded) % self.config.parallel.pipeline)
+            padded = self._padded(micro_batches)
             with torch.no_grad():
                 sums = self._run(padded, lambda nll: (nll.mean(), nll.double().sum(1)), forward_only=True)
             for rows, of_texts in zip(micro_batches, sums, strict=False):
                 totals[0] += of_texts[: len(rows.target_tokens)].sum()
                 totals[1] += rows.target_tokens.numel()
-        # Only the last pipeline stage has a loss.
+        self._sum_over_stages_and_copies(totals)
+        return float(totals[0]), int(totals[1])
+
+    def acceptance(self, pairs: Sequence[Rows], size: int) -> tuple[list[float], list[float]]:
+        """How groups of ``size`` tokens are accepted, over the texts of all data-parallel ranks.
+
+        ``pairs``: micro-batches in groups, each followed by the same texts one token a block. Returns for every place
+        of a group the mean probability that its token is accepted, and that it and those before it are.
+        """
+        self.stages.eval()
+        totals = torch.zeros(1 + 2 * size, dtype=torch.float64, device=self.device)
+        before: list[Tensor] = []  # activations of a micro-batch in groups
+
+        def forward(stage: Stage, rows: Rows) -> Tensor:
+            if not stage.is_last:
+                return stage(rows)
+            h = stage.hidden(rows)
+            if before:
+                return stage.overlap(before.pop(), h)
+            before.append(h)
+            return h.new_empty(0)
+
+        if pairs:
+            with torch.no_grad():
+                results = self._run(
+                    self._padded(pairs, 2), lambda shared: (shared.sum(), shared), forward_only=True, forward=forward
+                )
+            for rows, shared in zip(pairs[1::2], results[1::2], strict=False):
+                shared = shared[: len(rows.target_tokens)].double()
+                groups = shared[:, : shared.shape[1] // size * size].unflatten(1, (-1, size)).flatten(0, 1)
+                totals[0] += len(groups)
+                totals[1:] += torch.cat([groups.sum(0), groups.cumprod(1).sum(0)])
+        self._sum_over_stages_and_copies(totals)
+        means = (totals[1:] / totals[0]).tolist()
+        return means[:size], means[size:]
+
+    def _padded(self, micro_batches: Sequence[Rows], unit: int = 1) -> list[Rows]:
+        """Micro-batches that are evaluated in units, filled up where pipeline stages need it: stages exchange full
+        micro-batches, interleaved stages a multiple of their number.
+        """
+        padded = list(micro_batches)
+        if self.config.parallel.pipeline > 1:
+            padded = [rows.fill(self.config.train.micro_batch) for rows in padded]
+            while len(padded) % self.config.parallel.pipeline:
+                padded += padded[-unit:]
+        return padded
+
+    def _sum_over_stages_and_copies(self, totals: Tensor) -> None:
+        """Sum over the pipeline stages, of which the last one alone counts, and over the data-parallel ranks."""
         dist.all_reduce(totals, group=parallel_state.get_pipeline_model_parallel_group())
         dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
-        return float(totals[0]), int(totals[1])
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[Timed]]:
@@ -270,9 +313,17 @@ class Engine:
         """Set all states from ``read(param, parameter name, state name)``, as after ``steps`` updates. Collective."""
         self.zero.write_states(self.named_parameters(), read, steps)
 
-    def _run(self, micro_batches: Sequence[Rows], loss: Callable, forward_only: bool) -> list[Tensor]:
+    def _run(
+        self,
+        micro_batches: Sequence[Rows],
+        loss: Callable,
+        forward_only: bool,
+        forward: Callable[[Stage, Rows], Tensor] | None = None,
+    ) -> list[Tensor]:
         def forward_step(batches: Iterator[Rows], stage: Stage) -> tuple[Tensor, Callable]:
             rows = next(batches).to(self.device)
+            if forward:
+                return forward(stage, rows), loss
             taught = rows.in_text_order and not forward_only
             return stage(rows, self.teacher if taught else None), loss
 

@@ -188,11 +188,10 @@ def _training_facts(config: RunConfig, source: Path) -> dict[str, Any]:
     """Facts about the training up to a checkpoint, for the model card."""
     step = manifest.read(source)["step"]
     objective = objectives.training(config.objective)
-    known_by = f"heldout_{objective.heldout[0]}_bits_per_byte"
-    scores = [record for record in config.run_directory.metrics() if known_by in record]
-    kinds = {label: kind for kind, label in objective.labels(config).items()}
-    newest = max((score for score in scores if score["step"] <= step), key=lambda score: score["step"], default=None)
-    heldout = {kind: newest[f"heldout_{name}_bits_per_byte"] for kind, name in kinds.items()} if newest else {}
+    keys = {label: f"heldout_{kind}_bits_per_byte" for kind, label in objective.kinds(config).items()}
+    scores = [record for record in config.run_directory.metrics() if next(iter(keys.values())) in record]
+    newest = max((score for score in scores if score["step"] <= step), key=lambda score: score["step"], default={})
+    heldout = {label: newest[key] for label, key in keys.items() if key in newest}
     return {
         "tokens": step * config.train.global_batch * config.model.length,
         "text": ", ".join(config.data.text) or str(config.data_directory),

@@ -281,12 +281,28 @@ class _Trainer:
         tokens, parts = self.heldout.read(indices * len(self.heldout) // count), self._parts(len(indices))
         record: dict[str, Any] = {}
         with self.engine.averaged_weights():
-            for kind in self.objective.heldout:
+            for kind in self.objective.kinds(config):
                 rows = [self.objective.heldout_rows(config, kind, tokens[p], indices[p].tolist()) for p in parts]
                 total, count = self.engine.evaluate(rows)
                 record[f"heldout_{kind}"] = total / count
                 record[f"heldout_{kind}_bits_per_byte"] = total / count / _LN2 / self.heldout.bytes_per_token
+            if self.objective.drafts(config, tokens[:1]):
+                record |= self._drafting(tokens, parts)
         return record
+
+    def _drafting(self, tokens: np.ndarray, parts: list[slice]) -> dict[str, Any]:
+        """Acceptance of a group by place, and tokens written in a pass that proposes a group, on held-out texts."""
+        pairs: list[Rows] = []
+        size = 0
+        for part in parts:
+            drafts = self.objective.drafts(self.config, tokens[part])
+            assert drafts
+            pairs += drafts[:2]
+            size = drafts[2]
+        accepted, reached = self.engine.acceptance(pairs, size)
+        # A token is written for the first refused place as well.
+        names = [f"acceptance_{place}" for place in range(1, size + 1)]
+        return dict(zip(names, accepted, strict=True)) | {"tokens_per_pass": 1 + sum(reached[:-1])}
 
     def save(self) -> None:
         """Start writing a checkpoint of the current step."""

@@ -36,7 +36,7 @@ def test_a_checkpoint_is_scored_as_it_is(data, tmp_path, objective, parallel):
     config = RunConfig.model_validate(fields)
     records = start(config)
     config_files.save(config, config.directory / "config.yaml")
-    name, *others = (f"heldout_{kind}" for kind in training(objective).heldout)
+    name, *others = (f"heldout_{kind}" for kind in training(objective).kinds(config))
     last = [record for record in records if name in record][-1]
     assert all(other in last for other in others)
     run_processes(1, _export, config, tmp_path / "out", 10**9)

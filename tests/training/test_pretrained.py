@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from armd_scale import config as configs
-from armd_scale import config_files, inference
+from armd_scale import config_files, inference, orders
 from armd_scale.data.shards import PackedDataset, fill_vocabulary
 from armd_scale.decoding import network
 from armd_scale.errors import UserError
@@ -56,9 +57,9 @@ def adopt(model_dir, run_dir, *overrides):
     return pretrained.adopt(model_dir, run_dir, None, ["model.length=32", *overrides])
 
 
-def standalone(run_dir):
+def standalone(run_dir, step=0):
     run = RunDirectory(run_dir)
-    model, _ = export.in_memory(fill_vocabulary(config_files.load_run(run)), run.checkpoint(0))
+    model, _ = export.in_memory(fill_vocabulary(config_files.load_run(run)), run.checkpoint(step))
     return model
 
 
@@ -273,15 +274,35 @@ LAYOUTS = {
 }
 
 
+ACCEPTANCE = [f"acceptance_{place}" for place in (1, 2, 3)]
+
+
+def _check_acceptance(config):
+    """Groups of 3 of the held-out texts, accepted by the law of one token a block."""
+    model = standalone(config.directory, 4)
+    heldout = PackedDataset(config.data_directory / "heldout")
+    tokens = torch.from_numpy(heldout.read(np.arange(4) * len(heldout) // 4))
+    laws = [
+        model.logits(tokens, *map(torch.from_numpy, layout)).double().softmax(-1)
+        for layout in (orders.groups(32, 3), orders.left_to_right(32))
+    ]
+    shared = torch.minimum(*laws).sum(-1)[:, :30].unflatten(1, (10, 3))
+    record = [record for record in config.run_directory.metrics() if ACCEPTANCE[0] in record][-1]
+    assert [record[name] for name in ACCEPTANCE] == pytest.approx(shared.mean((0, 1)).tolist(), abs=1e-5)
+    passes = 1 + shared[..., 0] + shared[..., 0] * shared[..., 1]
+    assert record["tokens_per_pass"] == pytest.approx(float(passes.mean()), abs=1e-5)
+
+
 def test_every_layout_trains_an_imported_model_alike(tmp_path):
-    """The first loss is that of transformers; later losses, divergences from the imported model and weights are those
-    of one process.
+    """The first loss is that of transformers; later losses, divergences from the imported model, acceptances of groups
+    and weights are those of one process.
     """
     model = make(tmp_path / "theirs", "Qwen3ForCausalLM", "yarn", head_dim=12, rms_norm_eps=1e-3)
     (tmp_path / "a.txt").write_text("\n".join(f"{n} {runs.PANGRAMS}" for n in range(60)))
     settings = {
         "data.text": [f"{tmp_path}/a.txt"], "data.directory": f"{tmp_path}/data", "data.heldout_fraction": 0.2,
         "orders.ar_steps": 2, "orders.permutation_steps": 3, "orders.rho": 8, "orders.strided_steps": 1,
+        "orders.groups": [2, 3],
         "train.steps": 3, "train.distill": 0.5, "train.global_batch": 4, "train.micro_batch": 2, "train.log_every": 1,
         "train.dtype": "float32", "train.eval_samples": 4, "optimizer.warmup_steps": 0, "optimizer.lr": 1e-3,
         "optimizer.eps": 1e-3, "report.wandb": "disabled",
@@ -300,15 +321,17 @@ def test_every_layout_trains_an_imported_model_alike(tmp_path):
     assert records[0]["loss"] == pytest.approx(expected, abs=1e-4)
     assert "divergence" not in records[0]  # 0: the model is the teacher
     assert records[1]["divergence"] > 1e-4
+    _check_acceptance(first)
     final = runs.tensors(first.run_directory.checkpoint(4), raw=False)
     for number, (name, (processes, parallel)) in enumerate(LAYOUTS.items()):
         place = tmp_path / str(number)
         layout = [f"parallel.{field}={json.dumps(value)}" for field, value in parallel.items()]
         config, _ = adopt(tmp_path / "theirs", place, *given, *layout, f"cluster.tasks_per_node={processes}")
-        for found, known in zip(runs.start(config), first.run_directory.metrics(), strict=True):
-            if "loss" in known:
-                assert found["loss"] == pytest.approx(known["loss"], rel=1e-4), name
-                assert found.get("divergence", 0) == pytest.approx(known.get("divergence", 0), rel=1e-3, abs=1e-9)
+        records = map(runs.figures, (runs.start(config), first.run_directory.metrics()))
+        for found, known in zip(*records, strict=True):
+            assert found.keys() == known.keys(), name
+            for field in known.keys() & {"loss", "divergence", *ACCEPTANCE, "tokens_per_pass"}:
+                assert found[field] == pytest.approx(known[field], rel=1e-3 if field == "divergence" else 1e-4), name
         found = runs.tensors(config.run_directory.checkpoint(4), raw=False)
         assert found.keys() == final.keys()
         for key, tensor in final.items():

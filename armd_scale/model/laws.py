@@ -1,4 +1,7 @@
-"""NLL and divergence from a teacher, over a vocabulary that the tensor-parallel ranks share.
+"""Compares laws of tokens over a vocabulary that the tensor-parallel ranks share.
+
+- ``scores``: NLL, and the divergence from a teacher's law;
+- ``overlap``: the probability that a token drawn from one law is accepted under the other.
 
 The gradient of logits z with p = softmax(z), for a target t and the teacher's law q: of the NLL p - onehot(t), of
 KL(q || p) p - q. Both need sums over the whole vocabulary in the forward pass alone.
@@ -18,6 +21,16 @@ def scores(logits_NBV: Tensor, targets_NB: Tensor, taught_NBV: Tensor) -> Tensor
     ``logits_NBV``, ``taught_NBV``: this rank's part of the vocabulary, float32; ``taught_NBV`` gets no gradient.
     """
     return _Scores.apply(logits_NBV, targets_NB, taught_NBV)
+
+
+def overlap(logits_NBV: Tensor, other_NBV: Tensor) -> Tensor:
+    """sum_v min(p(v), q(v)) of the laws of two sets of logits, [N, B] float32: 1 - total variation, without gradients.
+
+    Speculative sampling (arXiv 2302.01318) accepts a token drawn from one law under the other with this probability.
+    """
+    shared = torch.minimum(_log_softmax(logits_NBV), _log_softmax(other_NBV)).exp().sum(-1)
+    _reduce(shared, dist.ReduceOp.SUM)
+    return shared
 
 
 class _Scores(torch.autograd.Function):

@@ -29,7 +29,7 @@ def _expected():
 
 
 def _compare(rank, processes, rendezvous, wrong):
-    from armd_scale.model import distillation
+    from armd_scale.model import laws
     from armd_scale.parallel import groups
 
     torch.set_num_threads(1)
@@ -39,7 +39,7 @@ def _compare(rank, processes, rendezvous, wrong):
     part = slice(rank * VOCAB // processes, (rank + 1) * VOCAB // processes)
     mine = logits[..., part].clone().requires_grad_()
     taught = taught.roll(1, 0) if wrong else taught
-    scores = distillation.scores(mine, targets, taught[..., part])
+    scores = laws.scores(mine, targets, taught[..., part])
     (scores * weights).sum().backward()
     expected, gradient = _expected()
     close = torch.allclose(scores.double(), expected, atol=1e-5)
