@@ -24,6 +24,7 @@ from armd_scale.errors import UserError
 from armd_scale.inference import ARMD, FREE
 from armd_scale.inference.model import check_device
 from armd_scale.objectives.interface import Inference
+from armd_scale.processes import die_with_parent
 from armd_scale.run_directory import RunDirectory
 
 
@@ -172,6 +173,7 @@ _MODEL: list[Scored] = []
 
 
 def _start(path: Path, device: str, numbers: Any) -> None:
+    die_with_parent()
     torch.set_num_threads(1)
     if device == "cuda" and torch.cuda.device_count():
         with numbers.get_lock():
