@@ -362,8 +362,8 @@ class DataConfig(Section):
     """How a change of the text files after the preparation is noticed: size alone, size and time of modification, or
     content. With ``sha256`` the files are read once more at every start."""
     tokenizer: str | None = None
-    """A sentencepiece ``.model`` file, a ``tokenizer.json``, or a directory with one of them; null: train sentencepiece
-    on ``text``."""
+    """A sentencepiece ``.model`` file, a ``tokenizer.json``, or a directory with one of them; null: that of an imported
+    model, else sentencepiece trained on ``text``."""
     bos_token: str | None = None
     """Token at the begin of a text; null: as ``tokenizer_config.json`` or ``special_tokens_map.json`` beside the
     tokenizer says, or EOS if the tokenizer has none."""
@@ -645,6 +645,12 @@ class RunConfig(Section):
     @property
     def data_directory(self) -> Path:
         return Path(self.data.directory).expanduser() if self.data.directory else self.run_directory.data
+
+    @property
+    def tokenizer(self) -> str | None:
+        """The tokenizer to prepare data with: the one that is named, or that of an imported model."""
+        own = self.run_directory.tokenizer
+        return self.data.tokenizer or (str(own) if own.is_dir() else None)
 
     @property
     def total_steps(self) -> int:

@@ -66,6 +66,7 @@ def rotary_frequencies(
     kind = scaling.get("scaling", "none")
     if kind == "none":
         return frequencies, 1.0
+    # As transformers rounds: at long positions the logits show the last bit of a frequency.
     slow, original = frequencies / scaling["factor"], scaling["original_length"]
     if kind == "linear":
         return slow, 1.0
@@ -73,7 +74,7 @@ def rotary_frequencies(
         turns = original * frequencies / (2 * math.pi)
         low, high = scaling["low_turns"], scaling["high_turns"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return slow + (frequencies - slow) * keep, 1.0
+        return (1 - keep) * slow + keep * frequencies, 1.0
 
     def pair(turns: float) -> float:
         """The pair of dimensions that makes so many turns within the original length."""
@@ -85,7 +86,8 @@ def rotary_frequencies(
     )
     ramp = (torch.arange(head_dim // 2, device=device) - first) / (last - first or 0.001)
     factor = scaling["attention"] or (0.1 * math.log(scaling["factor"]) + 1 if scaling["factor"] > 1 else 1.0)
-    return frequencies + (slow - frequencies) * ramp.clamp(0, 1), factor
+    keep, slow = 1 - ramp.clamp(0, 1), 1.0 / (scaling["factor"] * base ** (steps / head_dim))
+    return slow * (1 - keep) + frequencies * keep, factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

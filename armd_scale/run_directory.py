@@ -78,6 +78,11 @@ class RunDirectory:
         """Prepared data, unless ``data.directory`` names another directory."""
         return self.path / "data"
 
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer of the pretrained model that the run began with."""
+        return self.path / "tokenizer"
+
     # --- checkpoints; ``training.manifest`` says what is in a checkpoint
 
     @property

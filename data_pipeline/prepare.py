@@ -210,8 +210,8 @@ def _options(config: RunConfig) -> dict[str, Any]:
         "source_field": data.source_field,
         "txt_document": data.txt_document,
         "heldout_fraction": data.heldout_fraction,
-        "tokenizer": tokenizers.identity(_given_tokenizer(config)) if data.tokenizer else None,
-        "vocab_size": None if data.tokenizer else data.vocab_size,
+        "tokenizer": tokenizers.identity(_given_tokenizer(config)) if config.tokenizer else None,
+        "vocab_size": None if config.tokenizer else data.vocab_size,
         "samples_per_shard": data.samples_per_shard,
         "min_characters": data.min_characters,
         "max_characters": data.max_characters,
@@ -227,9 +227,8 @@ def _fingerprints(config: RunConfig, files: dict[str, list[str]]) -> dict[str, l
 
 def _given_tokenizer(config: RunConfig) -> tokenizers.Tokenizer:
     """The tokenizer of the configuration."""
-    data = config.data
-    assert data.tokenizer is not None
-    return tokenizers.load(data.tokenizer, bos=data.bos_token, eos=data.eos_token)
+    assert config.tokenizer is not None
+    return tokenizers.load(config.tokenizer, bos=config.data.bos_token, eos=config.data.eos_token)
 
 
 def _is_complete(config: RunConfig) -> bool:
@@ -245,7 +244,7 @@ def _is_complete(config: RunConfig) -> bool:
     try:
         options = _options(config)
     except UserError as error:  # complete shards do not need the original of their tokenizer
-        if Path(str(config.data.tokenizer)).expanduser().exists():
+        if Path(str(config.tokenizer)).expanduser().exists():
             raise
         log.warning("the tokenizer is missing, using the tokenizer in %s (%s)", folder, error)
         options = _options(config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": None})}))
@@ -448,7 +447,7 @@ def _tokenizer(
 ) -> tokenizers.Tokenizer:
     """Copy the tokenizer of the configuration, or train a tokenizer on the text that is not held out."""
     folder.mkdir(parents=True, exist_ok=True)
-    if config.data.tokenizer:
+    if config.tokenizer:
         tokenizer = _given_tokenizer(config)
         tokenizers.copy(tokenizer, folder)
         if not tokenizers.gives_back(tokenizer):

@@ -321,6 +321,12 @@ def load(
     names = ControlTokens(bos or named.bos, eos or named.eos)
     kind = SentencePieceTokenizer if file.suffix == ".model" else HuggingFaceTokenizer
     tokenizer: Tokenizer = kind(file, names, segments)
+    added = _settings(file.with_name("added_tokens.json")) if file.suffix == ".model" else {}
+    if beyond := [name for name, number in added.items() if number >= tokenizer.vocab_size]:
+        raise UserError(
+            f"{file.parent} adds tokens to {file.name}, such as {beyond[0]}: write tokenizer.json with transformers' "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(DIRECTORY)"
+        )
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"{tokenizer.path} has {tokenizer.vocab_size} entries but the model {vocab_size}: use the model's tokenizer"
@@ -344,8 +350,14 @@ def control_tokens(folder: Path) -> ControlTokens:
     settings = _settings(folder / "special_tokens_map.json") | {
         name: value for name, value in read_settings(folder).items() if value is not None
     }
-    bos, eos = (settings.get(name) for name in ("bos_token", "eos_token"))
-    return ControlTokens(*(token.get("content") if isinstance(token, dict) else token for token in (bos, eos)))
+    tokens = []
+    for name in ControlTokens._fields:
+        token = settings.get(f"{name}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(token, str | None):
+            raise UserError(f"{folder}: {name}_token of the tokenizer is {token!r}, not a text: fix {_CONFIG}")
+        tokens.append(token)
+    return ControlTokens(*tokens)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -61,10 +62,17 @@ def open_model(path: Path, device: str = "cpu", dtype: torch.dtype | None = None
 class CausalTransformer:
     """A causal language model of transformers, scored as ``ARMD`` models are: left to right, BOS before every text."""
 
-    def __init__(self, path: Path, device: str, bos_id: int) -> None:
+    def __init__(self, path: Path, device: str, tokenizer: Tokenizer) -> None:
         self.model = load_transformer(path, device)
         self.config = _Shape(objective="ar", length=positions(self.model) - 1)
-        self._bos_id = bos_id
+        self._bos_id = tokenizer.bos_id
+        entries = self.model.get_input_embeddings().num_embeddings
+        if tokenizer.vocab_size > entries:
+            raise UserError(f"{tokenizer.path} has {tokenizer.vocab_size} entries but the model {entries}")
+        short = torch.tensor([[0, 1]])
+        seen = self.logits(torch.cat([short, short], dim=1))[:, :2] - self.logits(short)
+        if float(seen.abs().max()) > 1e-3:
+            raise UserError(f"{path} is not a causal language model: a token changes what is predicted before it")
 
     @property
     def objective(self) -> Inference:
@@ -115,9 +123,14 @@ def load_transformer(path: Path, device: str = "cpu") -> Any:
     except ImportError as error:
         raise UserError(f"{path} needs transformers: pip install -c constraints.txt -e '.[eval]'") from error
     try:
-        return AutoModelForCausalLM.from_pretrained(str(path)).float().eval().to(check_device(device))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a causal language model: {error}") from error
+        model, found = AutoModelForCausalLM.from_pretrained(str(path), output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} is not a causal language model: {reason}") from error
+    absent = sorted(found["missing_keys"]) or sorted(str(key) for key in found["mismatched_keys"])
+    if absent:
+        raise UserError(f"{path} lacks weights that fit config.json, such as {absent[0]}: download the model again")
+    return model.float().eval().to(check_device(device))
 
 
 def positions(model: Any) -> int:
@@ -135,7 +148,7 @@ def open_scored(path: Path, device: str = "cpu") -> tuple[Scored, Tokenizer]:
     if not is_foreign(path):
         return open_model(path, device)
     tokenizer = tokenizers.load(path, segments=False)
-    return CausalTransformer(path, device, tokenizer.bos_id), tokenizer
+    return CausalTransformer(path, device, tokenizer), tokenizer
 
 
 Mapper: TypeAlias = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]

@@ -161,7 +161,7 @@ def assume_vocabulary(config: RunConfig, size: int = 50257) -> RunConfig:
     """The configuration with a vocabulary size: configured, of the tokenizer to train, or ``size``."""
     if config.model.vocab_size is not None:
         return config
-    assumed = config.data.vocab_size if config.data.tokenizer is None else size
+    assumed = config.data.vocab_size if config.tokenizer is None else size
     return with_vocabulary(config, assumed, config.model.bos_id or 0)
 
 

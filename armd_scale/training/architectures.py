@@ -24,13 +24,15 @@ class Architecture(NamedTuple):
     model_type: str
     qkv_bias: bool = False
     qk_norm: bool = False
+    defaults: Mapping[str, Any] = {}
+    """Values of fields that ``config.json`` leaves out, where they differ from ``_DEFAULTS``."""
 
 
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture("llama"),
-    "MistralForCausalLM": Architecture("mistral"),
-    "Qwen2ForCausalLM": Architecture("qwen2", qkv_bias=True),
-    "Qwen3ForCausalLM": Architecture("qwen3", qk_norm=True),
+    "MistralForCausalLM": Architecture("mistral", defaults={"num_key_value_heads": 8}),
+    "Qwen2ForCausalLM": Architecture("qwen2", qkv_bias=True, defaults={"num_key_value_heads": 32}),
+    "Qwen3ForCausalLM": Architecture("qwen3", qk_norm=True, defaults={"num_key_value_heads": 32, "head_dim": 128}),
 }
 """Known classes; a model is written as the first one with its features."""
 
@@ -56,12 +58,20 @@ _READ = {
 }  # fmt: skip
 """Other fields that the translation looks at."""
 _WITHOUT_EFFECT = {
-    "attention_dropout", "dtype", "initializer_range", "is_llama_config",
-    "output_attentions", "output_hidden_states", "pretraining_tp", "return_dict", "rope_interleaved",
-    "torch_dtype", "transformers.js_config", "transformers_version", "unsloth_fixed", "use_cache",
+    "attention_dropout", "dtype", "initializer_range", "is_llama_config", "max_length", "max_sequence_length",
+    "output_attentions", "output_hidden_states", "output_scores", "pretraining_tp", "return_dict",
+    "return_dict_in_generate", "rope_interleaved", "tokenizer_class", "torch_dtype", "torchscript",
+    "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
+    "id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params", "prefix",
+    "chunk_size_feed_forward", "tf_legacy_loss",
+    "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "length_penalty", "min_length",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "remove_invalid_values",
+    "repetition_penalty", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
 }  # fmt: skip
 """Fields that do not change what a model computes, besides ids of tokens and names that begin with ``_``."""
 _NEEDS = {
+    "auto_map": "code of its own",
     "attention_bias": "a bias of the output projection",
     "mlp_bias": "biases of the MLP",
     "num_local_experts": "experts",
@@ -76,12 +86,21 @@ _NEEDS = {
 """What has to be supported for fields that models of these architectures may have."""
 
 
+def name_of(config: Mapping[str, Any]) -> str:
+    """The class that ``config.json`` names; ``UserError`` if it is not known."""
+    kind = config.get("model_type")
+    names = config.get("architectures") or [name for name, known in ARCHITECTURES.items() if known.model_type == kind]
+    names = [names] if isinstance(names, str) else names or [f"of '{kind}'"]
+    if len(names) != 1 or names[0] not in ARCHITECTURES:
+        raise UserError(f"architecture {', '.join(map(str, names))}: known are {', '.join(ARCHITECTURES)}")
+    if kind not in (None, ARCHITECTURES[names[0]].model_type):
+        raise UserError(f"model_type = {kind!r} contradicts architectures = {names}: restore config.json")
+    return names[0]
+
+
 def find(config: Mapping[str, Any]) -> Architecture:
     """The architecture of ``config.json``; ``UserError`` if it is not known."""
-    names = config.get("architectures") or [f"of '{config.get('model_type')}'"]
-    if len(names) != 1 or names[0] not in ARCHITECTURES:
-        raise UserError(f"architecture {', '.join(names)}: known are {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[names[0]]
+    return ARCHITECTURES[name_of(config)]
 
 
 def model_fields(config: Mapping[str, Any], length: int | None = None) -> dict[str, Any]:
@@ -99,7 +118,8 @@ def model_fields(config: Mapping[str, Any], length: int | None = None) -> dict[s
             raise UserError(f"{name} = {value!r}: {_NEEDS.get(name, 'this field')} would have to be supported")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise UserError(f"hidden_act = {config['hidden_act']!r}: this activation would have to be supported")
-    values = {ours: config.get(theirs, _DEFAULTS.get(theirs)) for theirs, ours in FIELDS.items()}
+    defaults = _DEFAULTS | {**architecture.defaults}
+    values = {ours: config.get(theirs, defaults.get(theirs)) for theirs, ours in FIELDS.items()}
     missing = [
         theirs for theirs, ours in FIELDS.items() if values[ours] is None and ours not in ("kv_heads", "head_dim")
     ]
@@ -131,6 +151,8 @@ def _check_windows(config: Mapping[str, Any], length: int) -> None:
     always = config.get("model_type") == "mistral"
     window = config.get("sliding_window", 4096 if always else None)
     used = config.get("use_sliding_window", always)
+    if config.get("max_window_layers", 0) >= config.get("num_hidden_layers", 1):  # of Qwen: the first layer with one
+        used = False
     kinds = set(config.get("layer_types") or ()) - {"full_attention"}
     slides = kinds == {"sliding_attention"} or (used and not config.get("layer_types"))
     if kinds - {"sliding_attention"}:
@@ -144,7 +166,7 @@ def _check_windows(config: Mapping[str, Any], length: int) -> None:
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """``rope_base`` and ``rope``."""
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     base = given.get("rope_theta", config.get("rope_theta", 10000.0))
     kind = given.get("rope_type", given.get("type", "default"))
     if given.get("partial_rotary_factor", 1) != 1:
@@ -154,8 +176,8 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     if kind not in ("linear", "llama3", "yarn"):
         raise UserError(f"rope_type = {kind!r}: this scaling of rotary embeddings would have to be supported")
     original = (
-        given.get("original_max_position_embeddings")
-        or config.get("original_max_position_embeddings")
+        config.get("original_max_position_embeddings")
+        or given.get("original_max_position_embeddings")
         or longest(config)
     )
     rope = {"scaling": kind, "factor": float(given["factor"]), "original_length": original}
@@ -171,7 +193,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _attention_factor(rope: Mapping[str, Any]) -> float | None:
     """Factor of queries and keys with yarn; None: the usual one."""
-    if rope.get("attention_factor"):
+    if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
     top, bottom = rope.get("mscale"), rope.get("mscale_all_dim")
     if not (top and bottom):

@@ -8,6 +8,8 @@
 """
 
 import concurrent.futures
+import errno
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -156,8 +158,15 @@ def begin(
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, dcp.api.CheckpointException):
-            raise next(iter(error.failures.values()))[0] from error
+            raise _reason(next(iter(error.failures.values()))[0]) from error
         raise
+
+
+def _reason(error: BaseException) -> BaseException:
+    """What made a write fail."""
+    if "unexpected pos" in str(error):  # PyTorch's words for a file that could not grow
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return error
 
 
 class _Reader(dcp.DefaultSavePlanner):

@@ -132,8 +132,9 @@ def tokenizer(config: RunConfig) -> Tokenizer:
     Raises ``UserError`` if it is not the tokenizer that the data was made with.
     """
     data = config.data_directory
-    if not data.exists() and config.data.tokenizer and config.model.bos_id is not None:
-        return tokenizers.load(config.data.tokenizer, config.model.vocab_size)
+    if not data.exists() and config.tokenizer and config.model.bos_id is not None:
+        names = config.data.bos_token, config.data.eos_token
+        return tokenizers.load(config.tokenizer, config.model.vocab_size, *names)
     used = tokenizers.load(data / "tokenizer", config.model.vocab_size)
     if tokenizers.digest(used) != PackedDataset(data / "train").index["tokenizer_sha256"]:
         raise UserError(f"{used.path} is not the tokenizer that {data} was made with: restore it")

@@ -7,7 +7,6 @@ one file of weights.
 import contextlib
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,13 @@ from torch import Tensor
 
 from armd_scale import config as configs
 from armd_scale import config_files, config_syntax
-from armd_scale.config import RopeConfig, RunConfig
+from armd_scale.config import ModelConfig, RopeConfig, RunConfig
 from armd_scale.data import tokenizer as tokenizers
 from armd_scale.data.tokenizer import Tokenizer
 from armd_scale.errors import UserError
 from armd_scale.files import write_atomically
+from armd_scale.logs import CHECKPOINT as log
+from armd_scale.run_directory import RunDirectory
 from armd_scale.training import architectures, checkpoint, export, manifest
 
 SEED = {"width": [1.0, 3.0, 8.0], "gate": 0.0, "neighbour": True, "place": "before"}
@@ -42,19 +43,43 @@ class Folder:
         self.config = _json(path / "config.json", "is not a model directory of transformers")
         with _named(path):
             architectures.find(self.config)
-        index, single = path / "model.safetensors.index.json", path / "model.safetensors"
-        files = {single.name}
-        if index.is_file():
-            files = set(_json(index, "cannot be read").get("weight_map", {}).values())
         self._files: dict[str, Any] = {}
-        for name in sorted(files):
+        for name in sorted(self._weight_files()):
             if not (path / name).is_file():
-                raise UserError(f"{path / name} is missing: download the model again")
+                raise UserError(f"{path / name} is missing: {self._advice()}")
             try:
                 file = safe_open(path / name, "pt")
                 self._files |= dict.fromkeys(file.keys(), file)
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path / name} cannot be read: {error}; download the model again") from error
+
+    def _weight_files(self) -> set[str]:
+        """Names of the files of weights: a single file, which transformers prefers, or those of an index."""
+        index, single = self.path / "model.safetensors.index.json", "model.safetensors"
+        if (self.path / single).is_file() or not index.is_file():
+            return {single}
+        places = _json(index, "cannot be read").get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise UserError(f"{index} has no weight_map: download the model again")
+        return set(places.values())
+
+    def _advice(self) -> str:
+        if any(self.path.glob("*.bin")):
+            return (
+                "write the weights as safetensors, with transformers' from_pretrained(...).save_pretrained(DIRECTORY)"
+            )
+        return "download the model again"
+
+    def _check_head(self) -> None:
+        """``UserError`` if a head that is said to be the embedding is another one."""
+        head, embedding = (
+            self._files[name].get_tensor(name) if name in self._files else None
+            for name in ("lm_head.weight", "model.embed_tokens.weight")
+        )
+        if head is not None and embedding is not None and not torch.equal(head, embedding):
+            raise UserError(
+                f"{self.path}: lm_head.weight is not the embedding, but config.json has tie_word_embeddings = true"
+            )
 
     def check(self, pairs: list[architectures.Pair]) -> str:
         """``UserError`` if the tensors are not those of ``pairs``; returns their type."""
@@ -67,11 +92,14 @@ class Folder:
             kinds.add(entry.get_dtype())
             if tuple(entry.get_shape()) != shape:
                 raise UserError(f"{self.path}: {name} has the shape {entry.get_shape()} instead of {list(shape)}")
+        if "lm_head.weight" not in wanted:
+            self._check_head()
         strange = [name for name in self._files if name not in wanted and not name.endswith(_UNUSED)]
         if strange:
             raise UserError(f"{self.path}: the tensor {strange[0]} would have to be supported")
         if kinds - set(_TYPES):
-            raise UserError(f"{self.path} has weights of type {sorted(kinds - set(_TYPES))[0]}: dequantise them first")
+            kind = sorted(kinds - set(_TYPES))[0]
+            raise UserError(f"{self.path} has weights of type {kind}: write them as {', '.join(_TYPES.values())}")
         return "float32" if len(kinds) > 1 else _TYPES[kinds.pop()]
 
     def read(self, pair: architectures.Pair) -> Tensor:
@@ -90,14 +118,14 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{path / 'config.json'} cannot be read: {error!r}; download the model again") from error
 
 
 def _json(path: Path, wrong: str) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path.parent} {wrong}: {path.name}: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path.parent} {wrong}: {path.name} is no JSON object")
@@ -112,31 +140,62 @@ def configuration(
     ``values``: a configuration whose model section the model fills in; ``place`` names it in errors. Raises
     ``UserError`` if they contradict each other.
     """
-    given = values.get("model") or {}
+    given, data = _section(values, place, "model"), _section(values, place, "data")
+    seed = _section(given, place, "prefix", "model")
+    if not isinstance(given.get("length"), int | None):
+        config_files.validated({"model": {"length": given["length"]}}, place)
+    if data.get("tokenizer") is not None:
+        raise UserError(
+            f"data.tokenizer = {data['tokenizer']}: an import has the tokenizer of its model; remove the field"
+        )
     with _named(folder.path):
         longest = architectures.longest(folder.config)
         fields = architectures.model_fields(folder.config, given.get("length") or min(longest, LENGTH))
     for name, value in {**fields, "bos_id": tokenizer.bos_id}.items():
-        if name in given and given[name] is not None and not _equal(given[name], value):
+        if name in given and given[name] is not None and not _equal(given[name], value, place):
             raise UserError(
                 f"model.{name} is {given[name]} in the configuration but {value} in {folder.path}: remove the field"
             )
-    model = {**fields, "bos_id": tokenizer.bos_id, "prefix": {**SEED, **(given.get("prefix") or {})}}
-    data = {**(values.get("data") or {}), "tokenizer": str(run_dir / "tokenizer")}
-    whole = {"name": folder.path.resolve().name, **values, "run_dir": str(run_dir), "data": data}
-    config = config_files.validated({**whole, "model": {**given, **model}}, place)
+    model = {**given, **fields, "bos_id": tokenizer.bos_id, "prefix": {**SEED, **seed}}
+    whole = {"name": folder.path.resolve().name, **values, "run_dir": str(run_dir)}
+    config = config_files.validated({**whole, "model": model}, place)
     if config.traits.mask:
         raise UserError(f"{config.traits.label} needs a mask token, which {folder.path} lacks: objective=armd or ar")
-    prefix = config.model.prefix
-    if config.traits.streams == 2 and (prefix.kernel == "learned" or prefix.target_position):
-        raise UserError("model.prefix has weights that the model lacks: kernel=gaussian and target_position=false")
+    if config.traits.streams == 2:
+        _check_seed(config.model)
     return config
 
 
-def _equal(given: Any, value: Any) -> bool:
+def _section(values: dict[str, Any], place: object, name: str, *around: str) -> dict[str, Any]:
+    """A section of a configuration that is not checked yet; ``around``: the section that it lies in."""
+    section = values.get(name) or {}
+    if not isinstance(section, dict):
+        wrong: dict[str, Any] = {name: section}
+        for outer in around:
+            wrong = {outer: wrong}
+        config_files.validated(wrong, place)
+    return section
+
+
+def _check_seed(model: ModelConfig) -> None:
+    """``UserError`` for a model that does not begin as the pretrained model, or that has more weights."""
+    prefix = model.prefix
+    for name in ("gate", "neighbour", "place"):
+        if getattr(prefix, name) != SEED[name]:
+            raise UserError(
+                f"model.prefix.{name} = {getattr(prefix, name)}: an import begins as its model with "
+                f"{name}={json.dumps(SEED[name])} alone; remove the field"
+            )
+    if not model.target_mlp and model.two_stream > 1:
+        raise UserError("model.target_mlp = False: an import begins as its model with target_mlp=true alone")
+    if prefix.kernel == "learned" or prefix.target_position:
+        raise UserError("model.prefix has weights that the model lacks: kernel=gaussian and target_position=false")
+
+
+def _equal(given: Any, value: Any, place: object) -> bool:
     """Whether a field of a configuration is that of a model; numbers of files in float32 are rounded."""
     if isinstance(value, dict):
-        return isinstance(given, dict) and {**RopeConfig(**value).model_dump()} == RopeConfig(**given).model_dump()
+        return config_files.validated({"model": {"rope": given}}, place).model.rope == RopeConfig(**value)
     if isinstance(value, float) and isinstance(given, float | int):
         return math.isclose(given, value, rel_tol=1e-6)
     return bool(given == value)
@@ -146,19 +205,19 @@ def adopt(model_dir: Path, run_dir: Path, path: Path | None, overrides: list[str
     """Begin a run with the model of a directory of transformers.
 
     Returns the configuration and checkpoint 0. ``path``: configuration of the run; None: its defaults. Raises
-    ``UserError``, and then leaves nothing behind.
+    ``UserError``, and then leaves ``run_dir`` as it was.
     """
-    folder = Folder(model_dir)
-    tokenizer = tokenizers.load(model_dir)
-    config = configuration(folder, tokenizer, run_dir, config_syntax.read(path, overrides), path or model_dir)
-    model, run = config.model, config.run_directory
+    _check_place(run_dir)
+    folder, values = Folder(model_dir), config_syntax.read(path, overrides)
+    data = _section(values, path or model_dir, "data")
+    tokenizer = tokenizers.load(model_dir, bos=data.get("bos_token"), eos=data.get("eos_token"))
+    config = configuration(folder, tokenizer, run_dir, values, path or model_dir)
+    model = config.model
     assert model.vocab_size is not None
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(f"{tokenizer.path} has {tokenizer.vocab_size} entries but the model {model.vocab_size}")
     pairs = {pair.name: pair for pair in architectures.tensors(model)}
     kind = folder.check(list(pairs.values()))
-    if run.complete_checkpoints():
-        raise UserError(f"{run_dir} already has checkpoints: choose another run directory")
     rows = dict.fromkeys(("embedding.weight", "head.weight"), model.padded_vocab)
     shapes = {name: (rows.get(name, pair.shape[0]), *pair.shape[1:]) for name, pair in pairs.items()}
     gates: Tensor | None = None
@@ -173,24 +232,38 @@ def adopt(model_dir: Path, run_dir: Path, path: Path | None, overrides: list[str
         return folder.read(pairs[name])
 
     state = {"identity": configs.identity(config), "samples": 0, "losses": []}
-    facts = {
+    with export.replacing(run_dir) as partial:
+        run = RunDirectory(partial)
+        checkpoint.begin(run, shapes, read, state, averaged=config.optimizer.ema > 0)
+        run.tokenizer.mkdir()
+        tokenizers.copy(tokenizer, run.tokenizer)
+        write_atomically(run.origin_path, json.dumps(_origin(folder, kind, tokenizer), indent=1) + "\n")
+        config_files.save(config, run.config_path)
+    return config, config.run_directory.checkpoint(0)
+
+
+def _check_place(run_dir: Path) -> None:
+    """``UserError`` unless a run directory does not exist or is empty."""
+    if RunDirectory(run_dir).complete_checkpoints():
+        raise UserError(f"{run_dir} already has checkpoints: choose another run directory")
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"{run_dir} is a file: choose another run directory")
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        raise UserError(f"{run_dir} is not empty: choose another run directory")
+
+
+def _origin(folder: Folder, kind: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a run keeps of the pretrained model beside its weights."""
+    kept = {name: value for name, value in folder.config.items() if name.endswith("_token_id") and value is not None}
+    settings = folder.path / "generation_config.json"
+    return {
         "model": folder.path.resolve().name,
-        "architecture": folder.config["architectures"][0],
+        "architecture": architectures.name_of(folder.config),
         "dtype": kind,
         "bos": tokenizer.token(tokenizer.bos_id),
+        "config": {**kept, "max_position_embeddings": architectures.longest(folder.config)},
+        "generation_config": _json(settings, "cannot be read") if settings.is_file() else None,
     }
-    is_new = not run_dir.exists()
-    try:
-        first = checkpoint.begin(run, shapes, read, state, averaged=config.optimizer.ema > 0)
-        (run_dir / "tokenizer").mkdir(exist_ok=True)
-        tokenizers.copy(tokenizer, run_dir / "tokenizer")
-        write_atomically(run.origin_path, json.dumps(facts, indent=1) + "\n")
-        config_files.save(config, run.config_path)
-    except BaseException:
-        if is_new:
-            shutil.rmtree(run_dir, ignore_errors=True)
-        raise
-    return config, first
 
 
 def write_folder(
@@ -220,7 +293,14 @@ def write_folder(
         shapes = {name: pair.foreign_shape for name, (pair, _) in files.items()}
         width = torch.finfo(getattr(torch, kind)).bits // 8
         parameters = export.write_weights(shapes, read, partial, file_bytes, width)
-        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        write_atomically(partial / "config.json", json.dumps({**settings, **ids, "dtype": kind}, indent=1) + "\n")
+        origin = config.run_directory.origin()
+        settings |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "dtype": kind}
+        settings |= origin.get("config", {})
+        write_atomically(partial / "config.json", json.dumps(settings, indent=1) + "\n")
+        if origin.get("generation_config"):
+            text = json.dumps(origin["generation_config"], indent=1) + "\n"
+            write_atomically(partial / "generation_config.json", text)
         tokenizers.copy(tokenizer, partial)
+    if tokenizer.path.suffix == ".model" and settings["model_type"].startswith("qwen"):
+        log.warning("transformers encodes otherwise than %s: it has no sentencepiece for Qwen models", tokenizer.path)
     return {"parameters": parameters, "architecture": settings["architectures"][0], "dtype": kind}

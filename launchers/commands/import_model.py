@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if not (args.model_dir / "config.json").is_file():
+        raise UserError(f"{args.model_dir} is not a model directory: it has no config.json")
     if _is_foreign(args.model_dir):
         from armd_scale.training import pretrained
 

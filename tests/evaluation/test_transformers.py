@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import transformers
+from safetensors.torch import load_file, save_file
 
 from armd_scale import inference
 from armd_scale.config_files import load_run
@@ -60,3 +62,43 @@ def test_other_orders_are_refused(folders):
     for order in ("infill", "strided:2", "groups:2", "bound"):
         with pytest.raises(UserError, match="leave out --order"):
             likelihood.score(models.alone(model), chunks, order, 1)
+
+
+def _without_a_weight(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _shorter(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 200}))
+    weights = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = weights[name][:200].contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (lambda f: (f / "model.safetensors").write_bytes(b"version https://git-lfs"), "is not a causal language model"),
+        (_without_a_weight, "lacks weights that fit config.json, such as model.layers.1.mlp.down_proj.weight"),
+        (_shorter, "has 300 entries but the model 200"),
+    ],
+)
+def test_damaged_models_are_refused(tmp_path, damage, line):
+    make(tmp_path / "theirs")
+    damage(tmp_path / "theirs")
+    with pytest.raises(UserError, match=line):
+        models.open_scored(tmp_path / "theirs")
+
+
+def test_a_model_that_sees_later_tokens_is_refused(tmp_path):
+    make(tmp_path / "theirs")  # for its tokenizer
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    settings = transformers.BertConfig(vocab_size=300, initializer_range=0.5, **sizes)
+    transformers.BertLMHeadModel(settings).save_pretrained(tmp_path / "bert")
+    (tmp_path / "bert/tokenizer.model").write_bytes((tmp_path / "theirs/tokenizer.model").read_bytes())
+    with pytest.raises(UserError, match="a token changes what is predicted before it"):
+        models.open_scored(tmp_path / "bert")

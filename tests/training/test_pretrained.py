@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from armd_scale import config as configs
 from armd_scale import config_files, inference, orders
+from armd_scale.data import tokenizer as tokenizers
 from armd_scale.data.shards import PackedDataset, fill_vocabulary
 from armd_scale.decoding import network
 from armd_scale.errors import UserError
@@ -224,6 +226,18 @@ def _nan(weights):
         (lambda f: _edit(f, something_new=3), "something_new = 3: this field would have to be supported"),
         (lambda f: (f / "tokenizer.model").unlink(), "there is no tokenizer"),
         (lambda f: _edit(f, vocab_size=100), "entries but the model 100"),
+        (lambda f: _edit(f, model_type="qwen2"), "model_type = 'qwen2' contradicts architectures"),
+        (lambda f: _edit(f, auto_map={"AutoModel": "x.y"}), "code of its own would have to be supported"),
+        (lambda f: _edit(f, tie_word_embeddings=True), "lm_head.weight is not the embedding"),
+        (lambda f: _edit(f, max_position_embeddings="abc"), "config.json cannot be read: ValueError"),
+        (lambda f: _edit(f, rope_parameters={"rope_theta": "abc"}), "config.json cannot be read: ValueError"),
+        (lambda f: _edit(f, num_attention_heads=0, head_dim=None), "config.json cannot be read: ZeroDivisionError"),
+        (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json: "),
+        (lambda f: _index(f, ["a"]), "index.json has no weight_map"),
+        (lambda f: _index(f, {"a": 5}), "index.json has no weight_map"),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "write the weights as safetensors"),
+        (lambda f: _settings(f, bos_token=5), "bos_token of the tokenizer is 5, not a text"),
+        (lambda f: (f / "added_tokens.json").write_text('{"<extra>": 900}'), "adds tokens to tokenizer.model"),
     ],
 )  # fmt: skip
 def test_models_that_cannot_be_taken(tmp_path, damage, line):
@@ -234,6 +248,98 @@ def test_models_that_cannot_be_taken(tmp_path, damage, line):
     assert line in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def _index(folder, places):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def _settings(folder, **values):
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("data=5", "data = 5"),
+        ("model=5", "model = 5"),
+        ("model.prefix=foo", "model.prefix = 'foo'"),
+        ("model.length=abc", "model.length = 'abc'"),
+        ("model.rope.scaling=foo", "model.rope.scaling = 'foo'"),
+        ("model.rope.foo=1", "unknown key 'model.rope.foo'"),
+        ("model.prefix.gate=1.0", "model.prefix.gate = 1.0: an import begins as its model with gate=0.0 alone"),
+        ("model.prefix.gate=null", "model.prefix.gate = None"),
+        ("model.prefix.place=target", "an import begins as its model with place"),
+        ("model.target_mlp=false", "model.target_mlp = False"),
+        ("data.tokenizer=/nope", "an import has the tokenizer of its model"),
+        ("data.eos_token=nope", "nope"),
+    ],
+)
+def test_overrides_that_no_import_can_have(tmp_path, override, line):
+    make(tmp_path / "theirs")
+    with pytest.raises(UserError) as error:
+        adopt(tmp_path / "theirs", tmp_path / "run", "model.two_stream_layers=2", override)
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_fields_of_older_and_newer_files(tmp_path):
+    """What transformers reads if a field is there twice: its rule, so its logits."""
+    make(tmp_path / "theirs", seed=1)
+    other = make(tmp_path / "other", seed=2)
+    _edit(tmp_path / "other", rope_scaling={"rope_type": "linear", "factor": 4.0}, unsloth_version="2025.1", top_p=0.9)
+    shutil.copy(tmp_path / "theirs/model.safetensors", tmp_path / "other/part.safetensors")
+    names = dict.fromkeys(load_file(tmp_path / "theirs/model.safetensors"), "part.safetensors")
+    (tmp_path / "other/model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    adopt(tmp_path / "other", tmp_path / "run", "objective=ar")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "other").eval()
+    ours = standalone(tmp_path / "run")
+    with torch.no_grad():
+        expected = theirs(torch.tensor([[ours.config.bos_id, *TOKENS[:-1]]])).logits[0]
+        unscaled = other(torch.tensor([[ours.config.bos_id, *TOKENS[:-1]]])).logits[0]
+        got = logits_left_to_right(ours, TOKENS)
+    assert float((got - expected).abs().max()) < 1e-4 < float((unscaled - expected).abs().max())
+
+
+def test_an_import_only_fills_an_empty_place(tmp_path, monkeypatch):
+    make(tmp_path / "theirs")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    for place, line in (("theirs", "is not empty"), ("file", "is a file")):
+        with pytest.raises(UserError, match=line):
+            adopt(tmp_path / "theirs", tmp_path / place)
+    with monkeypatch.context() as patch:
+        patch.setattr(config_files, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            adopt(tmp_path / "theirs", tmp_path / "empty")
+    assert list((tmp_path / "empty").iterdir()) == []
+    adopt(tmp_path / "theirs", tmp_path / "empty")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "theirs"]
+
+
+def test_a_moved_import_and_what_comes_back_with_it(tmp_path, monkeypatch):
+    """The tokenizer moves with the run; ids, settings of generation and the length are those of the model."""
+    model = make(tmp_path / "theirs")
+    model.generation_config.update(eos_token_id=[2, 5], temperature=0.6, do_sample=True)
+    model.generation_config.save_pretrained(tmp_path / "theirs")
+    _edit(tmp_path / "theirs", eos_token_id=[2, 5], pad_token_id=3)
+    monkeypatch.chdir(tmp_path)
+    pretrained.adopt(tmp_path / "theirs", Path("run"), None, ["model.length=32", "objective=ar"])
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    monkeypatch.chdir("/")
+    run = RunDirectory(tmp_path / "moved")
+    pretrained.write_folder(config_files.load_run(run), run.checkpoint(0), tmp_path / "back", True, None, 10**9)
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("theirs", "back"))
+    for field in ("eos_token_id", "pad_token_id", "max_position_embeddings", "bos_token_id"):
+        assert after[field] == before[field]
+    settings = [json.loads((tmp_path / name / "generation_config.json").read_text()) for name in ("theirs", "back")]
+    assert settings[0] == settings[1]
+    text = "émigré, <b> 3.5\n  x"
+    own = tokenizers.load(tmp_path / "theirs").encode(text)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert theirs.encode(text, add_special_tokens=False) == own
 
 
 def test_a_configuration_that_contradicts_the_model(tmp_path):
