@@ -293,6 +293,12 @@ class OrderConfig(Section):
     group_decay: Annotated[float, Field(gt=0.0)] | None = None
     """Weight of the losses of a group: exp(-place / ``group_decay``) at places 0, 1, ..., with mean 1; null: 1."""
 
+    drafts: Count = 0
+    """Adds draft rows to steps with one token a block, as exact parallel decoding uses them: beside each target row,
+    a row that knows as much and predicts a token 1 to ``drafts`` places later; 0: none [D]."""
+    draft_weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """Weight of the mean loss of the draft rows."""
+
     @model_validator(mode="after")
     def _grows(self) -> typing.Self:
         if self.permutation_steps < self.ar_steps:
@@ -731,6 +737,8 @@ class RunConfig(Section):
         model = self.model
         if self.orders.rho > model.length:
             raise ValueError(f"orders.rho = {self.orders.rho} exceeds model.length = {model.length}")
+        if self.orders.drafts >= model.length:
+            raise ValueError(f"orders.drafts = {self.orders.drafts} must be below model.length = {model.length}")
         if max(self.orders.groups, default=0) > model.length:
             raise ValueError(f"orders.groups = {self.orders.groups} exceeds model.length = {model.length}")
         if self.orders.permutation_steps > self.train.steps:

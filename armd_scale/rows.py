@@ -28,6 +28,20 @@ class Visible(NamedTuple):
     """G over G, in the causal layers: target rows i with B(i) <= B(n)."""
 
 
+class Drafts(NamedTuple):
+    """Further target rows: row n knows as much as target row n and predicts a later token of the order. All [B, N].
+
+    They are the rows with which exact parallel decoding proposes tokens. No row sees them.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    lags: Tensor
+    """How many places later their tokens are; 1: the token after that of the target row."""
+    weights: Tensor
+    """Factors of their NLL, float32; 0 where the order has no such token."""
+
+
 class Rows(NamedTuple):
     """A micro-batch in generation order; all tensors [B, N] of int64."""
 
@@ -39,6 +53,7 @@ class Rows(NamedTuple):
     """None with one token per block: all masks are then the ordinary causal mask."""
     weights: Tensor | None = None
     """Factors of the NLL of the targets, [B, N] float32; None: all 1."""
+    drafts: Drafts | None = None
     in_text_order: bool = False
     """Whether rows are known to go left to right, so that each sees nothing but tokens before its target."""
 
@@ -47,7 +62,8 @@ class Rows(NamedTuple):
         visible = self.visible and Visible(*map(change, self.visible))
         tokens = {name: change(getattr(self, name)) for name in self._fields[:4]}
         weights = None if self.weights is None else change(self.weights)
-        return self._replace(**tokens, visible=visible, weights=weights)
+        drafts = self.drafts and Drafts(*map(change, self.drafts))
+        return self._replace(**tokens, visible=visible, weights=weights, drafts=drafts)
 
     def to(self, device: torch.device | str) -> "Rows":
         """The same rows on ``device``."""
@@ -81,6 +97,18 @@ def arrange(tokens_BN: np.ndarray, layout: Layout, bos_id: int) -> Rows:
         target_positions=_tensor(order),
         visible=visible,
     )
+
+
+def look_ahead(rows: Rows, lags_BN: np.ndarray) -> Rows:
+    """Rows of one token a block with drafts: draft row n predicts the target of row n + lag."""
+    assert rows.visible is None
+    length = lags_BN.shape[1]
+    index_BN = np.arange(length) + lags_BN
+    place_BN = torch.from_numpy(np.minimum(index_BN, length - 1))
+    weights = torch.from_numpy((index_BN < length).astype(np.float32))
+    tokens, positions = (tensor.gather(1, place_BN) for tensor in (rows.target_tokens, rows.target_positions))
+    drafts = Drafts(tokens, positions, _tensor(lags_BN), weights)
+    return rows._replace(drafts=drafts)
 
 
 def corrupt(tokens_BN: np.ndarray, masked_BN: np.ndarray, weight_B: np.ndarray, mask_id: int) -> Rows:

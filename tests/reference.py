@@ -14,9 +14,16 @@ from armd_scale.inference import ARMDConfig
 
 
 def log_probabilities(
-    weights: dict[str, Tensor], c: ARMDConfig, tokens: list[int], order: list[int], blocks: list[int]
+    weights: dict[str, Tensor],
+    c: ARMDConfig,
+    tokens: list[int],
+    order: list[int],
+    blocks: list[int],
+    drafts: list[tuple[int, int]] | None = None,
 ):
     """Log-probabilities of every target along the order, [N, V] float64.
+
+    ``drafts``: numbers of known tokens, and positions: log-probabilities of draft rows instead, [drafts, V].
 
     ``ar``, ``card``: the order is left to right; the tokens of ``card`` may be masked (V). ``mdm``:
     of every token of the text, some of which are the mask token V.
@@ -35,21 +42,32 @@ def log_probabilities(
 
     x = torch.stack([w["embedding.weight"][i] for i in ids])
     pe = [[_position_row(w, c, p, width) for p in position] for width in c.prefix_widths]
+
+    def seed(p: int, seen: list[int]) -> Tensor:
+        total = torch.zeros(c.hidden, dtype=torch.float64)
+        for kernel, width in enumerate(c.prefix_widths):
+            own = _position_row(w, c, p, width)
+            one = sum(torch.dot(own, pe[kernel][i]) * x[i] for i in seen)
+            total = total + (one * w["prefix.gate"][kernel] if c.prefix_gate else one)
+        total = total / {"none": 1.0, "sqrt": math.sqrt(len(seen)), "mean": len(seen)}[c.prefix_scale]
+        if c.prefix_target_position:
+            total = total + w["prefix.target_projection"] @ _position_row(w, c, p, c.prefix_widths[0])
+        for i in seen:
+            if c.prefix_neighbour and position[i] == p - 1:
+                total = total + x[i]
+        return total
+
     g = torch.zeros(length + 1, c.hidden, dtype=torch.float64)  # row 0 is not used
     for n in targets:
-        seen = [i for i in rows if block[i] < block[n]]
-        seed = torch.zeros(c.hidden, dtype=torch.float64)
-        for kernel in range(len(pe)):
-            one = sum(torch.dot(pe[kernel][n], pe[kernel][i]) * x[i] for i in seen)
-            seed = seed + (one * w["prefix.gate"][kernel] if c.prefix_gate else one)
-        g[n] = seed / {"none": 1.0, "sqrt": math.sqrt(len(seen)), "mean": len(seen)}[c.prefix_scale]
-        if c.prefix_target_position:
-            g[n] = g[n] + w["prefix.target_projection"] @ pe[0][n]
-        for i in seen:
-            if c.prefix_neighbour and position[i] == position[n] - 1:
-                g[n] = g[n] + x[i]
+        g[n] = seed(position[n], [i for i in rows if block[i] < block[n]])
+    drafts = drafts or []
+    d = torch.stack([seed(p, list(range(n + 1))) for n, p in drafts]) if drafts else g[:0]
 
-    place = [p - 1 for p in position] if c.prefix_place == "before" else position
+    before_target = int(c.prefix_place == "before")
+    place = [p - before_target for p in position]
+    ahead = [p - before_target for _, p in drafts]
+    known_x = torch.tensor([[i <= n for i in rows] for n, _ in drafts], dtype=torch.bool).view(-1, length + 1)
+    known_g = torch.tensor([[0 < i <= n + 1 for i in rows] for n, _ in drafts], dtype=torch.bool).view(-1, length + 1)
     at_most = torch.tensor([[block[i] <= block[n] for i in rows] for n in rows])
     before = torch.tensor([[block[i] < block[n] for i in rows] for n in rows])
     targets_only = torch.tensor([[i > 0 for i in rows] for _ in rows])
@@ -57,13 +75,17 @@ def log_probabilities(
         layer = _layer(w, index)
         if index < c.two_stream_layers:
             mlp = c.target_mlp or index == c.two_stream_layers - 1
-            x, g = (
+            x, g, d = (
                 _block(layer, c, x, x, position, position, at_most),
                 _block(layer, c, g, x, place, position, before, mlp),
+                _block(layer, c, d, x, ahead, position, known_x, mlp),
             )
         else:
-            g = _block(layer, c, g, g, place, place, at_most & targets_only)
-    return _predict(w, c, g[1:])
+            g, d = (
+                _block(layer, c, g, g, place, place, at_most & targets_only),
+                _block(layer, c, d, g, ahead, place, known_g),
+            )
+    return _predict(w, c, d if drafts else g[1:])
 
 
 def _one_stream(w, c: ARMDConfig, ids, positions, mask) -> Tensor:

@@ -225,8 +225,11 @@ class Lanes:
         if self._graphs is None:
             return Step(*self._advance(*inputs))
         with torch.cuda.device(self.network.device):
-            kind = (*self.sampler.kinds, self.sampler.draft, any(self._holds))
-            return Step(*self._graphs.run(self._advance, inputs, kind))
+            return Step(*self._graphs.run(self._advance, inputs, self._kind()))
+
+    def _kind(self) -> tuple[Any, ...]:
+        """What the operations of a step depend on, beside the shapes of its inputs."""
+        return (*self.sampler.kinds, self.sampler.draft, any(self._holds))
 
     def _start(self, lane: int, one: Task, last: int) -> None:
         """Set up a lane. All given tokens but the token at position ``last`` (0: BOS) are in the cache."""
@@ -313,11 +316,15 @@ class Strided(Lanes, name="strided"):
 class Exact(Lanes, name="exact"):
     """Writes several tokens per pass, with the distribution of a token per step in the same order.
 
-    A pass scores the K drafted tokens, and drafts the next K tokens as if each were the next token. A drafted token is
-    kept with probability min(1, q / p), with its draft probability p and its score q. The first token that is not kept
-    is drawn again from max(0, q - p); if all are kept, an additional token is drawn from the scores. The next draft is
-    drawn from the distributions of this pass at the following positions. This is speculative decoding for any
-    generation order (arXiv 2504.20456), with the model as its own draft model.
+    A pass scores the K drafted tokens. A drafted token is kept with probability min(1, q / p), with its draft
+    probability p and its score q. The first token that is not kept is drawn again from max(0, q - p); if all are kept,
+    an additional token is drawn from the scores. This is speculative decoding for any generation order (arXiv
+    2504.20456), with the model as its own draft model.
+
+    The same pass drafts the next K tokens. For each number a of tokens that can be kept, K draft rows know what the
+    score row behind these tokens knows and look 1 to K tokens further ahead; no row sees them (``rows.Drafts``). In the
+    order of several streams, a proposal knows the whole draft before it, refused tokens too, which belong to other
+    streams: it is a further score row.
     """
 
     @staticmethod
@@ -329,6 +336,8 @@ class Exact(Lanes, name="exact"):
         self._order = self._zeros(slots + 2 * width + 1)
         self._total, self._written = self._zeros(1), self._zeros(1)
         self._last, self._draft, self._pass = self._zeros(1), self._zeros(1), self._zeros(1)
+        self._several = self._zeros(1).bool()  # whether a text has several streams
+        self._kinds: dict[int, bool] = {}  # the same of every lane with a text
         self._proposal = self._zeros(width, network.config.vocab_size, dtype=network.precise)
         # Uniform numbers of every pass, for the draft and the token after it, and for the acceptance of the draft.
         self._draws = self._zeros(slots + 1, width + 1, dtype=torch.float64)
@@ -344,10 +353,15 @@ class Exact(Lanes, name="exact"):
         self._order[lane, : len(task.order)] = torch.tensor(task.order, dtype=torch.long, device=device)
         self._total[lane], self._written[lane], self._pass[lane] = len(task.order), 0, 0
         self._last[lane], self._draft[lane] = last, size
+        self._kinds[lane] = self._several[lane] = task.decoding.streams > 1
 
     def release(self, lane: int) -> None:
         super().release(lane)
         self._total[lane], self._draft[lane] = 0, 0
+        self._kinds.pop(lane, None)
+
+    def _kind(self) -> tuple[Any, ...]:
+        return (*super()._kind(), *sorted({*self._kinds.values()}))
 
     def _advance(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         width, slots = max(1, self.sampler.draft), self.slots
@@ -360,22 +374,33 @@ class Exact(Lanes, name="exact"):
         judge = self._judge.gather(1, now.expand(-1, 1, width))[:, 0]
         proposed = self._proposal[:, :width]
 
-        # Context rows: the last accepted token and the draft. Target i sees the draft before it, and itself.
+        # Context rows: the last accepted token and the draft. Score row i sees the draft before it, and itself.
         tokens = draw(proposed, draws[:, :width])
         context = torch.cat([self.text.gather(1, self._last), tokens], dim=1)
         at = torch.cat([self._last, positions[:, :width].where(drafted, 0)], dim=1)
         keep = torch.cat([there[:, :1], drafted], dim=1)
+        several, single = any(self._kinds.values()), not all(self._kinds.values())
+        scored = column if several else column[: width + 1]
         rank = torch.full_like(self.text, len(column))
         rank.scatter_(1, positions[:, :width].where(drafted, slots), column[:width].expand(self.count, -1))
         rank = rank[:, None, :slots]
         seen, top = self.known[:, None, :slots], self.known[:, None, :slots].clone()
         top[..., 0] = False
-        own = positions[..., None] == torch.arange(slots, device=positions.device)
-        before = rank < column[:, None]
-        sight = Sight(seen | (rank < column[: width + 1, None]), seen | before, top | before | own)
-        earlier = (column[: width + 1] <= column[:, None]) & keep[:, None]
-        hidden = self.network.step(context, at, positions, self.cache, keep, sight, earlier)
-        score = self.sampler.probabilities(self._predict(hidden, positions))
+        targets = positions[:, : len(scored)]
+        own = targets[..., None] == torch.arange(slots, device=positions.device)
+        before = rank < scored[:, None]
+        sight = Sight((seen | before)[:, : width + 1], seen | before, top | before | own)
+        earlier = (column[: width + 1] <= scored[:, None]) & keep[:, None]
+        ahead = column[1 : width + 1]
+        if single:
+            # Draft rows with the knowledge of score row a, for every a.
+            after = column[: width + 1].repeat_interleave(width)
+            rows = torch.cat([scored, after])
+            targets = torch.cat([targets, positions[:, after + ahead.repeat(width + 1)]], dim=1)
+            sight = Sight(sight.x, (seen | before)[:, rows], (top | before | own)[:, rows])
+            earlier = earlier[:, rows]
+        hidden = self.network.step(context, at, targets, self.cache, keep, sight, earlier, keyed=len(scored))
+        score = self.sampler.probabilities(self._predict(hidden[:, : width + 1], targets[:, : width + 1]))
 
         # Accept drafted tokens, and draw the next token.
         p, q = (rows.gather(-1, tokens[..., None])[..., 0] for rows in (proposed, score[:, :width]))
@@ -389,8 +414,12 @@ class Exact(Lanes, name="exact"):
         more = draw(self._rest(fresh, old, refused[..., None]), draws.gather(1, self._draft))
         self.network.absorb(context, at, torch.cat([there[:, :1], kept], dim=1), self.cache)
 
-        following = accepted + 1 + column[:width]
-        proposal = score.gather(1, following[..., None].expand(vocab))
+        following = accepted + ahead
+        drafts = following  # rows of the next draft
+        if single:
+            drafts = torch.where(self._several, following, len(scored) + accepted * width + ahead - 1)
+        chosen = hidden.gather(1, drafts[..., None].expand(-1, -1, hidden.shape[-1]))
+        proposal = self.sampler.probabilities(self._predict(chosen, positions.gather(1, following)))
         proposed.copy_(proposal.where(there.gather(1, following)[..., None], 0))
         tokens = torch.cat([tokens, more], dim=1).scatter(1, accepted, more)
         chosen = torch.cat([kept, torch.zeros_like(refused)], dim=1).scatter(1, accepted, there.gather(1, accepted))

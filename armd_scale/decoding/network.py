@@ -287,27 +287,35 @@ class Network(nn.Module):
 
     # Passes ----------------------------------------------------------------------------------------------------
 
-    def whole(self, tokens: Tensor, at: Tensor, blocks: Tensor) -> Tensor:
+    def whole(self, tokens: Tensor, at: Tensor, blocks: Tensor, ahead: Tensor | None = None) -> Tensor:
         """One pass over texts in generation order -> activations of all targets [B, N, d].
 
-        ``tokens``, ``at``, ``blocks`` [B, N]: token, position (from 1) and block (from 1) of every row.
+        ``tokens``, ``at``, ``blocks`` [B, N]: token, position (from 1) and block (from 1) of every row. ``ahead``
+        [B, N]: positions that draft rows predict, each with the knowledge of the target row of its column; their
+        activations follow those of the targets. Needs two streams and one token a block.
         """
         first = torch.zeros_like(at[:, :1])
         x = self._embed(torch.cat([first + self.config.bos_id, tokens[:, :-1]], dim=1))
         at_x, block_x = (torch.cat([first, rows[:, :-1]], dim=1) for rows in (at, blocks))
         if self.config.traits.streams == 1:
             return self._run(x[:, :0], x, at_x[:, :0], at_x, CAUSAL, None)
+        keyed: int | None = None
         if bool((blocks[:, 1:] > blocks[:, :-1]).all()):
             sight = CAUSAL
             strict = torch.ones(at.shape[1], at.shape[1], dtype=torch.bool, device=self.device).tril()
         else:
             strict = block_x[:, None, :] < blocks[:, :, None]
             sight = Sight(block_x[:, None, :] <= block_x[:, :, None], strict, blocks[:, None, :] <= blocks[:, :, None])
+        if ahead is not None:
+            assert sight is CAUSAL
+            at, keyed = torch.cat([at, ahead], dim=1), at.shape[1]
+            once, strict = strict[None], strict.repeat(2, 1)
+            sight = Sight(once, strict[None], strict[None])
         table, precise = self._positions(), x.to(self.precise)
         query, key = table[at], table[at_x]
         seed = self._sums(lambda part: ((query[..., part] @ key[..., part].transpose(1, 2)) * strict) @ precise)
         g = self._finish_seed(seed, query, strict.sum(-1, keepdim=True), self._neighbours(x, at_x, at, strict))
-        return self._run(x, g, at_x, at, sight, None)
+        return self._run(x, g, at_x, at, sight, None, keyed)
 
     def denoise(self, tokens: Tensor, there: Tensor | None = None) -> Tensor:
         """One pass over partly masked texts (the mask is token V) -> activations of every position [B, N, d].
@@ -356,18 +364,21 @@ class Network(nn.Module):
         keep: Tensor | None = None,
         sight: Sight = EVERYTHING,
         before: Tensor | None = None,
+        keyed: int | None = None,
     ) -> Tensor:
         """Feed tokens [B, C] at positions ``at`` and predict ``targets`` [B, T] -> activations [B, T, d].
 
         ``keep`` None: append the rows, which see everything. Otherwise ``keep`` [B, C] is False for padding context
-        rows, a target of 0 is padding, and ``sight`` masks slots, which are positions.
+        rows, a target of 0 is padding, and ``sight`` masks slots, which are positions. ``keyed``: the number of targets
+        that other rows see; those behind them are drafts.
         ``before`` [B, T, C]: context rows that a target sees, if not all; the context rows then do not join the prefix
         (``absorb`` adds those that stay).
         """
         x = self._embed(tokens)
         store: Store = cache.append
         if keep is not None:
-            store = cache.scatter(at.where(keep, cache.slots), targets.where(targets > 0, cache.slots))
+            seen = targets[:, :keyed]
+            store = cache.scatter(at.where(keep, cache.slots), seen.where(seen > 0, cache.slots))
         if self.config.traits.streams == 1:
             return self._run(x[:, :0], x, at[:, :0], at, sight, store)
         table = self._positions()
@@ -394,7 +405,7 @@ class Network(nn.Module):
             fed = None if before is None else self._neighbours(x, at, targets, before)
             near = near if fed is None else near + fed
         g = self._finish_seed(seed, query, size, near)
-        return self._run(x, g, at, targets, sight, store)
+        return self._run(x, g, at, targets, sight, store, keyed)
 
     def absorb(self, tokens: Tensor, at: Tensor, keep: Tensor, cache: Cache) -> None:
         """Add context rows of a step with ``before`` to the prefix."""
@@ -410,8 +421,20 @@ class Network(nn.Module):
 
     # Layers ----------------------------------------------------------------------------------------------------
 
-    def _run(self, x: Tensor, g: Tensor, at_x: Tensor, at_g: Tensor, sight: Sight, store: Store | None) -> Tensor:
-        """Run all layers on rows of X and G [B, R, d] at positions [B, R] -> rows of G before the final norm."""
+    def _run(
+        self,
+        x: Tensor,
+        g: Tensor,
+        at_x: Tensor,
+        at_g: Tensor,
+        sight: Sight,
+        store: Store | None,
+        keyed: int | None = None,
+    ) -> Tensor:
+        """Run all layers on rows of X and G [B, R, d] at positions [B, R] -> rows of G before the final norm.
+
+        ``keyed``: the number of rows of G that rows of G see; None: all.
+        """
         context = x.shape[1]
         if self.config.prefix_place == "before" and self.config.traits.streams == 2:
             at_g = (at_g - 1).clamp(min=0)  # 0 is padding
@@ -423,7 +446,7 @@ class Network(nn.Module):
         for index, layer in enumerate(self.layers):
             normed = layer.attention_norm(h)
             if index >= self.config.two_stream_layers:
-                keys = self._keys(index, normed, rope_g, store)
+                keys = self._keys(index, normed[:, :keyed], rope_g[:, :, :keyed], store)
                 attended = self._attend(layer, normed, rope_g, keys, sight.top)
             else:
                 keys = self._keys(index, normed[:, :context], rope_x, store)

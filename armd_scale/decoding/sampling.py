@@ -75,7 +75,7 @@ class Decoding:
 
 _RANGES = (
     ("streams", 1, 2**31),
-    ("draft", 0, 64),
+    ("draft", 0, 16),
     ("temperature", 0, 1e6),
     ("top_k", 0, 2**31),
     ("top_p", 1e-6, 1),

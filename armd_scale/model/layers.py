@@ -255,12 +255,21 @@ class Layer(nn.Module):
         self.mlp_streams = streams_out if config.target_mlp else 1
 
     def forward(
-        self, h: Tensor, update: Tensor | None, query_rope: Rotary, key_rope: Rotary, visible_SBN: Tensor | None
+        self,
+        h: Tensor,
+        update: Tensor | None,
+        query_rope: Rotary,
+        key_rope: Rotary,
+        visible_SBN: Tensor | None,
+        drafts: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream is h + ``update``, on entry and on return: the next norm adds the update."""
+        """The residual stream is h + ``update``, on entry and on return: the next norm adds the update.
 
-        batch = h.shape[1] // self.streams_in
-        cut = () if self.streams_in == 1 else (batch, (self.streams_in - self.streams_out) * batch)
+        ``drafts``: streams behind those of the layer that no other row sees.
+        """
+        streams = self.streams_in + drafts
+        batch = h.shape[1] // streams
+        cut = () if streams == 1 else (batch, (self.streams_in - self.streams_out) * batch)
         h, queries, context = self.attention_norm(h, update, *cut)
         h, normed, _ = self.mlp_norm(h, self.attention(queries, context, query_rope, key_rope, visible_SBN))
         if self.mlp_streams == self.streams_out:

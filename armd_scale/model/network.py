@@ -2,7 +2,8 @@
 
 The first stage embeds the context rows (X stream) and seeds the target rows (G stream). Layers below ``two_stream``
 carry both streams, the other layers carry G alone. The last stage scores the targets. Stages exchange tensors
-[N, 2 B, d], whose second half is zero where only G exists.
+[N, 2 B, d], whose second half is zero where only G exists. Draft rows, if there are any, are a further stream of B
+columns behind G that sees what G sees.
 
 Single-stream objectives embed the context rows only. A causal objective predicts from each row the token of the next
 row (the shift query); a bidirectional objective predicts the token that the row masks.
@@ -111,51 +112,69 @@ class Stage(nn.Module):
     def forward(self, rows: Rows, teacher: "Stage | None" = None) -> Tensor:
         """NLL of the targets in nats, [B, N] float32 in generation order, times ``rows.weights``.
 
-        ``teacher``: a whole left-to-right network, for rows in text order; the result is then [2, B, N], NLL and
-        KL(teacher || network) in nats. Stages before the last return their activations.
+        ``teacher``: a whole left-to-right network, for rows in text order. With a teacher or drafts the result is
+        [3, B, N]: NLL, KL(teacher || network) in nats, and NLL of the drafts times their weights. Stages before the
+        last return their activations.
         """
         h = self.hidden(rows)
         if self.is_last:
-            nll = self.nll(h, rows.target_tokens) if teacher is None else self._taught(h, rows, teacher)
-            return nll if rows.weights is None else nll * rows.weights
-        missing = self.model_config.streams * len(rows.target_tokens) - h.shape[1]
+            return self._scored(h, rows, teacher)
+        missing = self.model_config.streams * len(rows.target_tokens) - h.shape[1] + _drafted(rows)
         if self.config.pipeline_model_parallel_size > 1 and missing:
             # Stages exchange fixed-size tensors: negotiating a shape would synchronise with the device.
-            h = torch.cat([h, torch.zeros_like(h)], dim=1)
+            h = torch.cat([h, h.new_zeros(len(h), missing, h.shape[2])], dim=1)
         return h
+
+    def _scored(self, h: Tensor, rows: Rows, teacher: "Stage | None") -> Tensor:
+        """The result of the last stage."""
+        h, *ahead = (part.contiguous() for part in h.split(len(rows.target_tokens), dim=1)) if rows.drafts else (h,)
+        scores = self.nll(h, rows.target_tokens) if teacher is None else self._taught(h, rows, teacher)
+        scores = scores if rows.weights is None else scores * rows.weights
+        if teacher is None and not ahead:
+            return scores
+        planes = list(scores) if teacher else [scores, torch.zeros_like(scores)]
+        for drafts in ahead:
+            assert rows.drafts
+            planes.append(self.nll(drafts, rows.drafts.tokens) * rows.drafts.weights)
+        return torch.stack(planes + [torch.zeros_like(planes[0])] * (3 - len(planes)))
 
     def hidden(self, rows: Rows) -> Tensor:
         """Activations after the last layer of this stage."""
         h = self._enter(rows) if self.is_first else self._received
         assert h is not None
         streams = next(iter(self.layers.values())).streams_in
-        h = h[:, : streams * len(rows.target_tokens)]
+        h = h[:, : streams * len(rows.target_tokens) + _drafted(rows)]
         of_context = self._rotary(rows.context_positions)
-        of_target = self._rotary(rows.target_positions - int(self.model_config.prefix.place == "before"))
-        of_both = of_context.repeat(of_target)
+        shift = int(self.model_config.prefix.place == "before")
+        of_target = self._rotary(rows.target_positions - shift)
+        of_targets = of_target.repeat(self._rotary(rows.drafts.positions - shift)) if rows.drafts else of_target
+        of_all = of_context.repeat(of_targets)
         # Made once for all layers, as backends cache data derived from a mask with its tensor (see attention.flex).
         seen = rows.visible and (
             rows.visible.target_of_target[None],
             rows.visible.context_of_target[None],
             torch.stack(rows.visible[:2]),
         )
+        drafts = int(rows.drafts is not None)
         update: Tensor | None = None  # residual update of the previous layer, not yet added to h
         for layer in self.layers.values():
             if self.model_config.traits.streams == 1:
                 inputs = (of_context, of_context, None)
             elif layer.streams_in == 1:
-                inputs = (of_target, of_target, seen and seen[0])
+                inputs = (of_targets, of_target, seen and seen[0])
             elif layer.streams_out == 1:
-                inputs = (of_target, of_context, seen and seen[1])
+                inputs = (of_targets, of_context, seen and seen[1])
             else:
-                inputs = (of_both, of_context, seen and seen[2])
+                inputs = (of_all, of_context, seen and seen[2])
             if self.recompute == "full" and torch.is_grad_enabled():
                 # The sum is computed here, so that the checkpoint keeps a single tensor per layer.
                 h = torch.add(
-                    *checkpoint(self._through, layer, h, None, *inputs, use_reentrant=False, preserve_rng_state=False)
+                    *checkpoint(
+                        self._through, layer, h, None, *inputs, drafts, use_reentrant=False, preserve_rng_state=False
+                    )
                 )
             else:
-                h, update = self._through(layer, h, update, *inputs)
+                h, update = self._through(layer, h, update, *inputs, drafts)
         return h if update is None else h + update
 
     def _through(self, layer: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor]:
@@ -204,7 +223,7 @@ class Stage(nn.Module):
             return laws.scores(self.logits(h), targets_BN.t(), known).transpose(1, 2)
 
         with torch.no_grad():
-            taught = teacher.hidden(rows)
+            taught = teacher.hidden(rows._replace(drafts=None))
         return self._in_parts(score, h, rows.target_tokens, taught)
 
     def _nll(self, h: Tensor, target_tokens_BN: Tensor) -> Tensor:
@@ -214,23 +233,35 @@ class Stage(nn.Module):
         return vocab_parallel_cross_entropy(self.logits(h), target_tokens_BN.t().contiguous()).t()
 
     @torch.no_grad()
-    def overlap(self, h: Tensor, other: Tensor) -> Tensor:
-        """``laws.overlap`` of the rows of two activations [N, B, d]: [B, N]."""
+    def accepted(self, rows: Rows) -> Tensor:
+        """``laws.overlap`` of every draft row and of the target row that predicts the same token: [B, N]."""
+        assert rows.drafts
+        h, ahead = (part.contiguous() for part in self.hidden(rows).split(len(rows.target_tokens), dim=1))
 
-        def score(h: Tensor, _: Tensor, other: Tensor) -> Tensor:
-            return laws.overlap(self.logits(h), self.logits(other)).t()
+        def score(ahead: Tensor, lags_BN: Tensor, h: Tensor) -> Tensor:
+            judged = self.logits(h)
+            index_NBV = (torch.arange(len(judged), device=h.device)[:, None] + lags_BN.t()).clamp(max=len(judged) - 1)
+            return laws.overlap(self.logits(ahead), judged.gather(0, index_NBV[..., None].expand_as(judged))).t()
 
-        return self._in_parts(score, h, torch.empty(h.shape[1], 0), other)
+        return self._in_parts(score, ahead, rows.drafts.lags, h)
 
     def _enter(self, rows: Rows) -> Tensor:
         h = self.embedding(rows.context_tokens).transpose(0, 1).contiguous()
         if self.model_config.traits.streams == 2:
             seen = rows.visible and rows.visible.context_of_target
-            h = torch.cat([h, self.prefix(h, rows.context_positions, rows.target_positions, seen)], dim=1)
+            seeds = [self.prefix(h, rows.context_positions, rows.target_positions, seen)]
+            if rows.drafts:
+                seeds.append(self.prefix(h, rows.context_positions, rows.drafts.positions, None))
+            h = torch.cat([h, *seeds], dim=1)
         return scatter_to_sequence_parallel_region(h) if self.config.sequence_parallel else h
 
     def _rotary(self, positions_BN: Tensor) -> Rotary:
         return rotary(positions_BN, self.model_config)
+
+
+def _drafted(rows: Rows) -> int:
+    """Columns of draft rows."""
+    return len(rows.target_tokens) if rows.drafts else 0
 
 
 def streams_of(config: ModelConfig, index: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from armd_scale import orders
 from armd_scale.decoding.sampling import Decoding
 from armd_scale.objectives.interface import Card, Inference, Training
 from armd_scale.orders import Layout
-from armd_scale.rows import Rows, arrange
+from armd_scale.rows import Rows, arrange, look_ahead
 
 if TYPE_CHECKING:
     from armd_scale.config import ModelConfig, RunConfig
@@ -55,6 +55,9 @@ class ArmdTraining(Training):
         rows = _ordered(config.model, tokens_BN, layouts)
         in_text_order = self.streams(step, config) == 1 and self.shuffled_tokens(step, config) < 2
         rows = rows._replace(in_text_order=in_text_order)
+        if config.orders.drafts and rows.visible is None:
+            drawn = [orders.random_words(tokens_BN.shape[1], "drafts", config.seed, step, slot) for slot in slots]
+            rows = look_ahead(rows, 1 + (np.stack(drawn) % np.uint64(config.orders.drafts)).astype(np.int64))
         decay = config.orders.group_decay
         if decay is None or self.phase(step, config) != "groups":
             return rows
@@ -93,12 +96,8 @@ class ArmdTraining(Training):
             kinds["groups"] = f"groups of {max(config.orders.groups)}"
         return kinds
 
-    def drafts(self, config: "RunConfig", tokens_BN: np.ndarray) -> tuple[Rows, Rows, int] | None:
-        if not config.orders.groups:
-            return None
-        texts = range(len(tokens_BN))
-        proposed, known = (self.heldout_rows(config, kind, tokens_BN, texts) for kind in ("groups", "left_to_right"))
-        return proposed, known, max(config.orders.groups)
+    def lags(self, config: "RunConfig") -> int:
+        return max([config.orders.drafts, *(size - 1 for size in config.orders.groups)])
 
     def progress(self, step: int, config: "RunConfig") -> dict[str, Any]:
         shuffled = self.shuffled_tokens(step, config)

@@ -97,11 +97,9 @@ class Training(ABC):
         """Kinds of held-out scores, and each in words; the first is the one that a run is known by."""
         return {"left_to_right": "left to right"}
 
-    def drafts(self, config: "RunConfig", tokens_BN: np.ndarray) -> tuple[Rows, Rows, int] | None:
-        """Rows of held-out texts [B, N] in groups, the same texts one token a block, and the size of a group: in exact
-        parallel decoding the law of one token a block accepts what a group proposes. None: no groups.
-        """
-        return None
+    def lags(self, config: "RunConfig") -> int:
+        """How many tokens ahead drafts of held-out texts look, at most; 0: no drafts are trained."""
+        return 0
 
     def progress(self, step: int, config: "RunConfig") -> dict[str, Any]:
         """``phase``, ``shuffled`` tokens a text and ``streams`` of a step, for its record."""

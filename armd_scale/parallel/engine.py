@@ -46,6 +46,8 @@ class Step(NamedTuple):
     """Global gradient norm before clipping; can be infinite or NaN if the step was skipped."""
     divergence: float
     """Mean KL(teacher || model) per token in nats; 0 without a teacher."""
+    drafts: float
+    """Mean NLL of the draft rows in nats; 0 without them."""
 
 
 class Pending:
@@ -63,8 +65,8 @@ class Pending:
         """Wait for the step and return its outcome."""
         if self._done:
             self._done.synchronize()
-        loss, flags, applied, norm, divergence = self._values.tolist()
-        return Step(loss, int(flags), bool(applied), norm, divergence)
+        loss, flags, applied, norm, divergence, drafts = self._values.tolist()
+        return Step(loss, int(flags), bool(applied), norm, divergence, drafts)
 
 
 class Engine:
@@ -190,30 +192,30 @@ class Engine:
             self._spans.append((started, self._now()))
             self._sum_partial_gradients()
             self._sum_tied_gradients()
-        loss, divergence, flags, norm = self._agree(results, flag)
+        loss, divergence, drafts, flags, norm = self._agree(results, flag)
         accepted, norm = self.zero.update(loss.isfinite() & (loss <= limit), norm)
-        return Pending(torch.stack([loss, flags, accepted.double(), norm, divergence]))
+        return Pending(torch.stack([loss, flags, accepted.double(), norm, divergence, drafts]))
 
     def _loss(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of a micro-batch, and its mean NLL and divergence from the teacher for the log."""
+        """The loss of a micro-batch, and for the log its mean NLL, divergence from the teacher, and NLL of drafts."""
         means = scores.mean(dim=(-2, -1)).view(-1)
-        loss = means[0] + self.config.train.distill * means[1] if len(means) == 2 else means[0]
+        loss = means[0]
+        if len(means) == 3:
+            loss = loss + self.config.train.distill * means[1] + self.config.orders.draft_weight * means[2]
         # The schedule divides the loss in place, so what is logged is a copy.
-        return loss, F.pad(means.detach(), (0, 2 - len(means))).clone()
+        return loss, F.pad(means.detach(), (0, 3 - len(means))).clone()
 
     def _agree(self, results: list[Tensor], flag: int) -> Tensor:
-        """Mean NLL and divergence of the micro-batches over all ranks, sum of the flags, and gradient norm, in an
-        all-reduce.
-        """
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        """Means of ``_loss`` over the micro-batches of all ranks, sum of flags, and gradient norm, in an all-reduce."""
+        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
         if results:
-            sums[:2] = torch.stack(results).mean(dim=0)
-        sums[2].fill_(flag)
-        sums[3] = self.zero.squares()
+            sums[:3] = torch.stack(results).mean(dim=0)
+        sums[3].fill_(flag)
+        sums[4] = self.zero.squares()
         dist.all_reduce(sums)
         copies = parallel_state.get_data_parallel_world_size() * parallel_state.get_tensor_model_parallel_world_size()
-        sums[:2] /= copies
-        sums[3].sqrt_()
+        sums[:3] /= copies
+        sums[4].sqrt_()
         return sums
 
     def evaluate(self, micro_batches: Sequence[Rows]) -> tuple[float, int]:
@@ -230,48 +232,43 @@ class Engine:
         self._sum_over_stages_and_copies(totals)
         return float(totals[0]), int(totals[1])
 
-    def acceptance(self, pairs: Sequence[Rows], size: int) -> tuple[list[float], list[float]]:
-        """How groups of ``size`` tokens are accepted, over the texts of all data-parallel ranks.
+    def acceptance(self, micro_batches: Sequence[Rows], lags: int) -> tuple[list[float], list[float]]:
+        """How tokens of draft rows are accepted, over the texts of all data-parallel ranks.
 
-        ``pairs``: micro-batches in groups, each followed by the same texts one token a block. Returns for every place
-        of a group the mean probability that its token is accepted, and that it and those before it are.
+        ``micro_batches``: the same rows ``lags`` times in succession, with drafts that look 1, ..., ``lags`` tokens
+        ahead. Returns for every lag the mean probability that its token is accepted, and that it and those before it
+        are.
         """
         self.stages.eval()
-        totals = torch.zeros(1 + 2 * size, dtype=torch.float64, device=self.device)
-        before: list[Tensor] = []  # activations of a micro-batch in groups
+        totals = torch.zeros(1 + 2 * lags, dtype=torch.float64, device=self.device)
 
         def forward(stage: Stage, rows: Rows) -> Tensor:
-            if not stage.is_last:
-                return stage(rows)
-            h = stage.hidden(rows)
-            if before:
-                return stage.overlap(before.pop(), h)
-            before.append(h)
-            return h.new_empty(0)
+            return stage.accepted(rows) if stage.is_last else stage(rows)
 
-        if pairs:
+        if micro_batches:
             with torch.no_grad():
                 results = self._run(
-                    self._padded(pairs, 2), lambda shared: (shared.sum(), shared), forward_only=True, forward=forward
+                    self._padded(micro_batches), lambda shared: (shared.sum(), shared), True, forward=forward
                 )
-            for rows, shared in zip(pairs[1::2], results[1::2], strict=False):
-                shared = shared[: len(rows.target_tokens)].double()
-                groups = shared[:, : shared.shape[1] // size * size].unflatten(1, (-1, size)).flatten(0, 1)
-                totals[0] += len(groups)
-                totals[1:] += torch.cat([groups.sum(0), groups.cumprod(1).sum(0)])
+            for first in range(0, len(micro_batches) if results else 0, lags):  # only the last stage has results
+                texts = len(micro_batches[first].target_tokens)
+                length = self.config.model.length - lags
+                # Draft row n of lag k is judged by target row n + k.
+                shared = torch.stack([one[:texts, :length] for one in results[first : first + lags]]).double()
+                totals[0] += shared[0].numel()
+                totals[1:] += torch.cat([shared.sum((1, 2)), shared.cumprod(0).sum((1, 2))])
         self._sum_over_stages_and_copies(totals)
         means = (totals[1:] / totals[0]).tolist()
-        return means[:size], means[size:]
+        return means[:lags], means[lags:]
 
-    def _padded(self, micro_batches: Sequence[Rows], unit: int = 1) -> list[Rows]:
-        """Micro-batches that are evaluated in units, filled up where pipeline stages need it: stages exchange full
-        micro-batches, interleaved stages a multiple of their number.
+    def _padded(self, micro_batches: Sequence[Rows]) -> list[Rows]:
+        """Micro-batches of an evaluation, filled up where pipeline stages need it: stages exchange full micro-batches,
+        interleaved stages a multiple of their number.
         """
         padded = list(micro_batches)
         if self.config.parallel.pipeline > 1:
             padded = [rows.fill(self.config.train.micro_batch) for rows in padded]
-            while len(padded) % self.config.parallel.pipeline:
-                padded += padded[-unit:]
+            padded += [padded[-1]] * (-len(padded) % self.config.parallel.pipeline)
         return padded
 
     def _sum_over_stages_and_copies(self, totals: Tensor) -> None:
@@ -327,13 +324,14 @@ class Engine:
             taught = rows.in_text_order and not forward_only
             return stage(rows, self.teacher if taught else None), loss
 
+        streams = self.config.model.streams + any(rows.drafts is not None for rows in micro_batches)
         return self._schedule(
             forward_step_func=forward_step,
             data_iterator=[iter(micro_batches) for _ in self.stages],
             model=list(self.stages),
             num_microbatches=len(micro_batches),
             seq_length=self.config.model.length,
-            micro_batch_size=self.config.train.micro_batch * self.config.model.streams,  # of what stages exchange
+            micro_batch_size=self.config.train.micro_batch * streams,  # of what stages exchange
             forward_only=forward_only,
         )
 

@@ -27,7 +27,7 @@ from armd_scale.model.flops import peak_flops, stage_costs, stage_edges, trainin
 from armd_scale.objectives import interface as objectives
 from armd_scale.parallel import groups
 from armd_scale.parallel.engine import Engine, Pending
-from armd_scale.rows import Rows
+from armd_scale.rows import Rows, look_ahead
 from armd_scale.training import checkpoint, kernels, manifest, profiling, schedules
 from armd_scale.training.health import REQUEUE, STOP, Heartbeat, Signals, Spikes, Watchdog, slow_ranks
 from armd_scale.training.samples import Samples
@@ -92,6 +92,7 @@ class _Trainer:
         self.updates = 0  # applied steps
         self.grad_norm = math.nan  # of the last step whose result was read
         self.divergences: list[float] = []  # of applied steps with a teacher since the last record
+        self.drafts: list[float] = []  # losses of draft rows, likewise
         self.skipped: list[int] = []  # the latest consecutive skipped steps
         log.info(_layout(config))
         self.checkpointer = checkpoint.Checkpointer(self.engine, config.run_directory, config.train)
@@ -217,8 +218,8 @@ class _Trainer:
         if result.applied:
             self.updates += 1
             self.losses.append(result.loss)
-            if result.divergence:
-                self.divergences.append(result.divergence)
+            self.divergences += [result.divergence] if result.divergence else []
+            self.drafts += [result.drafts] if result.drafts else []
             self.spikes.applied(step, result.loss)
             self.skipped = []
             return result.flags
@@ -286,23 +287,20 @@ class _Trainer:
                 total, count = self.engine.evaluate(rows)
                 record[f"heldout_{kind}"] = total / count
                 record[f"heldout_{kind}_bits_per_byte"] = total / count / _LN2 / self.heldout.bytes_per_token
-            if self.objective.drafts(config, tokens[:1]):
-                record |= self._drafting(tokens, parts)
+            if lags := self.objective.lags(config):
+                record |= self._drafting(tokens, parts, lags)
         return record
 
-    def _drafting(self, tokens: np.ndarray, parts: list[slice]) -> dict[str, Any]:
-        """Acceptance of a group by place, and tokens written in a pass that proposes a group, on held-out texts."""
-        pairs: list[Rows] = []
-        size = 0
+    def _drafting(self, tokens: np.ndarray, parts: list[slice], lags: int) -> dict[str, Any]:
+        """Acceptance of drafts on held-out texts, left to right, by the number of tokens that they look ahead."""
+        batches: list[Rows] = []
         for part in parts:
-            drafts = self.objective.drafts(self.config, tokens[part])
-            assert drafts
-            pairs += drafts[:2]
-            size = drafts[2]
-        accepted, reached = self.engine.acceptance(pairs, size)
-        # A token is written for the first refused place as well.
-        names = [f"acceptance_{place}" for place in range(1, size + 1)]
-        return dict(zip(names, accepted, strict=True)) | {"tokens_per_pass": 1 + sum(reached[:-1])}
+            rows = self.objective.heldout_rows(self.config, "left_to_right", tokens[part], range(len(tokens[part])))
+            batches += [look_ahead(rows, np.full(tokens[part].shape, lag)) for lag in range(1, lags + 1)]
+        accepted, reached = self.engine.acceptance(batches, lags)
+        record = {f"acceptance_{lag}": value for lag, value in enumerate(accepted, start=1)}
+        # A pass writes the token that it scores, and the drafted tokens up to the first refused one.
+        return record | {"tokens_per_pass": 1 + sum(reached)}
 
     def save(self) -> None:
         """Start writing a checkpoint of the current step."""
@@ -337,9 +335,10 @@ class _Trainer:
             "seconds_per_step": seconds,
             "tokens_per_second": config.train.global_batch * config.model.length / seconds,
         }
-        if self.divergences:
-            record["divergence"] = sum(self.divergences) / len(self.divergences)
-            self.divergences = []
+        for name, values in (("divergence", self.divergences), ("drafts", self.drafts)):
+            if values:
+                record[name] = sum(values) / len(values)
+                values.clear()
         if slow:
             record["slow_ranks"] = slow
             if self.rank == 0:

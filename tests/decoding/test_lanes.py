@@ -106,8 +106,8 @@ def _lanes(model, strategy, tasks, width):
 @pytest.mark.parametrize("way", [Decoding(draft=2), Decoding(draft=5), Decoding(draft=4, streams=4)])
 @pytest.mark.parametrize("case", CASES)
 def test_cached_scores_and_drafts_equal_one_pass(kind, way, case, spied):
-    """In exact parallel decoding a score is the next token's distribution behind the draft before it; so
-    is what the next draft is drawn from, behind the whole draft.
+    """In exact parallel decoding a score is the next token's distribution behind the draft before it. The next draft is
+    drawn from the draft rows behind the accepted tokens, or in several streams from such scores.
     """
     model = standalone(MODELS[kind])
     tasks = model.plan(CASES[case], way, seed=4)
@@ -116,10 +116,11 @@ def test_cached_scores_and_drafts_equal_one_pass(kind, way, case, spied):
     for row, (one, text) in enumerate(zip(tasks, texts, strict=True)):
         written = 0
         for number, step in enumerate(steps):
-            logits, drawn = spied["logits"][number][row], spied["draws"][2 * number][row].tolist()
+            logits, drafted = (spied["logits"][2 * number + part][row] for part in (0, 1))
+            drawn = spied["draws"][2 * number][row].tolist()
             known = [*one.given, *one.order[:written]]
             ahead = one.order[written : written + way.draft] if number else []
-            for place, target in enumerate(one.order[written : written + 2 * way.draft + 1]):
+            for place, target in enumerate(one.order[written : written + way.draft + 1]):
                 seen = ahead[:place]
                 tokens = [*(text[p] for p in known), *drawn[: len(seen)]]
                 expected = _next(model, tokens, [*known, *seen], target)
@@ -127,7 +128,17 @@ def test_cached_scores_and_drafts_equal_one_pass(kind, way, case, spied):
             count = int((step.positions[row] > 0).sum())
             assert step.positions[row].tolist()[:count] == one.order[written : written + count]
             assert min(1, len(one.order) - written) <= count <= len(ahead) + 1
-            assert [text[p] for p in ahead[: count - 1]] == drawn[: len(ahead[: count - 1])]
+            kept = ahead[: count - 1]
+            assert [text[p] for p in kept] == drawn[: len(kept)]
+            following = one.order[written + count : written + count + way.draft]
+            for place, target in enumerate(following):
+                behind = ahead[: len(kept) + 1 + place] if way.streams > 1 else kept
+                tokens = [*(text[p] for p in known), *drawn[: len(behind)]]
+                if way.streams > 1:
+                    expected = _next(model, tokens, [*known, *behind], target)
+                else:
+                    expected = _ahead(model, tokens, [*known, *kept], one.order[written + len(kept)], target)
+                torch.testing.assert_close(drafted[place], expected, atol=1e-10, rtol=0)
             written += count
         assert written == len(one.order)
 
@@ -138,6 +149,15 @@ def _next(model, tokens, at, target):
     rows = torch.tensor([[*tokens, 0]])
     positions = torch.tensor([[*at, target]])
     return model.predict(model.whole(rows, positions, torch.arange(1, rows.shape[1] + 1)[None]))[0, -1]
+
+
+@torch.no_grad()
+def _ahead(model, tokens, at, following, target):
+    """Logits of a draft row that knows tokens at other positions, of which ``following`` is next, in one pass."""
+    positions = torch.tensor([[*at, following]])
+    blocks = torch.arange(1, positions.shape[1] + 1)[None]
+    h = model.whole(torch.tensor([[*tokens, 0]]), positions, blocks, torch.full_like(positions, target))
+    return model.predict(h)[0, -1]
 
 
 TWELVE = torch.randint(0, 50, (12,), generator=torch.Generator().manual_seed(1)).tolist()

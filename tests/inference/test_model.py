@@ -210,7 +210,7 @@ def test_bad_input_is_one_line(call, line):
 
 BAD_SETTINGS = {
     "streams": (0, -1, 1.0, True),
-    "draft": (-1, 65, 2.0),
+    "draft": (-1, 17, 2.0),
     "temperature": (-1.0, float("nan"), float("inf"), "hot"),
     "top_k": (-1, 1.5),
     "top_p": (0, 1.1, float("nan")),

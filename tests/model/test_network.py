@@ -23,7 +23,7 @@ from armd_scale.objectives.card import noised_rows
 from armd_scale.orders import Layout
 from armd_scale.parallel import groups
 from armd_scale.parallel.sharding import initialise
-from armd_scale.rows import arrange, corrupt
+from armd_scale.rows import arrange, corrupt, look_ahead
 from armd_scale.training.export import standalone_config
 from tests import reference
 from tests.conftest import BASELINES, FEATURES, MODELS, PAPER, layouts
@@ -61,6 +61,35 @@ def test_equals_the_reference_in_every_layout(kind, length):
             )
             targets = torch.from_numpy(tokens[row][layout.order - 1])[:, None]
             torch.testing.assert_close(nll[row], -logp.gather(1, targets)[:, 0], atol=1e-4, rtol=1e-5, msg=name)
+
+
+@pytest.mark.one_process
+@pytest.mark.parametrize("kind", MODELS)
+def test_draft_rows_equal_the_reference(kind):
+    """In training and in the standalone model; the other rows do not see them."""
+    config, length = MODELS[kind], 11
+    stage = build(config)
+    random = np.random.default_rng(0)
+    tokens, lags = random.integers(0, config.vocab_size, (2, length)), random.integers(1, 4, (2, length))
+    for layout in (orders.left_to_right(length), orders.shuffled(length, length, 1)):
+        rows = arrange(tokens, layout, config.bos_id)
+        planes = stage(look_ahead(rows, lags)).detach().double()
+        torch.testing.assert_close(planes[0], stage(rows).detach().double(), atol=1e-5, rtol=1e-5)
+        assert not planes[1].any()
+        for row in range(2):
+            ahead = [(n, n + lag) for n, lag in enumerate(lags[row].tolist()) if n + lag < length]
+            logp = reference.log_probabilities(
+                weights(stage, config),
+                standalone_config(config, eos_id=2),
+                tokens[row].tolist(),
+                layout.order.tolist(),
+                layout.block_ids.tolist(),
+                [(n, int(layout.order[index])) for n, index in ahead],
+            )
+            expected = torch.zeros(length, dtype=torch.float64)
+            for (n, index), law in zip(ahead, logp, strict=True):
+                expected[n] = -law[tokens[row][layout.order[index] - 1]]
+            torch.testing.assert_close(planes[2][row], expected, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.one_process
