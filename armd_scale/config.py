@@ -292,7 +292,6 @@ class OrderConfig(Section):
     """Share of the steps from ``permutation_steps`` to the end of the base training that are in groups."""
     group_decay: Annotated[float, Field(gt=0.0)] | None = None
     """Weight of the losses of a group: exp(-place / ``group_decay``) at places 0, 1, ..., with mean 1; null: 1."""
-
     drafts: Count = 0
     """Adds draft rows to steps with one token a block, as exact parallel decoding uses them: beside each target row,
     a row that knows as much and predicts a token 1 to ``drafts`` places later; 0: none [D]."""

@@ -327,11 +327,17 @@ def load(
             f"{file.parent} adds tokens to {file.name}, such as {beyond[0]}: write tokenizer.json with transformers' "
             "AutoTokenizer.from_pretrained(...).save_pretrained(DIRECTORY)"
         )
-    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+    if vocab_size is not None:
+        check_size(tokenizer, vocab_size)
+    return tokenizer
+
+
+def check_size(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """``UserError`` if a tokenizer has more entries than its model."""
+    if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"{tokenizer.path} has {tokenizer.vocab_size} entries but the model {vocab_size}: use the model's tokenizer"
         )
-    return tokenizer
 
 
 def _file(path: Path) -> Path:

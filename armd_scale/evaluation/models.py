@@ -66,9 +66,7 @@ class CausalTransformer:
         self.model = load_transformer(path, device)
         self.config = _Shape(objective="ar", length=positions(self.model) - 1)
         self._bos_id = tokenizer.bos_id
-        entries = self.model.get_input_embeddings().num_embeddings
-        if tokenizer.vocab_size > entries:
-            raise UserError(f"{tokenizer.path} has {tokenizer.vocab_size} entries but the model {entries}")
+        tokenizers.check_size(tokenizer, self.model.get_input_embeddings().num_embeddings)
         short = torch.tensor([[0, 1]])
         seen = self.logits(torch.cat([short, short], dim=1))[:, :2] - self.logits(short)
         if float(seen.abs().max()) > 1e-3:

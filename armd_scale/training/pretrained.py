@@ -214,8 +214,7 @@ def adopt(model_dir: Path, run_dir: Path, path: Path | None, overrides: list[str
     config = configuration(folder, tokenizer, run_dir, values, path or model_dir)
     model = config.model
     assert model.vocab_size is not None
-    if tokenizer.vocab_size > model.vocab_size:
-        raise UserError(f"{tokenizer.path} has {tokenizer.vocab_size} entries but the model {model.vocab_size}")
+    tokenizers.check_size(tokenizer, model.vocab_size)
     pairs = {pair.name: pair for pair in architectures.tensors(model)}
     kind = folder.check(list(pairs.values()))
     rows = dict.fromkeys(("embedding.weight", "head.weight"), model.padded_vocab)

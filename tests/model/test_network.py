@@ -41,6 +41,13 @@ def weights(stage, config):
     return {n: t[: config.symbols] if n in ("embedding.weight", "head.weight") else t for n, t in out.items()}
 
 
+def expected_laws(stage, config, tokens, layout, drafts=None):
+    """Log-probabilities by the reference with the weights of a stage."""
+    shape = standalone_config(config, eos_id=2)
+    rows = tokens.tolist(), layout.order.tolist(), layout.block_ids.tolist()
+    return reference.log_probabilities(weights(stage, config), shape, *rows, drafts)
+
+
 @pytest.mark.one_process
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("length", [16, 11])
@@ -52,13 +59,7 @@ def test_equals_the_reference_in_every_layout(kind, length):
     for name, layout in layouts(length).items():
         nll = stage(arrange(tokens, layout, config.bos_id)).detach().double()
         for row in range(2):
-            logp = reference.log_probabilities(
-                weights(stage, config),
-                standalone_config(config, eos_id=2),
-                tokens[row].tolist(),
-                layout.order.tolist(),
-                layout.block_ids.tolist(),
-            )
+            logp = expected_laws(stage, config, tokens[row], layout)
             targets = torch.from_numpy(tokens[row][layout.order - 1])[:, None]
             torch.testing.assert_close(nll[row], -logp.gather(1, targets)[:, 0], atol=1e-4, rtol=1e-5, msg=name)
 
@@ -78,14 +79,8 @@ def test_draft_rows_equal_the_reference(kind):
         assert not planes[1].any()
         for row in range(2):
             ahead = [(n, n + lag) for n, lag in enumerate(lags[row].tolist()) if n + lag < length]
-            logp = reference.log_probabilities(
-                weights(stage, config),
-                standalone_config(config, eos_id=2),
-                tokens[row].tolist(),
-                layout.order.tolist(),
-                layout.block_ids.tolist(),
-                [(n, int(layout.order[index])) for n, index in ahead],
-            )
+            drafts = [(n, int(layout.order[index])) for n, index in ahead]
+            logp = expected_laws(stage, config, tokens[row], layout, drafts)
             expected = torch.zeros(length, dtype=torch.float64)
             for (n, index), law in zip(ahead, logp, strict=True):
                 expected[n] = -law[tokens[row][layout.order[index] - 1]]
