@@ -152,12 +152,23 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.parent.name not in ("launchers", "training"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_groups_in_the_parent():
+    """Gloo's threads, once started in this process, are missing in every process forked later, which then hangs."""
+    parent, start = os.getpid(), torch.distributed.init_process_group
+
+    def start_in_a_child(*args, **kwargs):
+        assert os.getpid() != parent, "a group of processes is started in a forked process: run_tool, run_processes"
+        return start(*args, **kwargs)
+
+    torch.distributed.init_process_group = start_in_a_child
+    yield
+    torch.distributed.init_process_group = start
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """Run a test marked ``one_process`` in a forked process with Megatron-Core's groups of one.
-
-    Not in this process: gloo's threads, once started here, are missing in every process forked later, which then hangs.
-    """
+    """Run a test marked ``one_process`` in a forked process with Megatron-Core's groups of one."""
     if pyfuncitem.get_closest_marker("one_process") is None:
         return None
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}

@@ -7,12 +7,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from armd_scale import inference
-from armd_scale.config_files import load_run
-from armd_scale.data.shards import fill_vocabulary
 from armd_scale.errors import UserError
 from armd_scale.evaluation import accuracy, likelihood, models
-from armd_scale.run_directory import RunDirectory
-from armd_scale.training import export
 from tests.conftest import ROOT, run_tool
 from tests.runs import PANGRAMS
 from tests.training.test_pretrained import adopt, make
@@ -24,8 +20,8 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     make(folder / "theirs", "Qwen2ForCausalLM")
     adopt(folder / "theirs", folder / "run")
-    run = RunDirectory(folder / "run")
-    export.export(fill_vocabulary(load_run(run)), run.checkpoint(0), folder / "ours")
+    done = run_tool(ROOT / "tools/convert_ckpt.py", f"{folder}/run", f"{folder}/ours")
+    assert done.returncode == 0, done.stderr
     return folder / "theirs", folder / "ours"
 
 
