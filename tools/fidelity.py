@@ -92,7 +92,7 @@ def _run(study: Any, args: argparse.Namespace) -> None:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # those that run end by themselves
             raise
-    judge = next(run_configs[run].directory for run in every if run.variant == "judge")
+    judge = next((run_configs[run].directory for run in every if run.variant == studies.JUDGE), None)
     where = environment()
     results: dict[str, Any] = {
         "name": study.name,

@@ -29,7 +29,9 @@ from armd_scale.run_directory import RunDirectory
 MAIN = "armd"
 """The main variant of a study."""
 OBJECTIVES: tuple[Objective, ...] = ("ar", MAIN, "mdm")
-"""Variants that every study has, in addition to ``judge``."""
+"""Variants that are the subject of a study, the first two of every study."""
+JUDGE = "judge"
+"""The variant that scores the texts of ``OBJECTIVES``; without it no texts are generated."""
 
 
 class Variant(Section):
@@ -53,8 +55,8 @@ class Study(Section):
     run: dict[str, Any]
     """Configuration that all runs share, as in a file of ``configs/``; ``train.steps`` are the equal steps."""
     variants: dict[str, Variant]
-    """Variants by name: ``ar``, ``armd``, ``mdm``, ``judge`` (a left-to-right model that scores texts), and ablations
-    of ``armd``."""
+    """Variants by name: ``ar`` and ``armd``; if wanted ``mdm`` and ``judge`` (a left-to-right model that scores texts);
+    and ablations of ``armd``."""
     seeds: list[Count] = Field(default=[0, 1, 2], min_length=2)
     """Seeds of the variants without seeds of their own."""
     slots: Positive = 1
@@ -102,7 +104,7 @@ def load(path: Path) -> Study:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    wanted = (*OBJECTIVES, "judge", *(variant.beside for variant in study.variants.values()))
+    wanted = (*OBJECTIVES[:2], *(variant.beside for variant in study.variants.values()))
     missing = [name for name in wanted if name not in study.variants]
     if missing:
         raise UserError(f"{path}: a study needs the variant '{missing[0]}': add it")
@@ -110,7 +112,7 @@ def load(path: Path) -> Study:
         raise UserError(f"{path}: streams must hold 1, the base of the comparison: add it")
     for name, variant in study.variants.items():
         extra = set(variant.seeds or study.seeds) - set(study.variants[variant.beside].seeds or study.seeds)
-        if extra and name != "judge":
+        if extra and name != JUDGE:
             raise UserError(f"{path}: '{name}' has the seed {min(extra)} but '{variant.beside}' does not: add it there")
     names = [run.name for run in runs(study)]
     if len(set(names)) < len(names):
@@ -124,11 +126,11 @@ def runs(study: Study) -> list[Run]:
     return [Run(name, seed) for name, variant in study.variants.items() for seed in variant.seeds or study.seeds]
 
 
-def measure(study: Study, run: Run, folder: Path, equal: int, judge: Path, suite: Path | None) -> dict[str, Any]:
+def measure(study: Study, run: Run, folder: Path, equal: int, judge: Path | None, suite: Path | None) -> dict[str, Any]:
     """Measure the trained run in the run directory ``folder``.
 
-    ``equal``: number of steps at which variants are compared; ``judge``: run directory of the judge; ``suite``:
-    directory of the zero-shot texts. Raises ``UserError``.
+    ``equal``: number of steps at which variants are compared; ``judge``: run directory of the judge, if the study has
+    one; ``suite``: directory of the zero-shot texts. Raises ``UserError``.
     """
     config = fill_vocabulary(config_files.load_run(RunDirectory(folder)))
     torch.set_num_threads(1 if study.slots > 1 else torch.get_num_threads())
@@ -146,13 +148,14 @@ def measure(study: Study, run: Run, folder: Path, equal: int, judge: Path, suite
         "curve": [[record["step"], record[known_by]] for record in records if known_by in record],
         "checkpoints": {},
     }
-    scorer = generation.load_judge(judge, device) if run.variant in OBJECTIVES else None
+    subject = run.variant in OBJECTIVES
+    scorer = generation.load_judge(judge, device) if subject and judge else None
     for step, checkpoint in _checkpoints(run, config, equal).items():
         model, tokenizer = open_model(checkpoint, device)
         figures: dict[str, Any] = {"heldout": _heldout(study, run, config, model)}
         if scorer:
             figures["texts"] = _texts(study, model, tokenizer, scorer)
-        if scorer and suite and step in (equal, config.train.steps):
+        if subject and suite and step in (equal, config.train.steps):
             figures["suite"] = _suite(study, model, tokenizer, suite)
         out["checkpoints"][str(step)] = figures
     out["parameters"] = sum(p.numel() for p in model.parameters())

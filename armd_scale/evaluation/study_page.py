@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from armd_scale.evaluation.study import MAIN, OBJECTIVES
+from armd_scale.evaluation.study import JUDGE, MAIN, OBJECTIVES
 from armd_scale.evaluation.suites import PUBLISHED
 from armd_scale.files import write_atomically
 from armd_scale.traits import TRAITS
@@ -45,6 +45,10 @@ class Figures:
         self.results = results
         self.runs: dict[str, dict[str, Any]] = results["runs"]
         self.equal = int(results["equal_steps"])
+        self.subjects = [variant for variant in OBJECTIVES if variant in self.runs]
+        """The variants that the study is about."""
+        self.judged = JUDGE in self.runs
+        """Whether texts were generated and scored."""
 
     def first(self, variant: str) -> dict[str, Any]:
         """The run of the first seed."""
@@ -88,9 +92,13 @@ def write(page: Path, results: dict[str, Any]) -> None:
     """Write ``README.md`` and the pictures into ``page``."""
     figures = Figures(results)
     _plot_loss(figures, page / "loss.png")
-    _plot_quality(figures, page / "quality.png")
+    if figures.judged:
+        _plot_quality(figures, page / "quality.png")
     _plot_ablations(figures, page / "ablations.png")
-    parts = [_head(figures), _likelihood(figures), _diffusion(figures), _parallel(figures), _ablations(figures)]
+    parts = [_head(figures), _likelihood(figures)]
+    parts += [_diffusion(figures)] if "mdm" in figures.subjects else []
+    parts += [_parallel(figures)] if figures.judged else []
+    parts += [_ablations(figures)]
     parts += [_suite(figures), _runs(figures)]
     write_atomically(page / "README.md", "\n".join(part for part in parts if part))
 
@@ -119,7 +127,7 @@ def _likelihood(f: Figures) -> str:
     ratio = f.difference("armd", "ar", "left-to-right")
     holds = math.expm1(ratio.value) <= _EQUAL
     rows = []
-    for variant in OBJECTIVES:
+    for variant in f.subjects:
         for order in _heldout(f, variant):
             value = f.nll(variant, order)
             rows.append(f"| {TRAITS[variant].label} | {order} | {mean(list(value.values())).text(4)} | ")
@@ -195,10 +203,11 @@ def _parallel(f: Figures) -> str:
         costs = " | ".join(f.cost("armd", step, s).percent() for s in streams)
         nats = mean(list(f.nll("armd", "left-to-right", step).values()))
         rows.append(f"| ARMD, {name} | {one.text(1)} | {costs} | {nats.text(3)} |")
-    last = f.steps("mdm")[-1]
-    one = mean(list(f.texts("mdm", last, 1).values()))
-    costs = " | ".join(f.cost("mdm", last, s).percent() for s in streams)
-    rows.append(f"| MDM, {last:,} steps of training | {one.text(1)} | {costs} | |")
+    if "mdm" in f.subjects:
+        last = f.steps("mdm")[-1]
+        one = mean(list(f.texts("mdm", last, 1).values()))
+        costs = " | ".join(f.cost("mdm", last, s).percent() for s in streams)
+        rows.append(f"| MDM, {last:,} steps of training | {one.text(1)} | {costs} | |")
     ar = mean(list(f.texts("ar", f.equal, 1).values()))
     rows.append(f"| AR | {ar.text(1)} |{' |' * len(streams)} |")
     four = f.cost("armd", steps[-1], 4) if 4 in streams else None
@@ -253,12 +262,16 @@ def _ablations(f: Figures) -> str:
         base = _base(f, names[0])
         orders = _orders(f, names[0])
         label = TRAITS[base].label if base in TRAITS else base
-        head = f"| relative to {label} | {' | '.join(orders)} | FLOPs |\n|---|{'---|' * len(orders)}---|"
-        parts.append(f"### {question}\n\n{head}")
+        heads = [f"relative to {label}", *orders, "FLOPs"]
+        if base == MAIN:
+            heads.append("left-to-right perplexity relative to AR")
+        parts.append(f"### {question}\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
         for name in names:
-            cells = " | ".join(f.difference(name, base, order).text(4, "+") for order in orders)
-            share = f.first(name)["flops_per_token"] / f.first(base)["flops_per_token"]
-            parts.append(f"| {name} | {cells} | {share:.2f} |")
+            cells = [name, *(f.difference(name, base, order).text(4, "+") for order in orders)]
+            cells.append(f"{f.first(name)['flops_per_token'] / f.first(base)['flops_per_token']:.2f}")
+            if base == MAIN:
+                cells.append(f.difference(name, "ar", "left-to-right").percent())
+            parts.append(f"| {' | '.join(cells)} |")
         parts.append("")
     parts.append("![ablations](ablations.png)\n")
     return "\n".join(parts) if len(parts) > 3 else ""
@@ -280,7 +293,7 @@ def _suite(f: Figures) -> str:
     if not texts:
         return ""
     rows = []
-    for variant in OBJECTIVES:
+    for variant in f.subjects:
         cells = []
         for text in texts:
             found = [f.checkpoint(variant, s, f.equal)["suite"][text]["perplexity"] for s in f.runs[variant]]
@@ -324,7 +337,7 @@ Several runs shared the machine while tokens per second were measured; `armd ben
 def _plot_loss(f: Figures, path: Path) -> None:
     pyplot = _pyplot()
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), dpi=120, sharey=True)
-    for variant in OBJECTIVES:
+    for variant in f.subjects:
         for seed, run in f.runs[variant].items():
             steps, values = (np.array(column) for column in zip(*run["curve"], strict=True))
             label = _label(variant) if seed == next(iter(f.runs[variant])) else None
@@ -350,13 +363,15 @@ def _label(variant: str) -> str:
 def _plot_quality(f: Figures, path: Path) -> None:
     pyplot = _pyplot()
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), dpi=120)
-    armd, mdm = f.steps("armd"), f.steps("mdm")
+    armd = f.steps("armd")
     lines = [
         ("ar", f.equal, "AR", "C0", "s"),
         ("armd", f.equal, "ARMD, before strided fine-tuning", "C1", "o--"),
         ("armd", armd[-1], "ARMD, after it", "C1", "o-"),
-        ("mdm", mdm[-1], f"MDM, {mdm[-1]:,} steps of training", "C2", "o-"),
     ]
+    if "mdm" in f.subjects:
+        last = f.steps("mdm")[-1]
+        lines.append(("mdm", last, f"MDM, {last:,} steps of training", "C2", "o-"))
     for variant, step, label, colour, style in lines:
         streams = f.results["study"]["streams"] if TRAITS[variant].settings else [1]
         for axes, field in zip(panels, ("perplexity", "entropy"), strict=True):
