@@ -140,6 +140,14 @@ class RopeConfig(Section):
         return self
 
 
+class AdapterConfig(Section):
+    """Weights that draft rows alone have, so that they change no law of one token a block [D]."""
+
+    rank: Count = 0
+    """Rank of additions to the linears of draft rows: queries, output of attention, and both of the MLP. Draft rows
+    then also have a seed and, with ``prefix.gate``, gates of their own; 0: none."""
+
+
 class ModelConfig(Section):
     """The network (docs/explanation/model.md)."""
 
@@ -190,6 +198,8 @@ class ModelConfig(Section):
     """Token id at position 0; null: read from the index of the data set."""
     prefix: PrefixConfig = PrefixConfig()
     """Prefix aggregation."""
+    adapter: AdapterConfig = AdapterConfig()
+    """Weights of draft rows."""
 
     @property
     def traits(self) -> Traits:
@@ -245,7 +255,7 @@ class ModelConfig(Section):
     def exported(self) -> dict[str, Any]:
         """Fields of the standalone model, with nulls filled in; fields of ``prefix`` have the prefix ``prefix_``."""
         names = [name for name, field in type(self).model_fields.items() if TRAINING_ONLY not in field.metadata]
-        values = {name: getattr(self, name) for name in names if name not in ("prefix", "rope")}
+        values = {name: getattr(self, name) for name in names if name not in ("prefix", "rope", "adapter")}
         resolved = {
             "head_dim": self.head_size,
             "rope": self.rope.model_dump() if self.rope.scaling != "none" else {},
@@ -254,6 +264,7 @@ class ModelConfig(Section):
             "two_stream_layers": self.two_stream,
             "prefix_dim": self.prefix_dim,
             "prefix_gate": self.prefix.gate is not None,
+            "adapter_rank": self.adapter.rank,
         }
         return values | {f"prefix_{name}": value for name, value in self.prefix.model_dump().items()} | resolved
 
@@ -297,6 +308,9 @@ class OrderConfig(Section):
     a row that knows as much and predicts a token 1 to ``drafts`` places later; 0: none [D]."""
     draft_weight: Annotated[float, Field(gt=0.0)] = 1.0
     """Weight of the mean loss of the draft rows."""
+    draft_target: Literal["token", "law"] = "token"
+    """What draft rows learn: ``token``, the NLL of the token of the text; ``law``, the divergence from the law of the
+    target row that predicts the same token, which later accepts or refuses the draft [D]."""
 
     @model_validator(mode="after")
     def _grows(self) -> typing.Self:
@@ -477,6 +491,9 @@ class TrainConfig(Section):
     """Weight of a second loss of runs that begin with ``armd import``: KL(imported model || model) of each token in
     nats, in steps whose rows go left to right, in groups too. The imported model is read from checkpoint 0, which is
     kept [D]."""
+    freeze: bool = False
+    """Trains the weights of ``model.adapter`` alone: all others, and with them every law of one token a block, stay as
+    they are."""
     spike_nats: Annotated[float, Field(gt=0.0)] | None = 3.0
     """A step is skipped if its loss exceeds the median of the last 64 applied steps by more than this; null: a step is
     skipped only if its loss or gradient is not finite."""
@@ -715,9 +732,25 @@ class RunConfig(Section):
             raise ValueError("cluster.tasks_per_node must equal cluster.gpus_per_node: one process per GPU")
         if self.traits.phases:
             self._check_orders()
+        if self.model.adapter.rank and self.traits.streams == 1:
+            raise ValueError(f"model.adapter.rank = {self.model.adapter.rank}: {self.objective} has no draft rows")
+        if self.train.freeze:
+            self._check_freeze()
         if self.train.fp8:
             self._check_fp8()
         return self
+
+    def _check_freeze(self) -> None:
+        order = self.orders
+        if not (self.model.adapter.rank and order.drafts):
+            raise ValueError("train.freeze leaves nothing to train: it needs model.adapter.rank and orders.drafts")
+        if order.group_share or order.strided_steps:
+            raise ValueError(
+                "train.freeze has nothing to train in steps without draft rows: it needs orders.group_share = 0 and "
+                "orders.strided_steps = 0"
+            )
+        if self.parallel.zero == 3:
+            raise ValueError("train.freeze keeps whole gradients, which parallel.zero = 3 does not: use 0, 1 or 2")
 
     def _check_fp8(self) -> None:
         model, parts = self.model, self.parallel.tensor

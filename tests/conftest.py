@@ -24,7 +24,7 @@ import torch.multiprocessing
 from safetensors.torch import save_file
 
 from armd_scale import inference, orders
-from armd_scale.config import ModelConfig, ParallelConfig, PrefixConfig, RopeConfig
+from armd_scale.config import AdapterConfig, ModelConfig, ParallelConfig, PrefixConfig, RopeConfig
 from armd_scale.data import tokenizer as tokenizers
 from armd_scale.data.tokenizer import Tokenizer
 from armd_scale.inference import ARMDConfig, folder
@@ -77,6 +77,7 @@ FEATURES = MODERN.model_copy(
         "head_dim": 12,
         "rope": RopeConfig(scaling="yarn", factor=4.0, original_length=8, high_turns=2.0, low_turns=0.1),
         "prefix": PrefixConfig(dim=16, width=[1.0, 3.0], gate=0.5, neighbour=True, place="before"),
+        "adapter": AdapterConfig(rank=3),
     }
 )
 """Every feature that is off in the others."""

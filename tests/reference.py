@@ -43,25 +43,28 @@ def log_probabilities(
     x = torch.stack([w["embedding.weight"][i] for i in ids])
     pe = [[_position_row(w, c, p, width) for p in position] for width in c.prefix_widths]
 
-    def seed(p: int, seen: list[int]) -> Tensor:
+    def seed(p: int, seen: list[int], draft: bool = False) -> Tensor:
         total = torch.zeros(c.hidden, dtype=torch.float64)
         for kernel, width in enumerate(c.prefix_widths):
             own = _position_row(w, c, p, width)
             one = sum(torch.dot(own, pe[kernel][i]) * x[i] for i in seen)
-            total = total + (one * w["prefix.gate"][kernel] if c.prefix_gate else one)
+            gate = w["prefix.gate"][kernel] if c.prefix_gate else 1.0
+            if draft and c.prefix_gate and c.adapter_rank:
+                gate = gate + w["prefix.draft_gate"][kernel]
+            total = total + one * gate
         total = total / {"none": 1.0, "sqrt": math.sqrt(len(seen)), "mean": len(seen)}[c.prefix_scale]
         if c.prefix_target_position:
             total = total + w["prefix.target_projection"] @ _position_row(w, c, p, c.prefix_widths[0])
         for i in seen:
             if c.prefix_neighbour and position[i] == p - 1:
                 total = total + x[i]
-        return total
+        return total + w["prefix.draft_seed"] if draft and c.adapter_rank else total
 
     g = torch.zeros(length + 1, c.hidden, dtype=torch.float64)  # row 0 is not used
     for n in targets:
         g[n] = seed(position[n], [i for i in rows if block[i] < block[n]])
     drafts = drafts or []
-    d = torch.stack([seed(p, list(range(n + 1))) for n, p in drafts]) if drafts else g[:0]
+    d = torch.stack([seed(p, list(range(n + 1)), draft=True) for n, p in drafts]) if drafts else g[:0]
 
     before_target = int(c.prefix_place == "before")
     place = [p - before_target for p in position]
@@ -78,14 +81,22 @@ def log_probabilities(
             x, g, d = (
                 _block(layer, c, x, x, position, position, at_most),
                 _block(layer, c, g, x, place, position, before, mlp),
-                _block(layer, c, d, x, ahead, position, known_x, mlp),
+                _block(_adapted(layer, c), c, d, x, ahead, position, known_x, mlp),
             )
         else:
             g, d = (
                 _block(layer, c, g, g, place, place, at_most & targets_only),
-                _block(layer, c, d, g, ahead, place, known_g),
+                _block(_adapted(layer, c), c, d, g, ahead, place, known_g),
             )
     return _predict(w, c, d if drafts else g[1:])
+
+
+def _adapted(layer: dict[str, Tensor], c: ARMDConfig) -> dict[str, Tensor]:
+    """The layer as draft rows see it: W + B A."""
+    if not c.adapter_rank:
+        return layer
+    names = ("attention.query", "attention.output", "mlp.up", "mlp.down")
+    return layer | {name: layer[name] + layer[f"{name}_adapter.b"] @ layer[f"{name}_adapter.a"] for name in names}
 
 
 def _one_stream(w, c: ARMDConfig, ids, positions, mask) -> Tensor:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from armd_scale.config import TRAINING_ONLY, ModelConfig, PrefixConfig
+from armd_scale.config import TRAINING_ONLY, AdapterConfig, ModelConfig, PrefixConfig
 from armd_scale.decoding.network import ARMDConfig
 from armd_scale.traits import TRAITS
 
@@ -117,8 +117,9 @@ def test_the_check_of_branches_finds_them():
 
 def test_every_field_of_a_model_is_exported_or_of_training_alone():
     fields = ModelConfig.model_fields
-    kept = {name for name in fields if TRAINING_ONLY not in fields[name].metadata} - {"prefix"}
+    kept = {name for name in fields if TRAINING_ONLY not in fields[name].metadata} - {"prefix", "adapter"}
     kept |= {f"prefix_{name}" for name in PrefixConfig.model_fields}
+    kept |= {f"adapter_{name}" for name in AdapterConfig.model_fields}
     standalone = set(ARMDConfig.__dataclass_fields__) - {"eos_id", "model_type"}
     assert kept == standalone
     assert set(ModelConfig(vocab_size=9, bos_id=0).exported()) == standalone

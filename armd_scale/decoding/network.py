@@ -85,6 +85,8 @@ class ARMDConfig:
     """Biases of queries, keys and values."""
     head_dim: int = 0
     """Width of a head; 0: hidden / heads."""
+    adapter_rank: int = 0
+    """Rank of the additions to the linears of draft rows; 0: none."""
     rope: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Scaling of the rotary frequencies (``formulas.rotary_frequencies``); empty: none."""
     model_type: str = MODEL_TYPE
@@ -209,6 +211,18 @@ class _Norm(nn.Module):
         return normalise(rows, self.weight, self.eps, self.centred)
 
 
+class _LowRank(nn.Module):
+    """b a x, what draft rows add to a linear."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(rank, inputs))
+        self.b = nn.Parameter(torch.zeros(outputs, rank))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return F.linear(F.linear(rows, self.a), self.b)
+
+
 class _Attention(nn.Module):
     """Weights of an attention; the names are those of the training model."""
 
@@ -218,6 +232,9 @@ class _Attention(nn.Module):
         self.query = nn.Linear(config.hidden, config.heads * width, bias=config.qkv_bias)
         self.key_value = nn.Linear(config.hidden, config.kv_heads * 2 * width, bias=config.qkv_bias)
         self.output = nn.Linear(config.heads * width, config.hidden, bias=False)
+        if config.adapter_rank:
+            self.query_adapter = _LowRank(config.hidden, config.heads * width, config.adapter_rank)
+            self.output_adapter = _LowRank(config.heads * width, config.hidden, config.adapter_rank)
         self.query_norm = nn.Parameter(torch.ones(width)) if config.qk_norm else None
         self.key_norm = nn.Parameter(torch.ones(width)) if config.qk_norm else None
 
@@ -233,6 +250,9 @@ class _Layer(nn.Module):
         inner = config.ffn * (2 if config.mlp == "swiglu" else 1)
         up, down = nn.Linear(config.hidden, inner, bias=False), nn.Linear(config.ffn, config.hidden, bias=False)
         self.mlp = nn.ModuleDict({"up": up, "down": down})
+        if config.adapter_rank:
+            self.mlp["up_adapter"] = _LowRank(config.hidden, inner, config.adapter_rank)
+            self.mlp["down_adapter"] = _LowRank(config.ffn, config.hidden, config.adapter_rank)
 
 
 class Network(nn.Module):
@@ -251,6 +271,10 @@ class Network(nn.Module):
             prefix["table"] = nn.Parameter(torch.randn(config.length + 1, config.prefix_dim))
         if aggregates and config.prefix_gate:
             prefix["gate"] = nn.Parameter(torch.ones(len(config.prefix_widths), config.hidden))
+        if aggregates and config.adapter_rank:
+            prefix["draft_seed"] = nn.Parameter(torch.zeros(config.hidden))
+            if config.prefix_gate:
+                prefix["draft_gate"] = nn.Parameter(torch.zeros(len(config.prefix_widths), config.hidden))
         if aggregates and config.prefix_target_position:
             prefix["target_projection"] = nn.Parameter(torch.randn(config.hidden, config.prefix_dim))
         self.prefix = nn.ParameterDict(prefix)
@@ -270,7 +294,10 @@ class Network(nn.Module):
 
         ``std``: standard deviation of the projections (``model.init_std``).
         """
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, _LowRank):
+            nn.init.normal_(module.a, std=module.a.shape[1] ** -0.5)
+            nn.init.zeros_(module.b)
+        elif isinstance(module, nn.Linear | nn.Embedding):
             residual = any(module in (layer.attention.output, layer.mlp["down"]) for layer in self.layers)
             nn.init.normal_(module.weight, std=std / math.sqrt(2 * self.config.layers) if residual else std)
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -313,8 +340,9 @@ class Network(nn.Module):
             sight = Sight(once, strict[None], strict[None])
         table, precise = self._positions(), x.to(self.precise)
         query, key = table[at], table[at_x]
-        seed = self._sums(lambda part: ((query[..., part] @ key[..., part].transpose(1, 2)) * strict) @ precise)
-        g = self._finish_seed(seed, query, strict.sum(-1, keepdim=True), self._neighbours(x, at_x, at, strict))
+        drafts = 0 if ahead is None else ahead.shape[1]
+        seed = self._sums(lambda part: ((query[..., part] @ key[..., part].transpose(1, 2)) * strict) @ precise, drafts)
+        g = self._finish_seed(seed, query, strict.sum(-1, keepdim=True), self._neighbours(x, at_x, at, strict), drafts)
         return self._run(x, g, at_x, at, sight, None, keyed)
 
     def denoise(self, tokens: Tensor, there: Tensor | None = None) -> Tensor:
@@ -386,6 +414,7 @@ class Network(nn.Module):
         precise = x.to(self.precise)
         if keep is not None:
             key = key * keep[..., None]
+        drafts = 0 if keyed is None else targets.shape[1] - keyed
         if before is None:
             cache.absorb(key, precise, tokens, at, keep)
             seed, size = self._sums(lambda part: query[..., part] @ cache.prefix[:, part]), cache.rows
@@ -394,7 +423,8 @@ class Network(nn.Module):
                 lambda part: (
                     query[..., part] @ cache.prefix[:, part]
                     + ((query[..., part] @ key[..., part].transpose(1, 2)) * before) @ precise
-                )
+                ),
+                drafts,
             )
             size = cache.rows + before.sum(-1, keepdim=True)
         near: Tensor | None = None
@@ -404,7 +434,7 @@ class Network(nn.Module):
             near = self._embed(token.clamp(min=0)) * (token >= 0)[..., None]
             fed = None if before is None else self._neighbours(x, at, targets, before)
             near = near if fed is None else near + fed
-        g = self._finish_seed(seed, query, size, near)
+        g = self._finish_seed(seed, query, size, near, drafts)
         return self._run(x, g, at, targets, sight, store, keyed)
 
     def absorb(self, tokens: Tensor, at: Tensor, keep: Tensor, cache: Cache) -> None:
@@ -435,7 +465,7 @@ class Network(nn.Module):
 
         ``keyed``: the number of rows of G that rows of G see; None: all.
         """
-        context = x.shape[1]
+        context, drafts = x.shape[1], 0 if keyed is None else g.shape[1] - keyed
         if self.config.prefix_place == "before" and self.config.traits.streams == 2:
             at_g = (at_g - 1).clamp(min=0)  # 0 is padding
         rotary = self._rotary()
@@ -447,14 +477,14 @@ class Network(nn.Module):
             normed = layer.attention_norm(h)
             if index >= self.config.two_stream_layers:
                 keys = self._keys(index, normed[:, :keyed], rope_g[:, :, :keyed], store)
-                attended = self._attend(layer, normed, rope_g, keys, sight.top)
+                attended = self._attend(layer, normed, rope_g, keys, sight.top, drafts)
             else:
                 keys = self._keys(index, normed[:, :context], rope_x, store)
                 if index == self.config.two_stream_layers - 1:  # no later layer reads X
                     h, normed = h[:, context:], normed[:, context:]
-                    attended = self._attend(layer, normed, rope_g, keys, sight.g)
+                    attended = self._attend(layer, normed, rope_g, keys, sight.g, drafts)
                 elif together != "causal":
-                    attended = self._attend(layer, normed, both, keys, together)
+                    attended = self._attend(layer, normed, both, keys, together, drafts)
                 else:
                     attended = torch.cat(
                         [
@@ -465,7 +495,7 @@ class Network(nn.Module):
                     )
             h = h + attended
             if self.config.target_mlp or index >= self.config.two_stream_layers - 1:
-                h = h + self._mlp(layer, layer.mlp_norm(h))
+                h = h + self._mlp(layer, layer.mlp_norm(h), drafts)
             else:
                 x = h[:, :context]
                 h = torch.cat([x + self._mlp(layer, layer.mlp_norm(x)), h[:, context:]], dim=1)
@@ -478,10 +508,18 @@ class Network(nn.Module):
         return store(index, keys, values) if store else (keys, values)
 
     def _attend(
-        self, layer: nn.Module, rows: Tensor, rope: Tensor, keys_values: tuple[Tensor, Tensor], mask: Mask
+        self,
+        layer: nn.Module,
+        rows: Tensor,
+        rope: Tensor,
+        keys_values: tuple[Tensor, Tensor],
+        mask: Mask,
+        drafts: int = 0,
     ) -> Tensor:
+        """``drafts``: number of draft rows, the last ones."""
         c = self.config
-        query = _project(rows, layer.attention.query).unflatten(-1, (c.heads, -1)).transpose(1, 2)
+        query = self._adapted(_project(rows, layer.attention.query), rows, layer.attention, "query_adapter", drafts)
+        query = query.unflatten(-1, (c.heads, -1)).transpose(1, 2)
         query = self._rotate(query, rope, layer.attention.query_norm)
         keys, values = keys_values
         if isinstance(mask, str):
@@ -493,12 +531,20 @@ class Network(nn.Module):
             if mask is not None:
                 mask = (mask if mask.shape[1] == 1 else mask.repeat(1, group, 1))[:, None]
             out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask).reshape(query.shape)
-        return _project(out.transpose(1, 2).flatten(2), layer.attention.output)
+        out = out.transpose(1, 2).flatten(2)
+        return self._adapted(_project(out, layer.attention.output), out, layer.attention, "output_adapter", drafts)
 
-    def _mlp(self, layer: nn.Module, rows: Tensor) -> Tensor:
-        hidden = _project(rows, layer.mlp["up"])
+    def _mlp(self, layer: nn.Module, rows: Tensor, drafts: int = 0) -> Tensor:
+        hidden = self._adapted(_project(rows, layer.mlp["up"]), rows, layer.mlp, "up_adapter", drafts)
         hidden = gate(hidden) if self.config.mlp == "swiglu" else gelu(hidden)
-        return _project(hidden, layer.mlp["down"])
+        return self._adapted(_project(hidden, layer.mlp["down"]), hidden, layer.mlp, "down_adapter", drafts)
+
+    def _adapted(self, out: Tensor, rows: Tensor, module: nn.Module, name: str, drafts: int) -> Tensor:
+        """``out`` of a linear for ``rows`` [B, R, d], with the adapter's addition to the last ``drafts`` rows."""
+        if not drafts or not self.config.adapter_rank:
+            return out
+        more = module.get_submodule(name)(rows[:, -drafts:])
+        return torch.cat([out[:, :-drafts], out[:, -drafts:] + more], dim=1)
 
     def _rotate(self, heads: Tensor, rope: Tensor, scale: Tensor | None) -> Tensor:
         """Rotary embedding of heads [B, H, R, D] by tables [B, 1, R, 2, D / 2], after their norm if there is one."""
@@ -509,13 +555,20 @@ class Network(nn.Module):
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.embedding(tokens)
 
-    def _sums(self, sum_of: Callable[[slice], Tensor]) -> Tensor:
-        """The sum over the kernels of ``sum_of`` their part of the position embeddings, times the gate."""
+    def _sums(self, sum_of: Callable[[slice], Tensor], drafts: int = 0) -> Tensor:
+        """The sum over the kernels of ``sum_of`` their part of the position embeddings, times the gate.
+
+        ``drafts``: number of draft rows, the last ones.
+        """
         width, total = self.config.prefix_dim, None
         for kernel in range(len(self.config.prefix_widths)):
             seed = sum_of(slice(kernel * width, (kernel + 1) * width))
             if self.config.prefix_gate:
-                seed = seed * self.prefix["gate"][kernel].to(seed.dtype)
+                gates = self.prefix["gate"][kernel].to(seed.dtype)
+                if drafts and self.config.adapter_rank:
+                    own = (gates + self.prefix["draft_gate"][kernel].to(seed.dtype)).expand(drafts, -1)
+                    gates = torch.cat([gates.expand(seed.shape[1] - drafts, -1), own])
+                seed = seed * gates
             total = seed if total is None else total + seed
         assert total is not None
         return total
@@ -530,15 +583,18 @@ class Network(nn.Module):
         found, row = match.max(-1)
         return x.gather(1, row[..., None].expand(len(x), -1, x.shape[-1])) * found[..., None]
 
-    def _finish_seed(self, seed: Tensor, query: Tensor, size: Tensor, near: Tensor | None) -> Tensor:
+    def _finish_seed(self, seed: Tensor, query: Tensor, size: Tensor, near: Tensor | None, drafts: int = 0) -> Tensor:
         """Scale the prefix sum of targets that see ``size`` rows; add what is configured: the projected position of the
-        target, and the row ``near`` it.
+        target, the row ``near`` it, and the seed of the last ``drafts`` rows.
         """
         seed = scale_prefix(seed, size.clamp(min=1), self.config.prefix_scale)
         if self.config.prefix_target_position:
             seed = seed + query @ self.prefix["target_projection"].to(seed.dtype).t()
         if near is not None:
             seed = seed + near
+        if drafts and self.config.adapter_rank:
+            own = seed[:, -drafts:] + self.prefix["draft_seed"].to(seed.dtype)
+            seed = torch.cat([seed[:, :-drafts], own], dim=1)
         return seed.to(self.embedding.weight.dtype)
 
     # Tables ----------------------------------------------------------------------------------------------------

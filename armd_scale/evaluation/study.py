@@ -28,7 +28,8 @@ from armd_scale.run_directory import RunDirectory
 
 MAIN = "armd"
 """The main variant of a study."""
-OBJECTIVES: tuple[Objective, ...] = ("ar", MAIN, "mdm")
+DIFFUSION = "mdm"
+OBJECTIVES: tuple[Objective, ...] = ("ar", MAIN, DIFFUSION)
 """Variants that are the subject of a study, the first two of every study."""
 JUDGE = "judge"
 """The variant that scores the texts of ``OBJECTIVES``; without it no texts are generated."""

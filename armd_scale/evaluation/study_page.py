@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from armd_scale.evaluation.study import JUDGE, MAIN, OBJECTIVES
+from armd_scale.evaluation.study import DIFFUSION, JUDGE, MAIN, OBJECTIVES
 from armd_scale.evaluation.suites import PUBLISHED
 from armd_scale.files import write_atomically
 from armd_scale.traits import TRAITS
@@ -96,7 +96,7 @@ def write(page: Path, results: dict[str, Any]) -> None:
         _plot_quality(figures, page / "quality.png")
     _plot_ablations(figures, page / "ablations.png")
     parts = [_head(figures), _likelihood(figures)]
-    parts += [_diffusion(figures)] if "mdm" in figures.subjects else []
+    parts += [_diffusion(figures)] if DIFFUSION in figures.subjects else []
     parts += [_parallel(figures)] if figures.judged else []
     parts += [_ablations(figures)]
     parts += [_suite(figures), _runs(figures)]
@@ -203,7 +203,7 @@ def _parallel(f: Figures) -> str:
         costs = " | ".join(f.cost("armd", step, s).percent() for s in streams)
         nats = mean(list(f.nll("armd", "left-to-right", step).values()))
         rows.append(f"| ARMD, {name} | {one.text(1)} | {costs} | {nats.text(3)} |")
-    if "mdm" in f.subjects:
+    if DIFFUSION in f.subjects:
         last = f.steps("mdm")[-1]
         one = mean(list(f.texts("mdm", last, 1).values()))
         costs = " | ".join(f.cost("mdm", last, s).percent() for s in streams)
@@ -369,7 +369,7 @@ def _plot_quality(f: Figures, path: Path) -> None:
         ("armd", f.equal, "ARMD, before strided fine-tuning", "C1", "o--"),
         ("armd", armd[-1], "ARMD, after it", "C1", "o-"),
     ]
-    if "mdm" in f.subjects:
+    if DIFFUSION in f.subjects:
         last = f.steps("mdm")[-1]
         lines.append(("mdm", last, f"MDM, {last:,} steps of training", "C2", "o-"))
     for variant, step, label, colour, style in lines:

@@ -4,6 +4,7 @@
 - ``Norm``: scale-only LayerNorm or RMSNorm, computed in float32.
 - ``Attention``: queries from all streams, keys and values from the first one.
 - ``MLP``: GELU or SwiGLU.
+- ``LowRank``: the addition of an adapter to a linear, for draft rows.
 - ``Linears``: the linears of a layer: TransformerEngine's on CUDA if it is installed, else Megatron-Core's own.
 - ``Layer``: the pre-norm block. Layers differ only in the number of streams in and out: two-stream 2 -> 2, last
   two-stream 2 -> 1 (the output of X is not needed), causal 1 -> 1. Models of one stream have layers 1 -> 1 alone.
@@ -15,7 +16,14 @@ concatenated in the batch dimension, X first, so that one matrix product serves 
 from typing import NamedTuple
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -164,6 +172,40 @@ class Norm(nn.Module):
         return h, normed, normed
 
 
+class LowRank(nn.Module):
+    """b a x, added to what a tensor-parallel linear makes of the same rows x; zero at the start.
+
+    ``column``: the linear is sharded along its outputs, and b with it; else along its inputs, and a with it.
+    """
+
+    def __init__(self, inputs: int, outputs: int, rank: int, column: bool, parallel: TransformerConfig) -> None:
+        super().__init__()
+        self.column, self.sequence = column, parallel.sequence_parallel
+        parts = parallel.tensor_model_parallel_size
+        own_in, own_out = (inputs, outputs // parts) if column else (inputs // parts, outputs)
+        self.a = nn.Parameter(torch.empty(rank, own_in, dtype=parallel.params_dtype))
+        self.b = nn.Parameter(torch.empty(own_out, rank, dtype=parallel.params_dtype))
+        describe(self.a, Initial(inputs**-0.5), None if column else 1, partial=column)
+        describe(self.b, ZEROS, 0 if column else None, partial=not column and self.sequence)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.column:
+            enter = gather_from_sequence_parallel_region if self.sequence else copy_to_tensor_model_parallel_region
+            return F.linear(F.linear(enter(x), self.a), self.b)
+        leave = (
+            reduce_scatter_to_sequence_parallel_region if self.sequence else reduce_from_tensor_model_parallel_region
+        )
+        return F.linear(leave(F.linear(x, self.a)), self.b)
+
+
+def _adapted(out: Tensor, x: Tensor, adapter: LowRank | None, drafts: int) -> Tensor:
+    """``out`` of a linear for rows ``x``, with the adapter's addition to the last ``drafts`` columns."""
+    if adapter is None or not drafts:
+        return out
+    more = adapter(x[:, -drafts:].contiguous())
+    return torch.cat([out[:, :-drafts], out[:, -drafts:] + more], dim=1)
+
+
 class Attention(nn.Module):
     """Rotary grouped-query attention; heads are split over the tensor-parallel ranks."""
 
@@ -182,6 +224,9 @@ class Attention(nn.Module):
         key_values = 2 * config.key_heads * config.head_size
         self.key_value = _column(kinds, config.hidden, key_values, std, parallel, config.qkv_bias)
         self.output = _row(kinds, width, config.hidden, config.residual_std, parallel)
+        rank = config.adapter.rank
+        self.query_adapter = LowRank(config.hidden, width, rank, True, parallel) if rank else None
+        self.output_adapter = LowRank(width, config.hidden, rank, False, parallel) if rank else None
         self.query_norm = self._head_scale(parallel) if config.qk_norm else None
         self.key_norm = self._head_scale(parallel) if config.qk_norm else None
 
@@ -192,10 +237,19 @@ class Attention(nn.Module):
         return scale
 
     def forward(
-        self, queries: Tensor, context: Tensor, query_rope: Rotary, key_rope: Rotary, visible_SBN: Tensor | None
+        self,
+        queries: Tensor,
+        context: Tensor,
+        query_rope: Rotary,
+        key_rope: Rotary,
+        visible_SBN: Tensor | None,
+        drafts: int = 0,
     ) -> Tensor:
-        """Attend from ``queries`` [N, S * B, d] to ``context`` [N, B, d] -> [N, S * B, d]."""
-        q, _ = self.query(queries)
+        """Attend from ``queries`` [N, S * B, d] to ``context`` [N, B, d] -> [N, S * B, d].
+
+        ``drafts``: columns of draft rows, the last ones.
+        """
+        q = _adapted(self.query(queries)[0], queries, self.query_adapter, drafts)
         kv, _ = self.key_value(context)
         kv_NBG2D = kv.unflatten(-1, (self.key_heads, 2, self.head_dim))
         k_NBGD, v_NBGD = rotate_keys(kv_NBG2D, *key_rope, self.key_norm, self.eps)
@@ -210,7 +264,7 @@ class Attention(nn.Module):
         else:
             out_SBGRND = attend(*inputs)
         out = out_SBGRND.permute(4, 0, 1, 2, 3, 5).flatten(3).flatten(1, 2).contiguous()
-        return self.output(out)[0]
+        return _adapted(self.output(out)[0], out, self.output_adapter, drafts)
 
 
 class MLP(nn.Module):
@@ -223,11 +277,14 @@ class MLP(nn.Module):
         inner = config.ffn_width * (2 if self.gated else 1)
         self.up = _column(kinds, config.hidden, inner, config.init_std, parallel)
         self.down = _row(kinds, config.ffn_width, config.hidden, config.residual_std, parallel)
+        rank = config.adapter.rank
+        self.up_adapter = LowRank(config.hidden, inner, rank, True, parallel) if rank else None
+        self.down_adapter = LowRank(config.ffn_width, config.hidden, rank, False, parallel) if rank else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden, _ = self.up(x)
+    def forward(self, x: Tensor, drafts: int = 0) -> Tensor:
+        hidden = _adapted(self.up(x)[0], x, self.up_adapter, drafts)
         hidden = gate(hidden) if self.gated else formulas.gelu(hidden)
-        return self.down(hidden)[0]
+        return _adapted(self.down(hidden)[0], hidden, self.down_adapter, drafts)
 
 
 class Layer(nn.Module):
@@ -271,9 +328,10 @@ class Layer(nn.Module):
         batch = h.shape[1] // streams
         cut = () if streams == 1 else (batch, (self.streams_in - self.streams_out) * batch)
         h, queries, context = self.attention_norm(h, update, *cut)
-        h, normed, _ = self.mlp_norm(h, self.attention(queries, context, query_rope, key_rope, visible_SBN))
+        columns = drafts * batch
+        h, normed, _ = self.mlp_norm(h, self.attention(queries, context, query_rope, key_rope, visible_SBN, columns))
         if self.mlp_streams == self.streams_out:
-            return h, self.mlp(normed)
+            return h, self.mlp(normed, columns)
         of_context = self.mlp(normed[:, :batch].contiguous())
         return h, torch.cat([of_context, torch.zeros_like(h[:, batch:])], dim=1)
 

@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from armd_scale.config import ModelConfig
+from armd_scale.config import AdapterConfig, ModelConfig
 from armd_scale.model import laws
 from armd_scale.model.layers import (
     Layer,
@@ -48,7 +48,8 @@ class Stage(nn.Module):
 
     ``recompute``: what the backward pass recomputes: ``none``, ``selective`` (attention) or ``full`` (layers).
     ``kinds``: linear modules of the layers, by default the fastest that this device supports. ``head_batch``: number of
-    texts whose logits exist at the same time; None: all.
+    texts whose logits exist at the same time; None: all. ``draft_law``: the loss of draft rows is their divergence from
+    the law of the target rows that predict the same tokens, instead of their NLL.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class Stage(nn.Module):
         recompute: str = "none",
         kinds: Linears | None = None,
         head_batch: int | None = None,
+        draft_law: bool = False,
     ) -> None:
         super().__init__()
+        self.draft_law = draft_law
         kinds = kinds or linears(bool(config.fp8))
         self.head_batch = head_batch
         last = model_config.layers if last is None else last
@@ -113,7 +116,7 @@ class Stage(nn.Module):
         """NLL of the targets in nats, [B, N] float32 in generation order, times ``rows.weights``.
 
         ``teacher``: a whole left-to-right network, for rows in text order. With a teacher or drafts the result is
-        [3, B, N]: NLL, KL(teacher || network) in nats, and NLL of the drafts times their weights. Stages before the
+        [3, B, N]: NLL, KL(teacher || network) in nats, and loss of the drafts times their weights. Stages before the
         last return their activations.
         """
         h = self.hidden(rows)
@@ -134,8 +137,7 @@ class Stage(nn.Module):
             return scores
         planes = list(scores) if teacher else [scores, torch.zeros_like(scores)]
         for drafts in ahead:
-            assert rows.drafts
-            planes.append(self.nll(drafts, rows.drafts.tokens) * rows.drafts.weights)
+            planes.append(self._drafted(drafts, h, rows))
         return torch.stack(planes + [torch.zeros_like(planes[0])] * (3 - len(planes)))
 
     def hidden(self, rows: Rows) -> Tensor:
@@ -226,6 +228,21 @@ class Stage(nn.Module):
             taught = teacher.hidden(rows._replace(drafts=None))
         return self._in_parts(score, h, rows.target_tokens, taught)
 
+    def _drafted(self, ahead: Tensor, h: Tensor, rows: Rows) -> Tensor:
+        """Loss of draft rows from activations [N, B, d] of draft and target rows, times its weights, [B, N]."""
+        assert rows.drafts
+        if not self.draft_law:
+            return self.nll(ahead, rows.drafts.tokens) * rows.drafts.weights
+
+        def score(ahead: Tensor, lags_and_tokens: Tensor, h: Tensor) -> Tensor:
+            lags_BN, tokens_BN = lags_and_tokens.unbind(1)
+            with torch.no_grad():
+                judged = _later(self.logits(h), lags_BN)
+            return laws.scores(self.logits(ahead), tokens_BN.t(), judged)[1].t()
+
+        lags_and_tokens = torch.stack([rows.drafts.lags, rows.drafts.tokens], dim=1)
+        return self._in_parts(score, ahead, lags_and_tokens, h.detach()) * rows.drafts.weights
+
     def _nll(self, h: Tensor, target_tokens_BN: Tensor) -> Tensor:
         if self.config.tensor_model_parallel_size == 1 and on_cuda(h):
             return cross_entropy(self._scores(h), target_tokens_BN.t(), self.vocab_rows).t()
@@ -239,9 +256,7 @@ class Stage(nn.Module):
         h, ahead = (part.contiguous() for part in self.hidden(rows).split(len(rows.target_tokens), dim=1))
 
         def score(ahead: Tensor, lags_BN: Tensor, h: Tensor) -> Tensor:
-            judged = self.logits(h)
-            index_NBV = (torch.arange(len(judged), device=h.device)[:, None] + lags_BN.t()).clamp(max=len(judged) - 1)
-            return laws.overlap(self.logits(ahead), judged.gather(0, index_NBV[..., None].expand_as(judged))).t()
+            return laws.overlap(self.logits(ahead), _later(self.logits(h), lags_BN)).t()
 
         return self._in_parts(score, ahead, rows.drafts.lags, h)
 
@@ -251,7 +266,7 @@ class Stage(nn.Module):
             seen = rows.visible and rows.visible.context_of_target
             seeds = [self.prefix(h, rows.context_positions, rows.target_positions, seen)]
             if rows.drafts:
-                seeds.append(self.prefix(h, rows.context_positions, rows.drafts.positions, None))
+                seeds.append(self.prefix(h, rows.context_positions, rows.drafts.positions, None, drafts=True))
             h = torch.cat([h, *seeds], dim=1)
         return scatter_to_sequence_parallel_region(h) if self.config.sequence_parallel else h
 
@@ -264,6 +279,17 @@ def _drafted(rows: Rows) -> int:
     return len(rows.target_tokens) if rows.drafts else 0
 
 
+def _later(logits_NBV: Tensor, lags_BN: Tensor) -> Tensor:
+    """The logits of the target rows that predict the tokens of draft rows; any for tokens behind the text."""
+    index_NB = torch.arange(len(logits_NBV), device=logits_NBV.device)[:, None] + lags_BN.t()
+    return logits_NBV.gather(0, index_NB.clamp(max=len(logits_NBV) - 1)[..., None].expand_as(logits_NBV))
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter belongs to draft rows alone."""
+    return "_adapter." in name or name.startswith("prefix.draft_")
+
+
 def streams_of(config: ModelConfig, index: int) -> tuple[int, int]:
     """Streams into and out of layer ``index``."""
     if index >= config.two_stream:
@@ -272,5 +298,5 @@ def streams_of(config: ModelConfig, index: int) -> tuple[int, int]:
 
 
 def left_to_right(config: ModelConfig) -> ModelConfig:
-    """The network with one causal stream and the same layers."""
-    return config.model_copy(update={"objective": "ar"})
+    """The network with one causal stream and the same layers, without an adapter."""
+    return config.model_copy(update={"objective": "ar", "adapter": AdapterConfig()})

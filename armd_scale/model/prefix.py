@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from armd_scale.config import ModelConfig
 from armd_scale.formulas import position_table, scale_prefix
-from armd_scale.model.parameters import Initial, describe
+from armd_scale.model.parameters import ZEROS, Initial, describe
 from armd_scale.model.regions import fused
 
 CHUNK = 128, 1024
@@ -81,14 +81,29 @@ class PrefixAggregation(nn.Module):
         if self.prefix_config.gate is not None:
             self.gate = nn.Parameter(torch.empty(len(self.widths), config.hidden, dtype=dtype))
             describe(self.gate, Initial(value=self.prefix_config.gate))
+        self.draft_seed: nn.Parameter | None = None
+        self.draft_gate: nn.Parameter | None = None
+        if config.adapter.rank:
+            self.draft_seed = nn.Parameter(torch.empty(config.hidden, dtype=dtype))
+            describe(self.draft_seed, Initial(config.init_std))
+            if self.gate is not None:
+                self.draft_gate = nn.Parameter(torch.empty_like(self.gate))
+                describe(self.draft_gate, ZEROS)
         self.target_projection: nn.Parameter | None = None
         if self.prefix_config.target_position:
             self.target_projection = nn.Parameter(torch.empty(config.hidden, self.dim, dtype=dtype))
             describe(self.target_projection, Initial(config.init_std))
 
-    def forward(self, x_NBd: Tensor, context_BN: Tensor, targets_BN: Tensor, visible_BN: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x_NBd: Tensor,
+        context_BN: Tensor,
+        targets_BN: Tensor,
+        visible_BN: Tensor | None,
+        drafts: bool = False,
+    ) -> Tensor:
         """``context_BN``, ``targets_BN``: positions of the rows; ``visible_BN``: how many context rows a target sees
-        (None: row n sees n + 1)."""
+        (None: row n sees n + 1); ``drafts``: whether the targets are draft rows."""
         batch, length = context_BN.shape
         # A block may reach back any distance, so block layouts are one chunk.
         chunk = self.chunk if visible_BN is None else length
@@ -96,6 +111,8 @@ class PrefixAggregation(nn.Module):
         if visible_BN is None:
             visible_BN = (rows + 1).expand(batch, length)
         whole_NBd, gates_Kd = x_NBd, self.gate
+        if drafts and self.draft_gate is not None:
+            gates_Kd = self.gate + self.draft_gate
         if self.split:
             x_NBd = scatter_to_tensor_model_parallel_region(x_NBd)
             gates_Kd = gates_Kd if gates_Kd is None else scatter_to_tensor_model_parallel_region(gates_Kd)
@@ -124,6 +141,8 @@ class PrefixAggregation(nn.Module):
         if self.target_projection is not None:
             embedded_BNp = self._embedding(self.widths[0], targets_BN, dtype)
             seed_BNd = seed_BNd + embedded_BNp @ self.target_projection.to(dtype).t()
+        if drafts and self.draft_seed is not None:
+            seed_BNd = seed_BNd + self.draft_seed
         if self.prefix_config.neighbour:
             seed_BNd = seed_BNd + neighbours(whole_NBd.transpose(0, 1), context_BN, targets_BN, visible_BN)
         return seed_BNd.transpose(0, 1).to(x_NBd.dtype).contiguous()

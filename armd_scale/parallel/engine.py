@@ -25,10 +25,10 @@ from torch.nn import functional as F
 from armd_scale.config import RunConfig
 from armd_scale.model.flops import stage_edges
 from armd_scale.model.layers import Attention
-from armd_scale.model.network import Stage, left_to_right
+from armd_scale.model.network import Stage, is_adapter, left_to_right
 from armd_scale.parallel import zero
 from armd_scale.parallel.groups import transformer_config
-from armd_scale.parallel.sharding import initialise, is_partial
+from armd_scale.parallel.sharding import initialise, is_frozen, is_partial
 from armd_scale.parallel.timeline import Recorder, Timed
 from armd_scale.rows import Rows
 
@@ -47,7 +47,7 @@ class Step(NamedTuple):
     divergence: float
     """Mean KL(teacher || model) per token in nats; 0 without a teacher."""
     drafts: float
-    """Mean NLL of the draft rows in nats; 0 without them."""
+    """Mean loss of the draft rows in nats; 0 without them."""
 
 
 class Pending:
@@ -84,6 +84,8 @@ class Engine:
                 module.kernel = attention_kernel
         initialise(self.stages, config.seed)
         self.stages.to(device)
+        for name, param in self.named_parameters():
+            param.frozen = config.train.freeze and not is_adapter(name)  # type: ignore[attr-defined]
         self.zero = zero.build(config, self.stages)
         self.teacher = self._build_teacher() if config.train.distill else None
         self._spans: deque[tuple[Any, Any]] = deque(maxlen=1000)  # begin and end of the passes of a step
@@ -105,6 +107,7 @@ class Engine:
                 edges[number + 1],
                 parallel.recompute,
                 head_batch=self.config.train.head_batch,
+                draft_law=self.config.orders.draft_target == "law",
             )
             stage.vp_stage = virtual if parallel.chunks > 1 else None  # read by Megatron's schedules
             if stage.is_last and not stage.is_first and model.tied_head:
@@ -188,13 +191,30 @@ class Engine:
         self.stages.train()
         with self.zero.accumulate():
             started = self._now()
-            results = self._run(micro_batches, self._loss, forward_only=False)
+            with self._without_idle(micro_batches):
+                results = self._run(micro_batches, self._loss, forward_only=False)
             self._spans.append((started, self._now()))
             self._sum_partial_gradients()
             self._sum_tied_gradients()
         loss, divergence, drafts, flags, norm = self._agree(results, flag)
         accepted, norm = self.zero.update(loss.isfinite() & (loss <= limit), norm)
         return Pending(torch.stack([loss, flags, accepted.double(), norm, divergence, drafts]))
+
+    @contextlib.contextmanager
+    def _without_idle(self, micro_batches: Sequence[Rows]) -> Iterator[None]:
+        """Inside, backward passes leave out parameters that the rows do not train: frozen ones, and without draft rows
+        those of the adapter. At its end these get a gradient of zero.
+        """
+        drafted = any(rows.drafts is not None for rows in micro_batches)
+        params = [
+            param for name, param in self.named_parameters() if is_frozen(param) or (not drafted and is_adapter(name))
+        ]
+        for param in params:
+            param.requires_grad_(False)
+        yield
+        for param in params:
+            param.requires_grad_(True)
+            torch.autograd.backward(param, torch.zeros_like(param))  # with the hooks of ZeRO, which await it
 
     def _loss(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a micro-batch, and for the log its mean NLL, divergence from the teacher, and NLL of drafts."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from armd_scale.config import OptimizerConfig
+from armd_scale.parallel.sharding import is_frozen
 
 MASTER = "weight"
 """Name of the float32 master weights among the states of a checkpoint."""
@@ -57,10 +58,10 @@ class AveragedAdamW(torch.optim.AdamW):
 
 
 def build(module: nn.Module, config: OptimizerConfig) -> AveragedAdamW:
-    """The optimiser of a module: weight decay on matrices, none on norms."""
-    matrices = [p for p in module.parameters() if p.dim() >= 2]
-    vectors = [p for p in module.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    """The optimiser of a module: weight decay on matrices, none on norms and on frozen parameters."""
+    decayed = [p for p in module.parameters() if p.dim() >= 2 and not is_frozen(p)]
+    others = [p for p in module.parameters() if p.dim() < 2 or is_frozen(p)]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return AveragedAdamW(
         [group for group in groups if group["params"]],
         ema_decay=config.ema,

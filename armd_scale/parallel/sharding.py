@@ -28,6 +28,11 @@ def is_partial(param: Tensor) -> bool:
     return getattr(param, "tensor_partial", False)
 
 
+def is_frozen(param: Tensor) -> bool:
+    """Whether training leaves a parameter as it is. The engine marks it with ``frozen = True``."""
+    return getattr(param, "frozen", False)
+
+
 def is_pipeline_copy(param: Tensor) -> bool:
     """Whether another pipeline stage holds the same parameter, and counts and saves it.
 

@@ -140,7 +140,9 @@ def test_a_page_without_masked_diffusion_and_texts(results, tmp_path):
     study_page.write(tmp_path, results | {"runs": runs})
     text = (tmp_path / "README.md").read_text()
     logs = [
-        np.subtract(*(runs[name][seed]["checkpoints"]["6"]["heldout"]["left-to-right"]["nll"] for name in ("rho 2", "ar")))
+        np.subtract(
+            *(runs[name][seed]["checkpoints"]["6"]["heldout"]["left-to-right"]["nll"] for name in ("rho 2", "ar"))
+        )
         for seed in "01"
     ]
     value, error = np.mean(logs), np.std(logs, ddof=1) / math.sqrt(2)

@@ -19,6 +19,7 @@ from armd_scale.data.shards import PackedDataset, fill_vocabulary
 from armd_scale.decoding import network
 from armd_scale.errors import UserError
 from armd_scale.inference import Decoding
+from armd_scale.model.network import is_adapter
 from armd_scale.run_directory import RunDirectory
 from armd_scale.training import architectures, export, pretrained
 from armd_scale.training.samples import Samples
@@ -400,9 +401,10 @@ def _check_acceptance(config):
     assert record["tokens_per_pass"] == pytest.approx(float((1 + shared[0] + shared[0] * shared[1]).mean()), abs=1e-5)
 
 
-def test_every_layout_trains_an_imported_model_alike(tmp_path):
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "adapter alone"])
+def test_every_layout_trains_an_imported_model_alike(tmp_path, frozen):
     """The first loss is that of transformers; later losses, divergences from the imported model, losses and acceptances
-    of drafts, and weights are those of one process.
+    of drafts, and weights are those of one process. ``frozen``: the weights of the imported model stay, bit for bit.
     """
     model = make(tmp_path / "theirs", "Qwen3ForCausalLM", "yarn", head_dim=12, rms_norm_eps=1e-3)
     (tmp_path / "a.txt").write_text("\n".join(f"{n} {runs.PANGRAMS}" for n in range(60)))
@@ -414,6 +416,12 @@ def test_every_layout_trains_an_imported_model_alike(tmp_path):
         "train.dtype": "float32", "train.eval_samples": 4, "optimizer.warmup_steps": 0, "optimizer.lr": 1e-3,
         "optimizer.eps": 1e-3, "report.wandb": "disabled",
     }  # fmt: skip
+    layouts = dict(LAYOUTS)
+    if frozen:
+        settings |= {"model.adapter.rank": 3, "train.freeze": True, "orders.draft_target": "law", "train.distill": 0.0}
+        settings |= {"orders.strided_steps": 0, "train.steps": 4, "optimizer.ema": 0.9}
+        layouts["data 2, zero 2"] = (2, {"zero": 2})
+        del layouts["data 2, zero 3"], layouts["pipeline 2"]
     given = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
     first, _ = adopt(tmp_path / "theirs", tmp_path / "one", *given)
     prepare.prepare(first)
@@ -426,11 +434,17 @@ def test_every_layout_trains_an_imported_model_alike(tmp_path):
         logits = model(torch.cat([torch.full((4, 1), first.model.bos_id), tokens[:, :-1]], dim=1)).logits
     expected = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()))
     assert records[0]["loss"] == pytest.approx(expected, abs=1e-4)
-    assert "divergence" not in records[0]  # 0: the model is the teacher
-    assert records[1]["divergence"] > 1e-4
+    if frozen:
+        begun, ended = (runs.tensors(first.run_directory.checkpoint(step), raw=False) for step in (0, 4))
+        for name, tensor in begun.items():
+            assert torch.equal(ended[name], tensor) != is_adapter(name.partition("/")[2]), name
+        assert all(records[step]["drafts"] > 0 for step in range(4))
+    else:
+        assert "divergence" not in records[0]  # 0: the model is the teacher
+        assert records[1]["divergence"] > 1e-4
     _check_acceptance(first)
     final = runs.tensors(first.run_directory.checkpoint(4), raw=False)
-    for number, (name, (processes, parallel)) in enumerate(LAYOUTS.items()):
+    for number, (name, (processes, parallel)) in enumerate(layouts.items()):
         place = tmp_path / str(number)
         layout = [f"parallel.{field}={json.dumps(value)}" for field, value in parallel.items()]
         config, _ = adopt(tmp_path / "theirs", place, *given, *layout, f"cluster.tasks_per_node={processes}")
