@@ -749,8 +749,6 @@ class RunConfig(Section):
                 "train.freeze has nothing to train in steps without draft rows: it needs orders.group_share = 0 and "
                 "orders.strided_steps = 0"
             )
-        if self.parallel.zero == 3:
-            raise ValueError("train.freeze keeps whole gradients, which parallel.zero = 3 does not: use 0, 1 or 2")
 
     def _check_fp8(self) -> None:
         model, parts = self.model, self.parallel.tensor

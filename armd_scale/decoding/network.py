@@ -310,7 +310,9 @@ class Network(nn.Module):
                     nn.init.ones_(scale)
         elif isinstance(module, nn.ParameterDict):
             for name, parameter in module.items():
-                nn.init.normal_(parameter, std=self.config.prefix_dim**-0.5 if name == "table" else std)
+                nn.init.normal_(
+                    parameter, std={"table": self.config.prefix_dim**-0.5, "draft_gate": 0.0}.get(name, std)
+                )
 
     # Passes ----------------------------------------------------------------------------------------------------
 

@@ -189,10 +189,9 @@ class Engine:
         """
         self.zero.set_learning_rate(learning_rate)
         self.stages.train()
-        with self.zero.accumulate():
+        with self.zero.accumulate(self._idle(micro_batches)):
             started = self._now()
-            with self._without_idle(micro_batches):
-                results = self._run(micro_batches, self._loss, forward_only=False)
+            results = self._run(micro_batches, self._loss, forward_only=False)
             self._spans.append((started, self._now()))
             self._sum_partial_gradients()
             self._sum_tied_gradients()
@@ -200,21 +199,11 @@ class Engine:
         accepted, norm = self.zero.update(loss.isfinite() & (loss <= limit), norm)
         return Pending(torch.stack([loss, flags, accepted.double(), norm, divergence, drafts]))
 
-    @contextlib.contextmanager
-    def _without_idle(self, micro_batches: Sequence[Rows]) -> Iterator[None]:
-        """Inside, backward passes leave out parameters that the rows do not train: frozen ones, and without draft rows
-        those of the adapter. At its end these get a gradient of zero.
-        """
+    def _idle(self, micro_batches: Sequence[Rows]) -> list[nn.Parameter]:
+        """Parameters that the rows do not train: frozen ones, and without draft rows those of the adapter."""
         drafted = any(rows.drafts is not None for rows in micro_batches)
-        params = [
-            param for name, param in self.named_parameters() if is_frozen(param) or (not drafted and is_adapter(name))
-        ]
-        for param in params:
-            param.requires_grad_(False)
-        yield
-        for param in params:
-            param.requires_grad_(True)
-            torch.autograd.backward(param, torch.zeros_like(param))  # with the hooks of ZeRO, which await it
+        named = self.named_parameters()
+        return [param for name, param in named if is_frozen(param) or (not drafted and is_adapter(name))]
 
     def _loss(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a micro-batch, and for the log its mean NLL, divergence from the teacher, and NLL of drafts."""
@@ -361,12 +350,13 @@ class Engine:
             return
         group = parallel_state.get_tensor_model_parallel_group()
         for param in filter(is_partial, self.stages.parameters()):
-            dist.all_reduce(self.zero.gradient(param), group=group)
+            if param.requires_grad:
+                dist.all_reduce(self.zero.gradient(param), group=group)
 
     def _sum_tied_gradients(self) -> None:
         """Sum the gradients of a tied weight, which has copies on the first and the last stage."""
         if self.config.parallel.pipeline == 1 or not self.config.model.tied_head:
             return
         for stage in self.stages:
-            if stage.is_first or stage.is_last:
+            if (stage.is_first or stage.is_last) and stage.embedding.weight.requires_grad:
                 dist.all_reduce(self.zero.gradient(stage.embedding.weight), group=parallel_state.get_embedding_group())

@@ -20,7 +20,7 @@ import contextlib
 import itertools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import deepspeed
@@ -126,8 +126,21 @@ class ZeroStage(ABC):
             group["lr"] = learning_rate
 
     @abstractmethod
-    def accumulate(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, backward passes add to the gradients; at its end, gradients are averaged over data parallel."""
+    def accumulate(self, idle: Sequence[nn.Parameter] = ()) -> contextlib.AbstractContextManager[None]:
+        """Inside, backward passes add to the gradients; at its end, gradients are averaged over data parallel.
+
+        ``idle``: parameters that the passes leave out; their gradient is zero.
+        """
+
+    @contextlib.contextmanager
+    def _without(self, idle: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Leave parameters out of the passes inside, and then give them a gradient of zero."""
+        for param in idle:
+            param.requires_grad_(False)
+        yield
+        for param in idle:
+            param.requires_grad_(True)
+            torch.autograd.backward(param, torch.zeros_like(param))  # calls the hooks that await a gradient
 
     def gradient(self, param: nn.Parameter) -> Tensor:
         """The gradient of a parameter that will be reduced; inside ``accumulate``, after a backward pass."""
@@ -227,8 +240,9 @@ class Zero0(ZeroStage):
     stage = 0
 
     @contextlib.contextmanager
-    def accumulate(self) -> Iterator[None]:
-        yield
+    def accumulate(self, idle: Sequence[nn.Parameter] = ()) -> Iterator[None]:
+        with self._without(idle):
+            yield
         _average(map(self.gradient, self._modules.parameters()))
 
     def squares(self) -> Tensor:
@@ -252,8 +266,9 @@ class Zero1(ZeroStage):
     compute_grad_norm = False  # DeepSpeed would synchronise with the device
 
     @contextlib.contextmanager
-    def accumulate(self) -> Iterator[None]:
-        yield
+    def accumulate(self, idle: Sequence[nn.Parameter] = ()) -> Iterator[None]:
+        with self._without(idle):
+            yield
         with torch.no_grad():
             self._wrapper.set_gradient_accumulation_boundary(True)
             self._wrapper.reduce_gradients()
@@ -308,9 +323,10 @@ class Zero1BFloat16(Zero1):
             total.add_(gradient)
 
     @contextlib.contextmanager
-    def accumulate(self) -> Iterator[None]:
+    def accumulate(self, idle: Sequence[nn.Parameter] = ()) -> Iterator[None]:
         self._stale = set(self._sums)
-        yield
+        with self._without(idle):
+            yield
         # The sums are contiguous; DeepSpeed would copy them into buckets and back.
         _average(self._wrapper.fp32_groups_gradients_flat)
 
@@ -338,9 +354,9 @@ class Zero2(Zero1):
     managed = True
 
     @contextlib.contextmanager
-    def accumulate(self) -> Iterator[None]:
+    def accumulate(self, idle: Sequence[nn.Parameter] = ()) -> Iterator[None]:
         # At its end, DeepSpeed reduces the sums of all micro-batches in one pass.
-        with self._engine.coalesce_grad_reduction():
+        with self._engine.coalesce_grad_reduction(), self._without(idle):
             yield
 
 
@@ -362,9 +378,13 @@ class Zero3(ZeroStage):
         super().__init__(config, modules)
 
     @contextlib.contextmanager
-    def accumulate(self) -> Iterator[None]:
+    def accumulate(self, idle: Sequence[nn.Parameter] = ()) -> Iterator[None]:
+        for param in idle:
+            param.requires_grad_(False)
         with self._engine.coalesce_grad_reduction():
             yield
+        for param in idle:  # DeepSpeed has taken zeros for their gradients
+            param.requires_grad_(True)
 
     def squares(self) -> Tensor:
         """Zero: DeepSpeed's step computes the norm."""
