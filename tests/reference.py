@@ -96,7 +96,8 @@ def _adapted(layer: dict[str, Tensor], c: ARMDConfig) -> dict[str, Tensor]:
     if not c.adapter_rank:
         return layer
     names = ("attention.query", "attention.output", "mlp.up", "mlp.down")
-    return layer | {name: layer[name] + layer[f"{name}_adapter.b"] @ layer[f"{name}_adapter.a"] for name in names}
+    there = [name for name in names if f"{name}_adapter.a" in layer]  # none for an MLP that G does not pass through
+    return layer | {name: layer[name] + layer[f"{name}_adapter.b"] @ layer[f"{name}_adapter.a"] for name in there}
 
 
 def _one_stream(w, c: ARMDConfig, ids, positions, mask) -> Tensor:

@@ -100,6 +100,10 @@ class ARMDConfig:
     def head_size(self) -> int:
         return self.head_dim or self.hidden // self.heads
 
+    def has_target_mlp(self, index: int) -> bool:
+        """Whether G passes through the MLP of layer ``index``."""
+        return self.target_mlp or index >= self.two_stream_layers - 1
+
     @property
     def prefix_widths(self) -> tuple[float, ...]:
         """Widths of the kernels."""
@@ -242,7 +246,7 @@ class _Attention(nn.Module):
 class _Layer(nn.Module):
     """Weights of a layer; the names are those of the training model."""
 
-    def __init__(self, config: ARMDConfig) -> None:
+    def __init__(self, config: ARMDConfig, index: int) -> None:
         super().__init__()
         self.attention_norm = _Norm(config)
         self.attention = _Attention(config)
@@ -250,7 +254,7 @@ class _Layer(nn.Module):
         inner = config.ffn * (2 if config.mlp == "swiglu" else 1)
         up, down = nn.Linear(config.hidden, inner, bias=False), nn.Linear(config.ffn, config.hidden, bias=False)
         self.mlp = nn.ModuleDict({"up": up, "down": down})
-        if config.adapter_rank:
+        if config.adapter_rank and config.has_target_mlp(index):
             self.mlp["up_adapter"] = _LowRank(config.hidden, inner, config.adapter_rank)
             self.mlp["down_adapter"] = _LowRank(config.ffn, config.hidden, config.adapter_rank)
 
@@ -262,7 +266,7 @@ class Network(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size + config.traits.mask, config.hidden)
-        self.layers = nn.ModuleList([_Layer(config) for _ in range(config.layers)])
+        self.layers = nn.ModuleList([_Layer(config, index) for index in range(config.layers)])
         self.norm = _Norm(config)
         if not config.tied_head:
             self.head = nn.Linear(config.hidden, config.vocab_size, bias=False)
@@ -496,7 +500,7 @@ class Network(nn.Module):
                         dim=1,
                     )
             h = h + attended
-            if self.config.target_mlp or index >= self.config.two_stream_layers - 1:
+            if self.config.has_target_mlp(index):
                 h = h + self._mlp(layer, layer.mlp_norm(h), drafts)
             else:
                 x = h[:, :context]

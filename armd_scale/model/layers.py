@@ -268,16 +268,15 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two-layer perceptron; inner units are split over the tensor-parallel ranks."""
+    """Two-layer perceptron; inner units are split over the tensor-parallel ranks. ``rank``: of its adapter, or 0."""
 
-    def __init__(self, config: ModelConfig, parallel: TransformerConfig, kinds: Linears) -> None:
+    def __init__(self, config: ModelConfig, parallel: TransformerConfig, kinds: Linears, rank: int) -> None:
         super().__init__()
         self.gated = config.mlp == "swiglu"
         # Rows of a gated MLP are [unit, (gate, value)], so that contiguous shards are whole units.
         inner = config.ffn_width * (2 if self.gated else 1)
         self.up = _column(kinds, config.hidden, inner, config.init_std, parallel)
         self.down = _row(kinds, config.ffn_width, config.hidden, config.residual_std, parallel)
-        rank = config.adapter.rank
         self.up_adapter = LowRank(config.hidden, inner, rank, True, parallel) if rank else None
         self.down_adapter = LowRank(config.ffn_width, config.hidden, rank, False, parallel) if rank else None
 
@@ -308,8 +307,9 @@ class Layer(nn.Module):
         self.attention_norm = Norm(config, parallel)
         self.attention = Attention(config, parallel, kinds, recompute)
         self.mlp_norm = Norm(config, parallel)
-        self.mlp = MLP(config, parallel, kinds)
         self.mlp_streams = streams_out if config.target_mlp else 1
+        of_drafts = config.adapter.rank if self.mlp_streams == streams_out else 0
+        self.mlp = MLP(config, parallel, kinds, of_drafts)
 
     def forward(
         self,
@@ -319,11 +319,14 @@ class Layer(nn.Module):
         key_rope: Rotary,
         visible_SBN: Tensor | None,
         drafts: int = 0,
+        apart: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """The residual stream is h + ``update``, on entry and on return: the next norm adds the update.
 
-        ``drafts``: streams behind those of the layer that no other row sees.
+        ``drafts``: streams behind those of the layer that no other row sees. ``apart``: they alone have a gradient.
         """
+        if apart:
+            return self._apart(h, update, query_rope, key_rope)
         streams = self.streams_in + drafts
         batch = h.shape[1] // streams
         cut = () if streams == 1 else (batch, (self.streams_in - self.streams_out) * batch)
@@ -334,6 +337,24 @@ class Layer(nn.Module):
             return h, self.mlp(normed, columns)
         of_context = self.mlp(normed[:, :batch].contiguous())
         return h, torch.cat([of_context, torch.zeros_like(h[:, batch:])], dim=1)
+
+    def _apart(self, h: Tensor, update: Tensor | None, query_rope: Rotary, key_rope: Rotary) -> tuple[Tensor, Tensor]:
+        """``forward`` with one draft stream and one token a block, whose backward pass is that of the draft rows."""
+        batch = h.shape[1] // (self.streams_in + 1)
+        h, ahead = h.split([h.shape[1] - batch, batch], dim=1)
+        of_others = Rotary(*(table[:, :-batch] for table in query_rope))
+        of_drafts = Rotary(*(table[:, -batch:] for table in query_rope))
+        drafted: Tensor | None = None
+        if update is not None:
+            update, drafted = update.split(h.shape[1], dim=1)
+        with torch.no_grad():
+            others, of_layer = self(h, update, of_others, key_rope, None)
+            context = (h if update is None else h + update)[:, :batch].contiguous()
+            context = self.attention_norm(context)[1]
+        ahead, queries, _ = self.attention_norm(ahead.contiguous(), None if drafted is None else drafted.contiguous())
+        ahead, normed, _ = self.mlp_norm(ahead, self.attention(queries, context, of_drafts, key_rope, None, batch))
+        drafted = self.mlp(normed, batch) if self.mlp_streams == self.streams_out else torch.zeros_like(ahead)
+        return torch.cat([others, ahead], dim=1), torch.cat([of_layer, drafted], dim=1)
 
 
 def _column(

@@ -49,7 +49,8 @@ class Stage(nn.Module):
     ``recompute``: what the backward pass recomputes: ``none``, ``selective`` (attention) or ``full`` (layers).
     ``kinds``: linear modules of the layers, by default the fastest that this device supports. ``head_batch``: number of
     texts whose logits exist at the same time; None: all. ``draft_law``: the loss of draft rows is their divergence from
-    the law of the target rows that predict the same tokens, instead of their NLL.
+    the law of the target rows that predict the same tokens, instead of their NLL. ``freeze``: the adapter alone is
+    trained, so that no row but the draft rows has a gradient.
     """
 
     def __init__(
@@ -62,9 +63,10 @@ class Stage(nn.Module):
         kinds: Linears | None = None,
         head_batch: int | None = None,
         draft_law: bool = False,
+        freeze: bool = False,
     ) -> None:
         super().__init__()
-        self.draft_law = draft_law
+        self.draft_law, self.freeze = draft_law, freeze
         kinds = kinds or linears(bool(config.fp8))
         self.head_batch = head_batch
         last = model_config.layers if last is None else last
@@ -131,6 +133,7 @@ class Stage(nn.Module):
     def _scored(self, h: Tensor, rows: Rows, teacher: "Stage | None") -> Tensor:
         """The result of the last stage."""
         h, *ahead = (part.contiguous() for part in h.split(len(rows.target_tokens), dim=1)) if rows.drafts else (h,)
+        h = h.detach() if self.freeze else h
         scores = self.nll(h, rows.target_tokens) if teacher is None else self._taught(h, rows, teacher)
         scores = scores if rows.weights is None else scores * rows.weights
         if teacher is None and not ahead:
@@ -158,6 +161,7 @@ class Stage(nn.Module):
             torch.stack(rows.visible[:2]),
         )
         drafts = int(rows.drafts is not None)
+        apart = bool(drafts) and self.freeze and torch.is_grad_enabled()
         update: Tensor | None = None  # residual update of the previous layer, not yet added to h
         for layer in self.layers.values():
             if self.model_config.traits.streams == 1:
@@ -172,11 +176,12 @@ class Stage(nn.Module):
                 # The sum is computed here, so that the checkpoint keeps a single tensor per layer.
                 h = torch.add(
                     *checkpoint(
-                        self._through, layer, h, None, *inputs, drafts, use_reentrant=False, preserve_rng_state=False
+                        self._through, layer, h, None, *inputs, drafts, apart, use_reentrant=False,
+                        preserve_rng_state=False,
                     )
-                )
+                )  # fmt: skip
             else:
-                h, update = self._through(layer, h, update, *inputs, drafts)
+                h, update = self._through(layer, h, update, *inputs, drafts, apart)
         return h if update is None else h + update
 
     def _through(self, layer: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor]:

@@ -108,6 +108,7 @@ class Engine:
                 parallel.recompute,
                 head_batch=self.config.train.head_batch,
                 draft_law=self.config.orders.draft_target == "law",
+                freeze=self.config.train.freeze,
             )
             stage.vp_stage = virtual if parallel.chunks > 1 else None  # read by Megatron's schedules
             if stage.is_last and not stage.is_first and model.tied_head:

@@ -344,3 +344,28 @@ def test_any_other_seed_is_another_model(change):
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, 16))
     rows = arrange(tokens, orders.left_to_right(16), config.bos_id)
     assert (model(rows) - transformer(rows)).abs().max() > 1e-3
+
+
+@pytest.mark.one_process
+@pytest.mark.parametrize("changes", [{}, {"two_stream_layers": 3, "target_mlp": False}, {"two_stream_layers": 1}])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_an_adapter_alone_has_the_losses_and_gradients_that_it_has_with_all(changes, recompute):
+    config = FEATURES.model_copy(update=changes)
+    tokens = np.random.default_rng(4).integers(0, config.vocab_size, (3, 16))
+    rows = look_ahead(arrange(tokens, orders.left_to_right(16), 1), np.random.default_rng(5).integers(1, 4, (3, 16)))
+    gradients, planes = [], []
+    for freeze in (False, True):
+        stage = build(config)
+        stage.freeze, stage.recompute, stage.draft_law = freeze, recompute, True
+        if freeze:
+            for name, param in stage.named_parameters():
+                param.requires_grad_(is_adapter(name))
+        scores = stage(rows)
+        scores[2].mean().backward()
+        planes.append(scores.detach())
+        gradients.append({name: param.grad for name, param in stage.named_parameters() if is_adapter(name)})
+    torch.testing.assert_close(*planes, atol=1e-6, rtol=1e-5)
+    assert {"prefix.draft_seed", "prefix.draft_gate"} < gradients[0].keys()
+    for name, expected in gradients[0].items():
+        assert expected.any(), name
+        torch.testing.assert_close(gradients[1][name], expected, atol=1e-7, rtol=1e-4, msg=name)
