@@ -154,6 +154,15 @@ def sample(model: ARMD, decoding: Decoding, count: int, length: int, batch: int,
     return Sample(tokens, len(tokens) * length / seconds, written_per_lane / passes)
 
 
+def acceptance(model: ARMD, texts: Sequence[Sequence[int]], lags: int) -> tuple[list[float], float]:
+    """Acceptance of draft rows at places 1 to ``lags`` behind the next token, and the tokens of a pass by it.
+
+    ``texts``: of one length. A pass writes the token that it scores, and the drafted tokens up to the first refused.
+    """
+    shared = model.acceptance(torch.tensor(texts), lags).double()
+    return shared.mean((1, 2)).tolist(), 1 + float(shared.cumprod(0).sum(0).mean())
+
+
 @dataclass(frozen=True)
 class Quality:
     """Figures of a set of texts. ``X_se`` is the standard error of ``X`` over the texts."""

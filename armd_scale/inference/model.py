@@ -3,6 +3,7 @@
 - ``load``: a model directory (``config.json``, safetensors) -> ``ARMD``;
 - ``ARMD.nll``, ``ARMD.logits``: one pass over whole texts, any generation order and blocks;
 - ``ARMD.conditional_nll``: any part of a text given any other;
+- ``ARMD.acceptance``: how often exact parallel decoding accepts what draft rows propose;
 - ``ARMD.bound``: what objectives without an exact likelihood have instead;
 - ``ARMD.generate``, ``ARMD.fill``, ``ARMD.decode``: text after prompts, text in gaps, and both step by step.
 """
@@ -86,6 +87,33 @@ class ARMD(Network):
         if not self.config.traits.any_order:
             self._left_to_right(order, blocks)
         return self._nll(known, order, blocks)[:, len(given) :]
+
+    @torch.no_grad()
+    def acceptance(self, tokens: Tensor, lags: int) -> Tensor:
+        """Probability that the token of a draft row is accepted, left to right: [lags, B, N - lags].
+
+        Entry [k - 1, b, n]: sum over v of min(p(v), q(v)), where the draft row's law p knows the first n tokens of text
+        b, the law q of one token a block knows k more, and both predict the token after those. ``tokens`` [B, N]: text
+        order, no BOS. For models with draft rows. Raises ``InputError``.
+        """
+        if not self.config.traits.any_order:
+            raise InputError(f"{self.config.traits.label} models have no draft rows")
+        tokens = self._texts(tokens)
+        count = tokens.shape[1]
+        if not 1 <= lags < count:
+            raise InputError(f"lags must be from 1 to {count - 1}, one less than the tokens of a text, not {lags}")
+        places = torch.arange(1, count + 1, device=self.device).expand_as(tokens)
+        shared = torch.empty(lags, len(tokens), count - lags, dtype=self.precise)
+        for row, text in enumerate(tokens[:, None]):
+            at = places[row][None]
+            for lag in range(1, lags + 1):
+                hidden = self.whole(text, at, at, (at + lag).clamp(max=count))[0]
+                judged, ahead = hidden[lag : lag + count - lags], hidden[count : 2 * count - lags]
+                for start in range(0, count - lags, LOGIT_ROWS):
+                    part = slice(start, start + LOGIT_ROWS)
+                    laws = [self.predict(rows[part]).to(self.precise).softmax(-1) for rows in (judged, ahead)]
+                    shared[lag - 1, row, part] = torch.minimum(*laws).sum(-1)
+        return shared
 
     @torch.no_grad()
     def bound(self, tokens: Tensor, draws: int = 1, seed: int | Sequence[int] = 0) -> Tensor:

@@ -28,13 +28,13 @@ from torch.utils.flop_counter import flop_registry
 
 from armd_scale.config import RunConfig
 from armd_scale.model import prefix
-from armd_scale.model.network import Stage, left_to_right, streams_of
+from armd_scale.model.network import Stage, is_adapter, left_to_right, streams_of
 from armd_scale.model.regions import Region, intercepted
 from armd_scale.parallel import megatron_cpu
 from armd_scale.parallel.groups import transformer_config
 from armd_scale.parallel.sharding import global_shape
 from armd_scale.planning.hardware import GPU
-from armd_scale.rows import Rows
+from armd_scale.rows import Drafts, Rows
 
 _REDUCED = {"allreduce_": 2.0, "_allgather_base_": 1.0, "_reduce_scatter_base_": 1.0}
 """Passes of the data over a ring, by c10d collective."""
@@ -135,7 +135,8 @@ class Meter:
         parallel = config.parallel
         layout = parallel.tensor, parallel.sequence, parallel.recompute, parallel.pipeline > 1
         train = config.train.dtype, config.train.micro_batch, config.train.head_batch, config.train.distill > 0
-        key = repr((shape, layout, train, has_first, has_last))
+        drafts = has_drafts(config), config.orders.draft_target, config.train.freeze
+        key = repr((shape, layout, train, drafts, has_first, has_last))
         if key not in self._known:
             small = config.model_copy(update={"model": shape})
             self._known[key] = measure_stage(small, before, before + length, self.gpu)
@@ -162,6 +163,11 @@ def _add(total: StageCost, base: StageCost, fewer: StageCost, times: int) -> Sta
     return add(total, base, fewer)
 
 
+def has_drafts(config: RunConfig) -> bool:
+    """Whether steps with one token a block have draft rows."""
+    return config.orders.drafts > 0 and config.traits.streams == 2
+
+
 def measure_stage(config: RunConfig, first: int, last: int, gpu: GPU) -> StageCost:
     """Cost of layers ``first`` to ``last`` (exclusive), measured directly inside ``fake_ranks``."""
     dtype = getattr(torch, config.train.dtype)
@@ -179,17 +185,22 @@ def measure_stage(config: RunConfig, first: int, last: int, gpu: GPU) -> StageCo
                 last,
                 config.parallel.recompute,
                 head_batch=config.train.head_batch,
+                draft_law=config.orders.draft_target == "law",
+                freeze=config.train.freeze,
             )
-            for param in stage.parameters():
+            for name, param in stage.named_parameters():
+                param.requires_grad_(not config.train.freeze or is_adapter(name))
                 param.grad = torch.empty_like(param)
             teacher = None
             if config.train.distill and stage.is_last:  # of one layer: ``Planner`` adds the others
                 single = left_to_right(model).model_copy(update={"layers": 1})
                 teacher = Stage(single, transformer_config(single, config.parallel, dtype)).requires_grad_(False)
             index = torch.zeros(batch, length, dtype=torch.int64)
-            rows = Rows(index, index, index, index, visible=None)
+            drafts = Drafts(index, index, index, torch.zeros(batch, length)) if has_drafts(config) else None
+            rows = Rows(index, index, index, index, visible=None, drafts=drafts)
             if not stage.is_first:
                 streams = model.streams if config.parallel.pipeline > 1 else streams_of(config.model, first)[0]
+                streams += drafts is not None
                 rank_rows = length // config.parallel.tensor if config.parallel.sequence else length
             sharing = config.parallel.sequence and config.parallel.tensor > 1
             gathered = parallel_state.get_global_memory_buffer().get_tensor(

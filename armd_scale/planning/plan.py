@@ -15,7 +15,7 @@ from armd_scale.config import RunConfig, with_vocabulary
 from armd_scale.model.flops import stage_edges, training_flops_per_token
 from armd_scale.model.network import left_to_right
 from armd_scale.planning.hardware import COMMUNICATION, GPU, MEMORY, RESERVED
-from armd_scale.planning.measure import Meter, Pass, StageCost, add_up
+from armd_scale.planning.measure import Meter, Pass, StageCost, add_up, has_drafts
 from armd_scale.planning.memory import Memory, rank_memory
 from armd_scale.planning.schedule import bubble, simulate
 
@@ -175,7 +175,8 @@ def _boundaries(config: RunConfig, edges: list[int]) -> list[float]:
     parallel, model = config.parallel, config.model
     rows = model.length / (parallel.tensor if parallel.sequence else 1)
     stream = rows * config.train.micro_batch * model.hidden * _width(config)
-    return [stream * model.streams for _ in edges[1:-1]]  # all tensors have one size, see Stage
+    # All tensors have one size, see Stage.
+    return [stream * (model.streams + has_drafts(config)) for _ in edges[1:-1]]
 
 
 def _width(config: RunConfig) -> int:

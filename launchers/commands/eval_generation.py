@@ -23,6 +23,10 @@ WAYS = {
 """Ways of decoding that are measured by default, by the setting of the model's objective that they use."""
 
 
+LAGS, ACCEPTANCE_TEXTS = 4, 16
+"""Places of drafts whose acceptance is printed, and number of texts that it is measured on."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="model directory, run directory, or a checkpoint of a run")
     parser.add_argument("--judge", type=Path, help="model or run that scores the texts (default: best ar run)")
@@ -57,11 +61,14 @@ def run(args: argparse.Namespace) -> None:
     )
     print(f"{'':<28}{'tokens/s':>10}{'tokens/pass':>12}{'judge ppl':>16}{'entropy (nats)':>18}{'distinct-2':>12}")
     rows: list[dict[str, Any]] = []
+    exact: generation.Sample | None = None  # texts of the law of one token a block
     default = [way for setting in model.config.traits.settings for way in WAYS[setting]] or ["streams=1"]
     for way in args.ways or default:
         decoding = inference.Decoding(**_fields(way))
         model.generate(length=length, decoding=decoding, batch=args.batch)  # warm-up
         sample = generation.sample(model, decoding, args.samples, length, args.batch, args.seed)
+        if decoding.strategy == "exact" and decoding.streams == 1 and decoding.temperature == 1:
+            exact = exact or sample
         figures = generation.quality([tokenizer.decode(text) for text in sample.tokens], sample.tokens, judge)
         row = {
             "way": way,
@@ -78,6 +85,14 @@ def run(args: argparse.Namespace) -> None:
             flush=True,
         )
     facts = {"model": str(args.model), "judge": judge.name, "length": length, "batch": args.batch, "rows": rows}
+    if exact:
+        facts["acceptance"], facts["tokens_per_pass"] = accepted, written = generation.acceptance(
+            model, exact.tokens[:ACCEPTANCE_TEXTS], min(LAGS, length - 1)
+        )
+        print(
+            f"acceptance of drafts left to right at places 1, 2, ... behind the next token: "
+            f"{' '.join(f'{value:.3f}' for value in accepted)}; {written:.2f} tokens a pass"
+        )
     arguments.write_json(args.json, facts)
     if args.plot:
         plot(rows, judge.name, args.plot)

@@ -20,17 +20,20 @@ STATES = {"length": 64, "hidden": 256, "micro_batch": 1, "global_batch": 8}
 """Most of the memory is the optimiser's."""
 
 
-def config(shape, processes=1, dtype="float32", model=None, distill=0.0, **parallel):
+def config(shape, processes=1, dtype="float32", model=None, distill=0.0, drafts=0, freeze=False, **parallel):
     return RunConfig.model_validate(
         {
             "model": {
                 "layers": 4, "hidden": shape["hidden"], "heads": 4, "length": shape["length"], "vocab_size": 2000,
                 "bos_id": 1, **(model or {}),
             },
-            "orders": {"ar_steps": 10, "permutation_steps": 10, "rho": 8},
+            "orders": {
+                "ar_steps": 10, "permutation_steps": 10, "rho": 8, "drafts": drafts,
+                "draft_target": "law" if freeze else "token",
+            },
             "train": {
                 "steps": 10, "global_batch": shape["global_batch"], "micro_batch": shape["micro_batch"], "dtype": dtype,
-                "distill": distill,
+                "distill": distill, "freeze": freeze,
             },
             "parallel": parallel,
             "cluster": {"tasks_per_node": processes},
@@ -43,7 +46,7 @@ def steps(rank, count, rendezvous, run, watch):
     from armd_scale import orders
     from armd_scale.parallel import groups
     from armd_scale.parallel.engine import Engine
-    from armd_scale.rows import arrange
+    from armd_scale.rows import arrange, look_ahead
 
     device, length = torch.device("cpu"), run.model.length
     groups.start(run.parallel, rank=rank, processes=count, rendezvous=rendezvous, device=device)
@@ -53,6 +56,8 @@ def steps(rank, count, rendezvous, run, watch):
         for _ in range(3):
             rows = [arrange(tokens, orders.left_to_right(length), 1) for _ in range(run.micro_batches)]
             rows = [one._replace(in_text_order=True) for one in rows]
+            if run.orders.drafts:
+                rows = [look_ahead(one, np.full(tokens.shape, run.orders.drafts)) for one in rows]
             engine.train_step(rows, 1e-3)
     groups.stop()
     return seen
@@ -93,6 +98,8 @@ LAYOUTS = {
     "pipeline 4": {"processes": 4, "pipeline": 4},
     "teacher": {"distill": 0.5},
     "teacher, pipeline 2, tensor 2": {"processes": 4, "pipeline": 2, "tensor": 2, "distill": 0.5},
+    "drafts, pipeline 2": {"processes": 2, "pipeline": 2, "drafts": 2},
+    "adapter alone": {"drafts": 2, "freeze": True, "model": {"adapter": {"rank": 8}}},
 }  # fmt: skip
 
 

@@ -384,18 +384,12 @@ LAYOUTS = {
 ACCEPTANCE = ["acceptance_1", "acceptance_2"]
 
 
-@torch.no_grad()
 def _check_acceptance(config):
     """Drafts of the held-out texts, accepted by the law of one token a block."""
     model = standalone(config.directory, 4)
     heldout = PackedDataset(config.data_directory / "heldout")
     tokens = torch.from_numpy(heldout.read(np.arange(4) * len(heldout) // 4))
-    places = torch.arange(1, 33).expand(4, -1)
-    shared = []
-    for lag in (1, 2):
-        rows = model.whole(tokens, places, places, (places + lag).clamp(max=32))
-        scored, ahead = model.predict(rows).double().softmax(-1).split(32, dim=1)
-        shared.append(torch.minimum(scored[:, lag : lag + 30], ahead[:, :30]).sum(-1))
+    shared = model.acceptance(tokens, 2)
     record = [record for record in config.run_directory.metrics() if ACCEPTANCE[0] in record][-1]
     assert [record[name] for name in ACCEPTANCE] == pytest.approx([float(each.mean()) for each in shared], abs=1e-5)
     assert record["tokens_per_pass"] == pytest.approx(float((1 + shared[0] + shared[0] * shared[1]).mean()), abs=1e-5)
