@@ -329,7 +329,7 @@ class Exact(Lanes, name="exact"):
 
     @staticmethod
     def targets(decoding: Decoding) -> int:
-        return decoding.draft
+        return decoding.drafted
 
     def __init__(self, network: Network, count: int, slots: int, width: int) -> None:
         super().__init__(network, count, slots, width)
@@ -345,7 +345,7 @@ class Exact(Lanes, name="exact"):
 
     def _start(self, lane: int, task: Task, last: int) -> None:
         device = self._order.device
-        size, passes = task.decoding.draft, len(task.order) + 1
+        size, passes = task.decoding.drafted, len(task.order) + 1
         numbers = uniform(task.key, passes, 2 * size + 1).to(device)
         self._draws[lane, :passes, : size + 1] = numbers[:, : size + 1]
         self._judge[lane, :passes, :size] = numbers[:, size + 1 :]

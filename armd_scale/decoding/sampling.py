@@ -14,6 +14,9 @@ from torch import Tensor
 
 from armd_scale.decoding.network import InputError
 
+AUTO = "auto"
+"""Value of ``Decoding.draft`` that ``ARMD.draft_length`` replaces."""
+
 _CHUNK = 256  # entries of the vocabulary that the outer search sums
 
 
@@ -28,8 +31,8 @@ class Decoding:
 
     streams: int = 1
     """Number of streams, 1 is left to right."""
-    draft: int = 0
-    """Exact parallel decoding: tokens drafted at a time; 0 is off."""
+    draft: int | str = 0
+    """Exact parallel decoding: tokens drafted at a time; 0 is off; ``auto``: as many as write the text fastest here."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the likeliest token."""
     top_k: int = 0
@@ -54,6 +57,8 @@ class Decoding:
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
             value = getattr(self, name)
+            if name == "draft" and value == AUTO:
+                continue
             whole = name in ("streams", "draft", "top_k", "steps", "block", "min_tokens")
             number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
             if not number or not low <= value <= high:
@@ -65,6 +70,12 @@ class Decoding:
     def ends(self, eos_id: int) -> tuple[int, ...]:
         """Tokens that end a text; none without ``stop``."""
         return (self.stop_ids or (eos_id,)) if self.stop else ()
+
+    @property
+    def drafted(self) -> int:
+        """Tokens drafted at a time, in settings that a model has completed."""
+        assert isinstance(self.draft, int)
+        return self.draft
 
     @property
     def strategy(self) -> str:
@@ -116,7 +127,7 @@ class Sampler:
     @property
     def draft(self) -> int:
         """Largest draft of all sequences."""
-        return max(one.draft for one in self._decodings)
+        return max(one.drafted for one in self._decodings)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Probabilities [B, T, V] from logits, in float32 or better, after temperature and truncation."""

@@ -27,6 +27,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
 
 
+def draft(word: str) -> int | str:
+    """Value of ``--draft``: a number, or ``auto``."""
+    return word if word == "auto" else int(word)
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to this file")
 

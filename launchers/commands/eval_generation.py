@@ -110,6 +110,9 @@ def _fields(way: str) -> dict[str, Any]:
         if name not in Decoding.__dataclass_fields__:
             raise UserError(f"unknown field '{name}' in {way}: use {', '.join(Decoding.__dataclass_fields__)}")
         try:
+            if (name, value) == ("draft", "auto"):
+                fields[name] = value
+                continue
             fields[name] = int(value) if value.lstrip("-").isdigit() else float(value)
         except ValueError as error:
             raise UserError(f"{way}: '{value}' is not a number") from error

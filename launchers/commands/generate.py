@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--order", choices=("left-to-right", "random"), default="left-to-right", help="generation order of the gaps"
     )
     parser.add_argument("--streams", type=int, default=1, help="strided decoding: tokens per step (default 1)")
-    parser.add_argument("--draft", type=int, default=0, help="exact parallel decoding: tokens per draft")
+    parser.add_argument(
+        "--draft", type=arguments.draft, default=0, help="exact parallel decoding: tokens per draft, or auto"
+    )
     parser.add_argument("--steps", type=int, default=0, help="masked diffusion: steps (default: one per token)")
     parser.add_argument("--block", type=int, default=0, help="causal diffusion: tokens proposed per pass")
     parser.add_argument(
@@ -106,7 +108,8 @@ def run(args: argparse.Namespace) -> None:
     print(
         f"\n{made} tokens in {count} forward passes ({made / max(count, 1):.2f} a pass), {seconds:.2f} s, "
         f"{made / max(seconds, 1e-9):.0f} tokens/s "
-        f"({task.decoding.strategy}, streams {args.streams}, seed {args.seed}, temperature {args.temperature:g})",
+        f"({task.decoding.strategy}, streams {args.streams}, draft {task.decoding.draft}, seed {args.seed}, "
+        f"temperature {args.temperature:g})",
         file=sys.stderr,
     )
 

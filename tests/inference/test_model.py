@@ -230,3 +230,63 @@ def test_the_package_imports_neither_megatron_nor_deepspeed():
     assert "torch" in out
     for name in ("megatron", "deepspeed", "transformers", "wandb", "submitit", "pydantic"):
         assert f"'{name}'" not in out
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_acceptance_is_the_overlap_of_two_laws(kind):
+    """Of a draft row and of one token a block, by the reference."""
+    model, lags = standalone(MODELS[kind]), 2
+    tokens = _random_tokens(2, 9, model.config.vocab_size)
+    found = model.acceptance(tokens, lags)
+    assert found.shape == (lags, 2, 9 - lags)
+    order = list(range(1, 10))
+    for row, text in enumerate(tokens.tolist()):
+        inputs = model.state_dict(), model.config, text, order, order
+        judged = reference.log_probabilities(*inputs).exp()
+        for lag in range(1, lags + 1):
+            drafts = [(n, n + lag + 1) for n in range(9 - lags)]
+            ahead = reference.log_probabilities(*inputs, drafts).exp()
+            expected = torch.minimum(judged[lag : lag + len(drafts)], ahead).sum(-1)
+            torch.testing.assert_close(found[lag - 1, row], expected, atol=2e-5, rtol=0)
+
+
+def test_an_adapter_changes_proposals_alone():
+    """Every law of one token a block, of groups and of streams stays, bit for bit."""
+    model, bare = standalone(MODELS["features"]), standalone(MODELS["features"])
+    for name, param in bare.named_parameters():
+        if "adapter" in name or "draft_" in name:
+            param.zero_()
+    tokens = _random_tokens(2, 16, model.config.vocab_size)
+    for layout in layouts(16).values():
+        assert torch.equal(*(one.logits(tokens, *_tensors(layout)) for one in (model, bare)))
+    assert not torch.allclose(model.acceptance(tokens, 1), bare.acceptance(tokens, 1))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        pytest.param(lambda draft: 1.0, 8, id="rows cost nothing"),
+        pytest.param(lambda draft: 1.0 + 9.0 * draft, 0, id="rows cost more than they bring"),
+        pytest.param(lambda draft: 1.0 if draft <= 2 else 9.0, 2, id="two are free"),
+    ],
+)
+def test_automatic_drafts(monkeypatch, seconds, chosen):
+    model = tiny_distribution(4, 12)
+    monkeypatch.setattr(model, "_seconds_of_a_pass", lambda draft, count: seconds(draft))
+    auto, fixed = (model.generate(batch=3, decoding=Decoding(draft=draft)) for draft in ("auto", chosen))
+    assert model.draft_length() == chosen
+    assert torch.equal(auto, fixed)
+
+
+def test_automatic_drafts_are_measured_once(monkeypatch):
+    model = tiny_distribution(4, 12)
+    assert model.draft_length() in (0, 1, 2, 3, 4, 6, 8)
+    monkeypatch.setattr(model, "_seconds_of_a_pass", None)
+    assert model.draft_length() == model.draft_length()
+
+
+@pytest.mark.parametrize("lags", [0, 9])
+def test_acceptance_of_no_place_is_refused(lags):
+    model = standalone(MODELS["paper"])
+    with pytest.raises(InputError, match="lags must be from 1 to 8"):
+        model.acceptance(_random_tokens(1, 9, model.config.vocab_size), lags)
