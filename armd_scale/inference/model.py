@@ -35,6 +35,7 @@ _TRIAL, _TRIAL_TEXTS = 64, 8
 """Tokens and number of the texts that it writes."""
 _GAIN = 1.05
 """Smallest gain in speed for which it drafts."""
+_MAY_BE_0 = "bos_id", "eos_id", "two_stream_layers", "head_dim", "adapter_rank"
 _LOOK = 4  # steps between two checks of what an accelerator has finished
 
 
@@ -515,7 +516,7 @@ def read_config(path: Path) -> ARMDConfig:
         accepted = (int, float) if kind is float else typing.get_origin(kind) or kind
         right = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
         if right and kind in (int, float):
-            right = value >= 0 if name in ("bos_id", "eos_id", "two_stream_layers", "head_dim") else value > 0
+            right = value >= 0 if name in _MAY_BE_0 else value > 0
         if not right or value not in _CHOICES.get(name, (value,)):
             raise InputError(f"{wrong}: {name} is {value!r}")
     c = config
