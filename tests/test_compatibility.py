@@ -35,7 +35,11 @@ def test_a_run_resumes_from_a_checkpoint(tmp_path, monkeypatch):
     shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     records = start(config_files.load("run/config.yaml"))
-    assert figures([record for record in records if record["step"] > 4]) == EXPECTED["records"]
+    found = figures([record for record in records if record["step"] > 4])
+    for one, expected in zip(found, EXPECTED["records"], strict=True):
+        assert one.keys() == expected.keys()
+        for name, value in expected.items():  # on another kind of CPU, sums differ in their last digits
+            assert one[name] == (value if isinstance(value, str | None) else pytest.approx(value, rel=1e-6)), name
 
 
 @pytest.fixture(params=["package", "own code"])
