@@ -138,20 +138,19 @@ class Sample:
 def sample(model: ARMD, decoding: Decoding, count: int, length: int, batch: int, seed: int = 0) -> Sample:
     """Generate ``count`` texts of ``length`` tokens in batches of ``batch``; text n has the seed ``seed`` + n."""
     tokens: list[list[int]] = []
-    seconds, passes, written_per_lane = 0.0, 0, 0
+    seconds, passes = 0.0, 0
     while len(tokens) < count:
         keys = [seed + len(tokens) + row for row in range(min(batch, count - len(tokens)))]
         started = time.perf_counter()
         tasks = model.plan([[FREE] * length] * len(keys), decoding, keys)
         frontiers = [Frontier(task, model.config.eos_id) for task in tasks]
         for step in model.decode(tasks):
-            passes += 1
+            passes += sum(not frontier.ended for frontier in frontiers)  # a finished text waits for the others
             for frontier, *written in zip(frontiers, step.positions.tolist(), step.tokens.tolist(), strict=True):
                 frontier.push(*written)
         seconds += time.perf_counter() - started
-        written_per_lane += length
         tokens += [frontier.tokens for frontier in frontiers]
-    return Sample(tokens, len(tokens) * length / seconds, written_per_lane / passes)
+    return Sample(tokens, len(tokens) * length / seconds, len(tokens) * length / passes)
 
 
 def acceptance(model: ARMD, texts: Sequence[Sequence[int]], lags: int) -> tuple[list[float], float]:

@@ -26,6 +26,8 @@ from armd_scale.objectives import interface as objectives
 from armd_scale.run_directory import RunDirectory
 from armd_scale.training.telemetry import environment
 
+_DRAFTED_TEXTS, _LAGS = 8, 4
+"""Held-out texts whose drafts are judged, and tokens that these look ahead."""
 _UNIGRAM_SAMPLES = 100_000  # training samples whose tokens are counted
 
 
@@ -58,6 +60,7 @@ def write(config: RunConfig, export: Path) -> dict[str, Any]:
         "heldout_tokens": len(tokens),
         "heldout_bytes": round(size),
         "heldout": [score.as_dict() for score in scores],
+        "drafts": _drafts(model, chunks),
         "xz_bits_per_byte": xz_bits_per_byte(_text(tokens, tokenizer)),
         "unigram_bits_per_byte": unigram_bits_per_byte(train, tokens, size),
         "samples": [{k: sample[k] for k in ("streams", "steps", "seconds", "tokens_per_second")} for sample in samples],
@@ -84,6 +87,16 @@ def unigram_bits_per_byte(train: PackedDataset, tokens: np.ndarray, text_bytes: 
         numbers = np.arange(start, min(start + 4096, len(train), _UNIGRAM_SAMPLES))
         counts += np.bincount(train.read(numbers).ravel(), minlength=len(counts))
     return float(-np.log2(counts / counts.sum())[tokens].sum() / text_bytes)
+
+
+def _drafts(model: inference.ARMD, chunks: list[np.ndarray]) -> dict[str, Any] | None:
+    """How exact parallel decoding would accept drafts of held-out texts; None for models without draft rows."""
+    texts = [chunk.tolist() for chunk in chunks if len(chunk) == model.config.length][:_DRAFTED_TEXTS]
+    lags = min(_LAGS, model.config.length - 1)
+    if "draft" not in model.config.traits.settings or not texts:
+        return None
+    accepted, written = generation.acceptance(model, texts, lags)
+    return {"texts": len(texts), "acceptance": accepted, "tokens_per_pass": written}
 
 
 def _text(tokens: np.ndarray, tokenizer: Tokenizer) -> bytes:
@@ -208,6 +221,11 @@ def lines(summary: dict[str, Any], run: RunDirectory) -> list[str]:
     for name in ("xz", "unigram"):
         verb = "beats" if best < summary[f"{name}_bits_per_byte"] else "does NOT beat"
         out.append(f"  the model {verb} {name} on this text")
+    if drafts := summary.get("drafts"):
+        shares = " ".join(f"{value:.2f}" for value in drafts["acceptance"])
+        out.append(
+            f"  exact, draft {len(drafts['acceptance'])}: accepted {shares}: {drafts['tokens_per_pass']:.2f} a pass"
+        )
     out.append("")
     for sample in summary["samples"]:
         out.append(

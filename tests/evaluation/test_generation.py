@@ -13,7 +13,7 @@ from armd_scale.data import tokenizer as tokenizers
 from armd_scale.errors import UserError
 from armd_scale.evaluation import generation
 from armd_scale.training import manifest
-from tests.conftest import PAPER, model_folder, run_tool
+from tests.conftest import PAPER, model_folder, run_tool, tiny_distribution
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "the quick brown fox jumps over the lazy dog and runs away from it\n" * 30
@@ -174,3 +174,11 @@ def test_ways_that_are_refused(model_dir, way, line):
     done = run_tool("tools/eval_generation.py", model_dir, "--judge", model_dir, "--samples", 6, "--ways", way)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert line in done.stderr
+
+
+def test_tokens_of_a_pass_do_not_depend_on_the_batch():
+    """A finished text that waits for the others of its batch makes no passes."""
+    model = tiny_distribution(5, 12)
+    alone, together = (generation.sample(model, inference.Decoding(draft=3), 6, 12, batch) for batch in (1, 6))
+    assert alone.tokens == together.tokens
+    assert 1 < alone.tokens_per_pass == together.tokens_per_pass

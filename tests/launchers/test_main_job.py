@@ -94,6 +94,10 @@ def test_the_run_folder_holds_everything(finished):
     ]  # fmt: skip
     assert summary["export_difference"] < 1e-4
     assert summary["unigram_bits_per_byte"] > 0 < summary["xz_bits_per_byte"]
+    accepted = summary["drafts"]["acceptance"]
+    assert len(accepted) == 4
+    assert all(0 < share <= 1 for share in accepted)
+    assert 1 < summary["drafts"]["tokens_per_pass"] < 1 + sum(accepted)
     assert summary["environment"]["packages"]["torch"].startswith("2.")
     prompt = len(tokenizers.load(run / "export").encode("word"))
     samples = (run / "samples.md").read_text()
