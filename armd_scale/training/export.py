@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +157,8 @@ def in_memory(config: RunConfig, source: Path, averaged: bool = True) -> tuple[i
 def to_training(model_dir: Path, config: RunConfig) -> Path:
     """Write the weights of a model directory as checkpoint 0 of the run of ``config``.
 
-    The optimiser state is zero. Raises ``UserError`` if model, tokenizer and configuration do not match, or if the run
-    has checkpoints.
+    The optimiser state is zero. A model without an adapter can get one. Raises ``UserError`` if model, tokenizer and
+    configuration do not match, or if the run has checkpoints.
     """
     model = inference.load(model_dir)
     source = model.config
@@ -170,7 +170,7 @@ def to_training(model_dir: Path, config: RunConfig) -> Path:
         raise UserError(f"{config.data.tokenizer} is not the model's tokenizer: set data.tokenizer={model_dir}")
     full = configs.with_vocabulary(config, source.vocab_size, source.bos_id)
     for name, value in vars(standalone_config(full.model, source.eos_id)).items():
-        if value != getattr(source, name):
+        if value != getattr(source, name) and not (name == "adapter_rank" and not source.adapter_rank):
             raise UserError(
                 f"the configuration has {name} = {value!r} but {model_dir} has {getattr(source, name)!r}: "
                 "change the configuration"
@@ -178,11 +178,33 @@ def to_training(model_dir: Path, config: RunConfig) -> Path:
     if config.run_directory.complete_checkpoints():
         raise UserError(f"{config.directory} already has checkpoints: choose another run_dir")
     weights = model.state_dict()
+    weights |= added(full, source.eos_id, weights)
     rows = {"embedding.weight": full.model.padded_vocab, "head.weight": full.model.padded_vocab}
     shapes = {name: (rows.get(name, len(tensor)), *tensor.shape[1:]) for name, tensor in weights.items()}
     state = {"identity": configs.identity(full), "samples": 0, "losses": []}
     state["tokenizer_sha256"] = tokenizers.digest(tokenizer)
     return checkpoint.begin(config.run_directory, shapes, weights.__getitem__, state, averaged=config.optimizer.ema > 0)
+
+
+def added(config: RunConfig, eos_id: int, known: Collection[str]) -> dict[str, torch.Tensor]:
+    """Weights beside ``known``, which a run has more than the model that it begins with: gates, an adapter."""
+    model, generator = config.model, torch.Generator().manual_seed(config.seed)
+    with torch.device("meta"):
+        network = inference.ARMD(standalone_config(model, eos_id))
+    weights = {}
+    for name, param in network.named_parameters():
+        if name in known:
+            continue
+        tensor = torch.zeros(param.shape)
+        if name == "prefix.gate":
+            assert model.prefix.gate is not None
+            tensor.fill_(model.prefix.gate)
+        elif name == "prefix.draft_seed":
+            tensor.normal_(std=model.init_std, generator=generator)
+        elif name.endswith("_adapter.a"):
+            tensor.normal_(std=param.shape[1] ** -0.5, generator=generator)
+        weights[name] = tensor
+    return weights
 
 
 def _training_facts(config: RunConfig, source: Path) -> dict[str, Any]:

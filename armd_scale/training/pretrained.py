@@ -7,7 +7,7 @@ one file of weights.
 import contextlib
 import json
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from armd_scale import config_files, config_syntax
 from armd_scale.config import ModelConfig, RopeConfig, RunConfig
 from armd_scale.data import tokenizer as tokenizers
 from armd_scale.data.tokenizer import Tokenizer
-from armd_scale.decoding.network import Network
 from armd_scale.errors import UserError
 from armd_scale.files import write_atomically
 from armd_scale.logs import CHECKPOINT as log
@@ -220,7 +219,7 @@ def adopt(model_dir: Path, run_dir: Path, path: Path | None, overrides: list[str
     kind = folder.check(list(pairs.values()))
     rows = dict.fromkeys(("embedding.weight", "head.weight"), model.padded_vocab)
     shapes = {name: (rows.get(name, pair.shape[0]), *pair.shape[1:]) for name, pair in pairs.items()}
-    added = _added(config, tokenizer.eos_id, shapes) if config.traits.streams == 2 else {}
+    added = export.added(config, tokenizer.eos_id, shapes) if config.traits.streams == 2 else {}
     shapes |= {name: tuple(tensor.shape) for name, tensor in added.items()}
 
     def read(name: str) -> Tensor:
@@ -235,27 +234,6 @@ def adopt(model_dir: Path, run_dir: Path, path: Path | None, overrides: list[str
         write_atomically(run.origin_path, json.dumps(_origin(folder, kind, tokenizer), indent=1) + "\n")
         config_files.save(config, run.config_path)
     return config, config.run_directory.checkpoint(0)
-
-
-def _added(config: RunConfig, eos_id: int, known: Collection[str]) -> dict[str, Tensor]:
-    """Weights beside ``known`` that a run has more than the pretrained model: gates and an adapter, as they begin."""
-    model, generator = config.model, torch.Generator().manual_seed(config.seed)
-    with torch.device("meta"):
-        network = Network(export.standalone_config(model, eos_id))
-    added = {}
-    for name, param in network.named_parameters():
-        if name in known:
-            continue
-        tensor = torch.zeros(param.shape)
-        if name == "prefix.gate":
-            assert model.prefix.gate is not None
-            tensor.fill_(model.prefix.gate)
-        elif name == "prefix.draft_seed":
-            tensor.normal_(std=model.init_std, generator=generator)
-        elif name.endswith("_adapter.a"):
-            tensor.normal_(std=param.shape[1] ** -0.5, generator=generator)
-        added[name] = tensor
-    return added
 
 
 def _check_place(run_dir: Path) -> None:

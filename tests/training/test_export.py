@@ -8,14 +8,16 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from armd_scale import config_files, inference
-from armd_scale.config import RunConfig
+from armd_scale.config import RunConfig, with_vocabulary
+from armd_scale.data import tokenizer as tokenizers
 from armd_scale.data.shards import fill_vocabulary
 from armd_scale.errors import UserError
 from armd_scale.inference import InputError
-from tests.conftest import run_processes
-from tests.runs import run, start
+from tests.conftest import PAPER, model_folder, run_processes
+from tests.runs import PANGRAMS, run, start
 
 MB = 1_000_000
 
@@ -132,3 +134,26 @@ def test_what_is_there_is_not_lost(trained, tmp_path):
     (tmp_path / ".model.old/notes.txt").write_text("the old model")
     run_processes(1, _export_again, trained, source, tmp_path / "model")
     assert (tmp_path / "model/notes.txt").read_text() == "the old model"
+
+
+def test_a_model_without_an_adapter_gets_one(tmp_path):
+    """Checkpoint 0 has the laws of the model, bit for bit, and the adapter as it begins."""
+    from armd_scale.training import export
+
+    tokenizer = tokenizers.train([PANGRAMS * 30], tmp_path / "tokenizer.model", 290)
+    (tmp_path / "model").mkdir()
+    folder = model_folder(tmp_path / "model", PAPER, tokenizer)
+    fields = PAPER.model_dump() | {"vocab_size": None, "bos_id": None, "adapter": {"rank": 2}}
+    begun = {"run_dir": str(tmp_path / "run"), "data": {"tokenizer": str(folder)}, "orders": {"rho": 8}}
+    config = RunConfig.model_validate(begun | {"model": fields})
+    source = export.to_training(folder, config)
+    full = with_vocabulary(config, tokenizer.vocab_size, tokenizer.bos_id)
+    model, old = export.in_memory(full, source)[0], inference.load(folder)
+    tokens = torch.randint(0, 290, (2, 16), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model.logits(tokens), old.logits(tokens))
+    assert torch.equal(
+        model.acceptance(tokens, 1) == old.acceptance(tokens, 1), torch.zeros(1, 2, 15, dtype=torch.bool)
+    )
+    more = {name: tensor for name, tensor in model.state_dict().items() if name not in old.state_dict()}
+    assert more.keys() >= {"prefix.draft_seed", "layers.0.attention.query_adapter.a"}
+    assert all(tensor.any() != name.endswith(".b") for name, tensor in more.items())
