@@ -645,7 +645,8 @@ def _project(rows: Tensor, linear: nn.Module) -> Tensor:
 
     LoRA and quantisers replace the module or its weight, others add hooks or replace ``forward``.
     """
-    if _is_slow(rows) and type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, Tensor):
+    plain = type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, Tensor)
+    if plain and _is_slow(rows, linear.weight):
         own = vars(linear)
         if not ("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]):
             out = _linear(rows, linear.weight)
@@ -653,21 +654,26 @@ def _project(rows: Tensor, linear: nn.Module) -> Tensor:
     return linear(rows)
 
 
-def _is_slow(rows: Tensor) -> bool:
-    """Whether the usual kernels read the weights slowly: one or two rows on a CPU, in inference."""
-    return rows.device.type == "cpu" and rows.numel() <= 2 * rows.shape[-1] and not torch.is_grad_enabled()
+def _is_slow(rows: Tensor, weight: Tensor) -> bool:
+    """Whether the usual kernels read ``weight`` slowly: one or two rows on a CPU, in inference; on up to two threads
+    also a few rows of a tall weight, such as the head.
+    """
+    if rows.device.type != "cpu" or torch.is_grad_enabled():
+        return False
+    few = 8 if len(weight) >= 2048 and torch.get_num_threads() <= 2 else 2
+    return rows.numel() <= few * rows.shape[-1]
 
 
 def _linear(rows: Tensor, weight: Tensor) -> Tensor:
     """``rows`` [..., d] times the transpose of ``weight``.
 
-    On a CPU, products of one or two rows are limited by reading the weights, which the usual kernels of that size do
-    slowly: one row is computed as two, and on up to two threads the product is transposed
-    (docs/results/cpu.md has the figures).
+    On a CPU, products of few rows are limited by reading the weights, which the usual kernels of that size do slowly:
+    one row is computed as two, and on up to two threads the product is transposed (docs/results/cpu.md has the
+    figures).
     """
-    if not _is_slow(rows):
+    if not _is_slow(rows, weight):
         return F.linear(rows, weight)
     count = rows.numel() // rows.shape[-1]
-    pair = rows.reshape(count, -1).expand(2, -1).contiguous()
-    out = (weight @ pair.t()).t() if torch.get_num_threads() <= 2 else F.linear(pair, weight)
+    some = rows.reshape(count, -1).expand(max(count, 2), -1).contiguous()
+    out = (weight @ some.t()).t() if torch.get_num_threads() <= 2 else F.linear(some, weight)
     return out[:count].reshape(*rows.shape[:-1], -1)
