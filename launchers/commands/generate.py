@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
     print(
         f"\n{made} tokens in {count} forward passes ({made / max(count, 1):.2f} a pass), {seconds:.2f} s, "
         f"{made / max(seconds, 1e-9):.0f} tokens/s "
-        f"({task.decoding.strategy}, streams {args.streams}, draft {task.decoding.draft}, seed {args.seed}, "
+        f"({task.decoding.strategy}, draft {task.decoding.draft}, streams {args.streams}, seed {args.seed}, "
         f"temperature {args.temperature:g})",
         file=sys.stderr,
     )
