@@ -27,6 +27,10 @@ JUDGE = "ar"
 """Objective of the runs among which ``find_judge`` chooses."""
 
 
+LAGS = 4
+"""Places of drafts whose acceptance is measured, at most."""
+
+
 class Judge(Protocol):
     """A language model that scores texts left to right."""
 
@@ -153,12 +157,12 @@ def sample(model: ARMD, decoding: Decoding, count: int, length: int, batch: int,
     return Sample(tokens, len(tokens) * length / seconds, len(tokens) * length / passes)
 
 
-def acceptance(model: ARMD, texts: Sequence[Sequence[int]], lags: int) -> tuple[list[float], float]:
-    """Acceptance of draft rows at places 1 to ``lags`` behind the next token, and the tokens of a pass by it.
+def acceptance(model: ARMD, texts: Sequence[Sequence[int]]) -> tuple[list[float], float]:
+    """Acceptance of draft rows at places 1 to ``LAGS`` behind the next token, and the tokens of a pass by it.
 
     ``texts``: of one length. A pass writes the token that it scores, and the drafted tokens up to the first refused.
     """
-    shared = model.acceptance(torch.tensor(texts), lags).double()
+    shared = model.acceptance(torch.tensor(texts), min(LAGS, len(texts[0]) - 1)).double()
     return shared.mean((1, 2)).tolist(), 1 + float(shared.cumprod(0).sum(0).mean())
 
 

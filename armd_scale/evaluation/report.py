@@ -26,8 +26,7 @@ from armd_scale.objectives import interface as objectives
 from armd_scale.run_directory import RunDirectory
 from armd_scale.training.telemetry import environment
 
-_DRAFTED_TEXTS, _LAGS = 8, 4
-"""Held-out texts whose drafts are judged, and tokens that these look ahead."""
+_DRAFTED_TEXTS = 8  # held-out texts whose drafts are judged
 _UNIGRAM_SAMPLES = 100_000  # training samples whose tokens are counted
 
 
@@ -92,10 +91,9 @@ def unigram_bits_per_byte(train: PackedDataset, tokens: np.ndarray, text_bytes: 
 def _drafts(model: inference.ARMD, chunks: list[np.ndarray]) -> dict[str, Any] | None:
     """How exact parallel decoding would accept drafts of held-out texts; None for models without draft rows."""
     texts = [chunk.tolist() for chunk in chunks if len(chunk) == model.config.length][:_DRAFTED_TEXTS]
-    lags = min(_LAGS, model.config.length - 1)
     if "draft" not in model.config.traits.settings or not texts:
         return None
-    accepted, written = generation.acceptance(model, texts, lags)
+    accepted, written = generation.acceptance(model, texts)
     return {"texts": len(texts), "acceptance": accepted, "tokens_per_pass": written}
 
 

@@ -23,8 +23,8 @@ WAYS = {
 """Ways of decoding that are measured by default, by the setting of the model's objective that they use."""
 
 
-LAGS, ACCEPTANCE_TEXTS = 4, 16
-"""Places of drafts whose acceptance is printed, and number of texts that it is measured on."""
+ACCEPTANCE_TEXTS = 16
+"""Number of texts on which the acceptance of drafts is measured."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     facts = {"model": str(args.model), "judge": judge.name, "length": length, "batch": args.batch, "rows": rows}
     if exact:
         facts["acceptance"], facts["tokens_per_pass"] = accepted, written = generation.acceptance(
-            model, exact.tokens[:ACCEPTANCE_TEXTS], min(LAGS, length - 1)
+            model, exact.tokens[:ACCEPTANCE_TEXTS]
         )
         print(
             f"acceptance of drafts left to right at places 1, 2, ... behind the next token: "
