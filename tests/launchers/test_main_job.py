@@ -40,7 +40,7 @@ train: {{steps: 6, global_batch: 8, micro_batch: 2, dtype: float32, log_every: 1
   checkpoint_every: 4}}
 parallel: {{tensor: 2}}
 report: {{prompt: "word", generate_streams: [1, 2, 4]}}
-cluster: {{tasks_per_node: 4, backoff_seconds: 0.0}}
+cluster: {{tasks_per_node: 2, backoff_seconds: 0.0}}
 """
 
 
@@ -72,7 +72,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, text):
-    """A run from text to report on four processes, started in a session of Slurm, and what it printed."""
+    """A run from text to report on two processes, started in a session of Slurm, and what it printed."""
     folder = tmp_path_factory.mktemp("runs")
     config = folder / "small.yaml"
     config.write_text(SMALL.format(run_dir=folder / "run", text=text))
@@ -291,7 +291,7 @@ def test_bad_runs_are_one_line(finished, tmp_path, text):
 
     refused(command("launchers/slurm.py", "--config", tmp_path / "no.yaml"), "no.yaml")
     refused(launch("model.layer=3"), "did you mean 'model.layers'")
-    refused(launch("parallel.tensor=3"), "4 processes .* parallel.tensor = 3")
+    refused(launch("parallel.tensor=3"), "2 processes .* parallel.tensor = 3")
     refused(launch("report.prompt=" + "word " * 60), r"report.prompt has \d+ tokens")
     refused(launch("optimizer.lr=1e30"), "lower optimizer.lr")
     shutil.rmtree(tmp_path / "bad")
@@ -360,14 +360,14 @@ def test_bad_checkpoints_and_exports_are_one_line(finished, tmp_path):
 
 
 def test_a_killed_rank_and_a_killed_launcher(finished, tmp_path):
-    """kill -9 of one of four processes: the job starts again by itself; of the launcher: its jobs can be ended, and the
+    """kill -9 of one of two processes: the job starts again by itself; of the launcher: its jobs can be ended, and the
     same command goes on. The losses are the undisturbed ones.
     """
     config, _run, _ = finished
-    words, process = _under_way(config, tmp_path, 12, steps=100, checkpoint_every=20, eval_every=1000)
+    words, process = _under_way(config, tmp_path, 6, steps=60, checkpoint_every=10, eval_every=1000)
     run = tmp_path / "run"
     victims = _running("submitit.core._submit", tmp_path)
-    assert len(victims) >= 4
+    assert len(victims) >= 2
     refused(command(*words[1:]), "another process works on")
     before = {r["step"]: r["loss"] for r in RunDirectory(run).metrics()}
     os.kill(max(victims), signal.SIGKILL)
@@ -386,11 +386,11 @@ def test_a_killed_rank_and_a_killed_launcher(finished, tmp_path):
     assert command("launchers/slurm.py", "cancel", run).stdout == "ended: train\n"
     while _running("submitit", tmp_path) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert max(r["step"] for r in RunDirectory(run).metrics()) < 100
+    assert max(r["step"] for r in RunDirectory(run).metrics()) < 60
     again = command(*words[1:], "--only", "train")
     assert again.returncode == 0, again.stderr
     after = {r["step"]: r["loss"] for r in RunDirectory(run).metrics() if "loss" in r}
-    assert sorted(after) == list(range(1, 103))
+    assert sorted(after) == list(range(1, 63))
     assert {step: after[step] for step in before} == before
 
 

@@ -14,7 +14,7 @@ from tests.conftest import run_processes
 
 BOUND = 0.10
 MODERN = {"kv_heads": 2, "norm": "rmsnorm", "mlp": "swiglu", "tied_head": False}
-ACTIVATIONS = {"length": 128, "hidden": 128, "micro_batch": 4, "global_batch": 32}
+ACTIVATIONS = {"length": 128, "hidden": 128, "micro_batch": 4, "global_batch": 16}
 """Most of the memory is activations."""
 STATES = {"length": 64, "hidden": 256, "micro_batch": 1, "global_batch": 8}
 """Most of the memory is the optimiser's."""
@@ -42,7 +42,7 @@ def config(shape, processes=1, dtype="float32", model=None, distill=0.0, drafts=
 
 
 def steps(rank, count, rendezvous, run, watch):
-    """Three steps of a rank under the context manager ``watch()``, which it returns."""
+    """Two steps of a rank under the context manager ``watch()``, which it returns."""
     from armd_scale import orders
     from armd_scale.parallel import groups
     from armd_scale.parallel.engine import Engine
@@ -53,7 +53,7 @@ def steps(rank, count, rendezvous, run, watch):
     tokens = np.random.default_rng(0).integers(0, 2000, (run.train.micro_batch, length))
     with watch() as seen:
         engine = Engine(run, device)
-        for _ in range(3):
+        for _ in range(2):
             rows = [arrange(tokens, orders.left_to_right(length), 1) for _ in range(run.micro_batches)]
             rows = [one._replace(in_text_order=True) for one in rows]
             if run.orders.drafts:
@@ -106,8 +106,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("shape", [ACTIVATIONS, STATES], ids=["activations", "states"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_planned_memory_is_what_a_run_allocates(layout, shape, request):
-    always = "one", "zero 2, bf16", "zero 3", "teacher"
-    if shape is STATES and layout not in always and not request.config.getoption("--parity"):
+    always = ("one", "zero 2, bf16", "zero 3", "teacher") if shape is STATES else LAYOUTS.keys() - {"zero 3, bf16"}
+    if layout not in always and not request.config.getoption("--parity"):
         pytest.skip("part of the whole matrix: make parity")
     run = config(shape, **LAYOUTS[layout])
     real = run_processes(run.cluster.processes, _live, run)
@@ -117,8 +117,10 @@ def test_planned_memory_is_what_a_run_allocates(layout, shape, request):
 
 
 @pytest.mark.parametrize("shape", [ACTIVATIONS, STATES], ids=["activations", "states"])
-def test_the_counter_agrees_with_the_allocator(shape):
+def test_the_counter_agrees_with_the_allocator(shape, request):
     """One process: with several, gloo frees some tensors in threads that PyTorch's profiler does not see."""
+    if shape is STATES and not request.config.getoption("--parity"):
+        pytest.skip("part of the whole matrix: make parity")
     run = config(shape, model=MODERN)
     # On busy cores the profiler now and then puts a release behind the next allocation.
     found = min(run_processes(1, _allocated, run)[0] for _ in range(2))

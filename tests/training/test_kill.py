@@ -12,7 +12,7 @@ from armd_scale.run_directory import RunDirectory
 from armd_scale.training import manifest
 from tests.runs import figures, run
 
-KILLS = int(os.environ.get("ARMD_KILLS", "20"))
+KILLS = int(os.environ.get("ARMD_KILLS", "8"))
 
 
 def _worker(rank, path, store):
