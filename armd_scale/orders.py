@@ -11,6 +11,7 @@ Source: paper section 3 (orders, progressive permutation) and section 4 (strided
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,18 @@ class Layout(NamedTuple):
 
     order: np.ndarray
     block_ids: np.ndarray
+
+
+def join(layouts: Sequence[Layout]) -> Layout:
+    """The layout of a packed sample from those of its documents: one document after another, positions in the sample.
+
+    Every further document skips a block number, which is that of its BOS.
+    """
+    position, block, fields = 0, 0, []
+    for layout in layouts:
+        fields.append((layout.order + position, layout.block_ids + block))
+        position, block = position + len(layout.order), block + int(layout.block_ids[-1]) + 1
+    return Layout(*map(np.concatenate, zip(*fields, strict=True)))
 
 
 def random_words(count: int, purpose: str, *key: int) -> np.ndarray:

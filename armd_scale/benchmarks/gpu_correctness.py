@@ -117,7 +117,7 @@ def _cases() -> Iterator[tuple[str, str, Any, Any]]:
     for name, layout in layouts.items():
         yield "armd", f" {name}", layout, arrange(tokens, layout, 0)
     yield "ar", "", natural, arrange(tokens, natural, 0)
-    yield "mdm", "", natural, corrupt(tokens, _masked(), np.ones(2), 1000)
+    yield "mdm", "", natural, corrupt(tokens, _masked(), np.ones((2, 1)), 1000)
 
 
 def _tokens() -> np.ndarray:

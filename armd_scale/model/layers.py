@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from armd_scale import formulas
 from armd_scale.config import ModelConfig
-from armd_scale.model.attention import attend
+from armd_scale.model.attention import Seen, attend
 from armd_scale.model.float8 import Float8ColumnParallelLinear, Float8RowParallelLinear
 from armd_scale.model.parameters import ONES, ZEROS, Initial, describe
 from armd_scale.model.regions import fused, inputs
@@ -242,7 +242,7 @@ class Attention(nn.Module):
         context: Tensor,
         query_rope: Rotary,
         key_rope: Rotary,
-        visible_SBN: Tensor | None,
+        seen: Seen | None,
         drafts: int = 0,
     ) -> Tensor:
         """Attend from ``queries`` [N, S * B, d] to ``context`` [N, B, d] -> [N, S * B, d].
@@ -253,12 +253,12 @@ class Attention(nn.Module):
         kv, _ = self.key_value(context)
         kv_NBG2D = kv.unflatten(-1, (self.key_heads, 2, self.head_dim))
         k_NBGD, v_NBGD = rotate_keys(kv_NBG2D, *key_rope, self.key_norm, self.eps)
-        streams, as_heads = queries.shape[1] // context.shape[1], visible_SBN is None
+        streams, as_heads = queries.shape[1] // context.shape[1], seen is None or seen.as_heads
         q_NRHD = q.unflatten(-1, (self.heads, self.head_dim))
         q = rotate_queries(q_NRHD, *query_rope, self.key_heads, streams, as_heads, self.query_norm, self.eps)
         q_SBGRND = q.permute((3, 1, 2, 4, 0, 5) if as_heads else (0, 2, 3, 4, 1, 5))
         keys_values = k_NBGD.permute(1, 2, 0, 3), v_NBGD.permute(1, 2, 0, 3)
-        inputs = (q_SBGRND, *keys_values, visible_SBN, self.causal, self.kernel)
+        inputs = (q_SBGRND, *keys_values, seen, self.causal, self.kernel)
         if self.recompute and torch.is_grad_enabled():
             out_SBGRND = checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -317,7 +317,7 @@ class Layer(nn.Module):
         update: Tensor | None,
         query_rope: Rotary,
         key_rope: Rotary,
-        visible_SBN: Tensor | None,
+        seen: Seen | None,
         drafts: int = 0,
         apart: bool = False,
     ) -> tuple[Tensor, Tensor]:
@@ -326,19 +326,21 @@ class Layer(nn.Module):
         ``drafts``: streams behind those of the layer that no other row sees. ``apart``: they alone have a gradient.
         """
         if apart:
-            return self._apart(h, update, query_rope, key_rope)
+            return self._apart(h, update, query_rope, key_rope, seen)
         streams = self.streams_in + drafts
         batch = h.shape[1] // streams
         cut = () if streams == 1 else (batch, (self.streams_in - self.streams_out) * batch)
         h, queries, context = self.attention_norm(h, update, *cut)
         columns = drafts * batch
-        h, normed, _ = self.mlp_norm(h, self.attention(queries, context, query_rope, key_rope, visible_SBN, columns))
+        h, normed, _ = self.mlp_norm(h, self.attention(queries, context, query_rope, key_rope, seen, columns))
         if self.mlp_streams == self.streams_out:
             return h, self.mlp(normed, columns)
         of_context = self.mlp(normed[:, :batch].contiguous())
         return h, torch.cat([of_context, torch.zeros_like(h[:, batch:])], dim=1)
 
-    def _apart(self, h: Tensor, update: Tensor | None, query_rope: Rotary, key_rope: Rotary) -> tuple[Tensor, Tensor]:
+    def _apart(
+        self, h: Tensor, update: Tensor | None, query_rope: Rotary, key_rope: Rotary, seen: Seen | None
+    ) -> tuple[Tensor, Tensor]:
         """``forward`` with one draft stream and one token a block, whose backward pass is that of the draft rows."""
         batch = h.shape[1] // (self.streams_in + 1)
         h, ahead = h.split([h.shape[1] - batch, batch], dim=1)
@@ -348,11 +350,11 @@ class Layer(nn.Module):
         if update is not None:
             update, drafted = update.split(h.shape[1], dim=1)
         with torch.no_grad():
-            others, of_layer = self(h, update, of_others, key_rope, None)
+            others, of_layer = self(h, update, of_others, key_rope, seen)
             context = (h if update is None else h + update)[:, :batch].contiguous()
             context = self.attention_norm(context)[1]
         ahead, queries, _ = self.attention_norm(ahead.contiguous(), None if drafted is None else drafted.contiguous())
-        ahead, normed, _ = self.mlp_norm(ahead, self.attention(queries, context, of_drafts, key_rope, None, batch))
+        ahead, normed, _ = self.mlp_norm(ahead, self.attention(queries, context, of_drafts, key_rope, seen, batch))
         drafted = self.mlp(normed, batch) if self.mlp_streams == self.streams_out else torch.zeros_like(ahead)
         return torch.cat([others, ahead], dim=1), torch.cat([of_layer, drafted], dim=1)
 

@@ -26,8 +26,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from armd_scale import packing
 from armd_scale.config import AdapterConfig, ModelConfig
 from armd_scale.model import laws
+from armd_scale.model.attention import LONG, Seen
 from armd_scale.model.layers import (
     Layer,
     Linears,
@@ -155,23 +157,19 @@ class Stage(nn.Module):
         of_targets = of_target.repeat(self._rotary(rows.drafts.positions - shift)) if rows.drafts else of_target
         of_all = of_context.repeat(of_targets)
         # Made once for all layers, as backends cache data derived from a mask with its tensor (see attention.flex).
-        seen = rows.visible and (
-            rows.visible.target_of_target[None],
-            rows.visible.context_of_target[None],
-            torch.stack(rows.visible[:2]),
-        )
+        seen_of_targets, seen_of_context, seen_of_all = self._seen(rows)
         drafts = int(rows.drafts is not None)
         apart = bool(drafts) and self.freeze and torch.is_grad_enabled()
         update: Tensor | None = None  # residual update of the previous layer, not yet added to h
         for layer in self.layers.values():
             if self.model_config.traits.streams == 1:
-                inputs = (of_context, of_context, None)
+                inputs = (of_context, of_context, seen_of_context)
             elif layer.streams_in == 1:
-                inputs = (of_targets, of_target, seen and seen[0])
+                inputs = (of_targets, of_target, seen_of_targets)
             elif layer.streams_out == 1:
-                inputs = (of_targets, of_context, seen and seen[1])
+                inputs = (of_targets, of_context, seen_of_context)
             else:
-                inputs = (of_all, of_context, seen and seen[2])
+                inputs = (of_all, of_context, seen_of_all)
             if self.recompute == "full" and torch.is_grad_enabled():
                 # The sum is computed here, so that the checkpoint keeps a single tensor per layer.
                 h = torch.add(
@@ -183,6 +181,21 @@ class Stage(nn.Module):
             else:
                 h, update = self._through(layer, h, update, *inputs, drafts, apart)
         return h if update is None else h + update
+
+    def _seen(self, rows: Rows) -> tuple[Seen | None, Seen | None, Seen | None]:
+        """What targets see of targets, targets of the context, and context and targets of the context."""
+        first = None if rows.starts is None else rows.starts[None]
+        if rows.visible is not None:
+            context_of_context, context_of_target, target_of_target = rows.visible
+            both = torch.stack([context_of_context, context_of_target])
+            return Seen(target_of_target[None], first), Seen(context_of_target[None], first), Seen(both, first)
+        if first is None:
+            return None, None, None
+        length, documents = first.shape[-1], None
+        if first.device.type == "cpu" and length >= LONG:
+            documents = [packing.lengths(starts) for starts in first[0].numpy()]
+        seen = Seen(torch.arange(1, length + 1, device=first.device).expand_as(first), first, documents)
+        return seen, seen, seen
 
     def _through(self, layer: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor]:
         # The context is entered per layer, as recomputation in the backward pass needs the context too.
@@ -269,9 +282,10 @@ class Stage(nn.Module):
         h = self.embedding(rows.context_tokens).transpose(0, 1).contiguous()
         if self.model_config.traits.streams == 2:
             seen = rows.visible and rows.visible.context_of_target
-            seeds = [self.prefix(h, rows.context_positions, rows.target_positions, seen)]
+            seeds = [self.prefix(h, rows.context_positions, rows.target_positions, seen, rows.starts)]
             if rows.drafts:
-                seeds.append(self.prefix(h, rows.context_positions, rows.drafts.positions, None, drafts=True))
+                of_drafts = rows.context_positions, rows.drafts.positions, None, rows.starts
+                seeds.append(self.prefix(h, *of_drafts, drafts=True))
             h = torch.cat([h, *seeds], dim=1)
         return scatter_to_sequence_parallel_region(h) if self.config.sequence_parallel else h
 

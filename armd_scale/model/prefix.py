@@ -100,10 +100,13 @@ class PrefixAggregation(nn.Module):
         context_BN: Tensor,
         targets_BN: Tensor,
         visible_BN: Tensor | None,
+        starts_BN: Tensor | None = None,
         drafts: bool = False,
     ) -> Tensor:
-        """``context_BN``, ``targets_BN``: positions of the rows; ``visible_BN``: how many context rows a target sees
-        (None: row n sees n + 1); ``drafts``: whether the targets are draft rows."""
+        """``context_BN``, ``targets_BN``: positions of the rows; ``visible_BN``: end of the context rows that a target
+        sees (None: row n sees up to n + 1); ``starts_BN``: the first of them (None: 0); ``drafts``: whether the targets
+        are draft rows.
+        """
         batch, length = context_BN.shape
         # A block may reach back any distance, so block layouts are one chunk.
         chunk = self.chunk if visible_BN is None else length
@@ -123,28 +126,38 @@ class PrefixAggregation(nn.Module):
             here = slice(start, min(start + chunk, length))
             places = targets_BN[:, here], context_BN[:, here]
             seen_BCC = rows[here] < visible_BN[:, here, None]
+            if starts_BN is not None:
+                seen_BCC = seen_BCC & (rows[here] >= starts_BN[:, here, None])
             sums = []
             for kernel, width in enumerate(self.widths):
                 seed = self._weights(width, *places, seen_BCC, x_NBd.dtype) @ x_BNd[:, here]
                 if states_Bpd:
-                    seed = seed + self._embedding(width, places[0], dtype) @ states_Bpd[kernel]
+                    earlier = self._embedding(width, places[0], dtype)
+                    if starts_BN is not None:  # the state is that of the document at the end of the last chunk
+                        earlier = earlier * (starts_BN[:, here] < start)[..., None]
+                    seed = seed + earlier @ states_Bpd[kernel]
                 sums.append(seed if gates_Kd is None else seed * gates_Kd[kernel])
             seeds.append(sum(sums[1:], start=sums[0]))
             if here.stop < length:
-                embedded = (self._embedding(width, places[1], dtype) for width in self.widths)
+                embedded = [self._embedding(width, places[1], dtype) for width in self.widths]
+                if starts_BN is not None:
+                    last_B1 = starts_BN[:, here.stop - 1, None]
+                    embedded = [keys_BCp * (rows[here] >= last_B1)[..., None] for keys_BCp in embedded]
+                    states_Bpd = [state_Bpd * (last_B1 < start)[..., None] for state_Bpd in states_Bpd]
                 seen_Bpd = [keys_BCp.transpose(1, 2) @ x_BNd[:, here].to(dtype) for keys_BCp in embedded]
                 states_Bpd = [sum(pair) for pair in zip(states_Bpd, seen_Bpd, strict=True)] if states_Bpd else seen_Bpd
         seed_BNd = torch.cat(seeds, dim=1)
         if self.split:
             seed_BNd = gather_from_tensor_model_parallel_region(seed_BNd)
-        seed_BNd = scale_prefix(seed_BNd, visible_BN[..., None], self.prefix_config.scale)
+        count_BN = visible_BN if starts_BN is None else visible_BN - starts_BN
+        seed_BNd = scale_prefix(seed_BNd, count_BN[..., None], self.prefix_config.scale)
         if self.target_projection is not None:
             embedded_BNp = self._embedding(self.widths[0], targets_BN, dtype)
             seed_BNd = seed_BNd + embedded_BNp @ self.target_projection.to(dtype).t()
         if drafts and self.draft_seed is not None:
             seed_BNd = seed_BNd + self.draft_seed
         if self.prefix_config.neighbour:
-            seed_BNd = seed_BNd + neighbours(whole_NBd.transpose(0, 1), context_BN, targets_BN, visible_BN)
+            seed_BNd = seed_BNd + neighbours(whole_NBd.transpose(0, 1), context_BN, targets_BN, visible_BN, starts_BN)
         return seed_BNd.transpose(0, 1).to(x_NBd.dtype).contiguous()
 
     def _weights(
@@ -165,13 +178,18 @@ class PrefixAggregation(nn.Module):
         return self.rows, self.prefix_config.kernel, self.dim
 
 
-def neighbours(x_BNd: Tensor, context_BN: Tensor, targets_BN: Tensor, visible_BN: Tensor) -> Tensor:
+def neighbours(
+    x_BNd: Tensor, context_BN: Tensor, targets_BN: Tensor, visible_BN: Tensor, starts_BN: Tensor | None = None
+) -> Tensor:
     """Embeddings [B, N, d] of the token before each target, 0 where the target does not see it."""
     batch, length = context_BN.shape
     rows_BN = torch.arange(length, device=x_BNd.device).expand(batch, length)
-    # The context row of every position; the last token of an order has none.
-    row_of_BP = torch.full((batch, length + 1), length, device=x_BNd.device).scatter(1, context_BN, rows_BN)
-    found_BN = row_of_BP.gather(1, targets_BN - 1)
+    # Every document of n tokens has n + 1 positions, of which the last token of its order has no context row.
+    places, origins_BN = length + 1, torch.zeros_like(rows_BN)
+    if starts_BN is not None:
+        places, origins_BN = 2 * length, starts_BN + (starts_BN == rows_BN).cumsum(1) - 1
+    row_of_BP = torch.full((batch, places), length, device=x_BNd.device).scatter(1, origins_BN + context_BN, rows_BN)
+    found_BN = row_of_BP.gather(1, origins_BN + targets_BN - 1)
     seen_BN = found_BN < visible_BN
     index_BNd = found_BN.where(seen_BN, 0)[..., None].expand_as(x_BNd)
     return x_BNd.gather(1, index_BNd) * seen_BN[..., None]

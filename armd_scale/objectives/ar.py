@@ -31,21 +31,35 @@ class ArTraining(Training):
     flops_formula = "3 x 2 x (projections + MLP; causal attention N d per layer; head) per token"
     decoding_words = "One token is written after the other."
 
-    def rows(self, config: "RunConfig", tokens_BN: np.ndarray, step: int, slots: Sequence[int]) -> Rows:
-        return left_to_right_rows(config.model, tokens_BN)
+    def rows(
+        self,
+        config: "RunConfig",
+        tokens_BN: np.ndarray,
+        step: int,
+        slots: Sequence[int],
+        starts_BN: np.ndarray | None = None,
+    ) -> Rows:
+        return left_to_right_rows(config.model, tokens_BN, starts_BN)
 
-    def heldout_rows(self, config: "RunConfig", kind: str, tokens_BN: np.ndarray, numbers: Sequence[int]) -> Rows:
-        return left_to_right_rows(config.model, tokens_BN)
+    def heldout_rows(
+        self,
+        config: "RunConfig",
+        kind: str,
+        tokens_BN: np.ndarray,
+        numbers: Sequence[int],
+        starts_BN: np.ndarray | None = None,
+    ) -> Rows:
+        return left_to_right_rows(config.model, tokens_BN, starts_BN)
 
     def probes(self, model: "ModelConfig", tokens_BN: np.ndarray) -> list[tuple[Rows, Callable[[Any], Tensor]]]:
         tokens = torch.from_numpy(tokens_BN)
         return [(left_to_right_rows(model, tokens_BN), lambda exported: exported.logits(tokens)[0])]
 
 
-def left_to_right_rows(model: "ModelConfig", tokens_BN: np.ndarray) -> Rows:
+def left_to_right_rows(model: "ModelConfig", tokens_BN: np.ndarray, starts_BN: np.ndarray | None = None) -> Rows:
     """Rows of texts [B, N] left to right, one token a block."""
     assert model.bos_id is not None
-    rows = arrange(tokens_BN, orders.left_to_right(tokens_BN.shape[1]), model.bos_id)
+    rows = arrange(tokens_BN, orders.left_to_right(tokens_BN.shape[1]), model.bos_id, starts_BN)
     return rows._replace(in_text_order=True)
 
 

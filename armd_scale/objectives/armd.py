@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from armd_scale import orders
+from armd_scale import orders, packing
 from armd_scale.decoding.sampling import Decoding
 from armd_scale.objectives.interface import Card, Inference, Training
 from armd_scale.orders import Layout
@@ -50,9 +50,17 @@ class ArmdTraining(Training):
     )
     decoding_words = "S streams are written side by side, S tokens a step."
 
-    def rows(self, config: "RunConfig", tokens_BN: np.ndarray, step: int, slots: Sequence[int]) -> Rows:
-        layouts = [self.layout(step, slot, config) for slot in slots]
-        rows = _ordered(config.model, tokens_BN, layouts)
+    def rows(
+        self,
+        config: "RunConfig",
+        tokens_BN: np.ndarray,
+        step: int,
+        slots: Sequence[int],
+        starts_BN: np.ndarray | None = None,
+    ) -> Rows:
+        documents = packing.documents(tokens_BN.shape, starts_BN)
+        layouts = [self.layout(step, slot, config, sizes) for slot, sizes in zip(slots, documents, strict=True)]
+        rows = _ordered(config.model, tokens_BN, layouts, starts_BN)
         in_text_order = self.streams(step, config) == 1 and self.shuffled_tokens(step, config) < 2
         rows = rows._replace(in_text_order=in_text_order)
         if config.orders.drafts and rows.visible is None:
@@ -65,16 +73,26 @@ class ArmdTraining(Training):
         weights_BN /= weights_BN.mean(axis=-1, keepdims=True)
         return rows._replace(weights=torch.from_numpy(weights_BN.astype(np.float32)))
 
-    def heldout_rows(self, config: "RunConfig", kind: str, tokens_BN: np.ndarray, numbers: Sequence[int]) -> Rows:
-        length, rho = tokens_BN.shape[1], config.orders.rho
-        if kind == "permutation":
-            return _ordered(config.model, tokens_BN, [orders.shuffled(length, rho, 0, number) for number in numbers])
-        layout = orders.left_to_right(length)
-        if kind == "strided":
-            layout = orders.strided(length, config.train.eval_streams)
-        if kind == "groups":
-            layout = orders.groups(length, max(config.orders.groups))
-        return _ordered(config.model, tokens_BN, [layout] * len(numbers))
+    def heldout_rows(
+        self,
+        config: "RunConfig",
+        kind: str,
+        tokens_BN: np.ndarray,
+        numbers: Sequence[int],
+        starts_BN: np.ndarray | None = None,
+    ) -> Rows:
+        def layout(key: int, sizes: Sequence[int]) -> Layout:
+            if kind == "permutation":
+                return _shuffled(orders.shuffled, config.orders.rho, sizes, 0, key)
+            if kind == "strided":
+                return _strided(config.train.eval_streams, sizes)
+            if kind == "groups":
+                return orders.join([orders.groups(size, max(config.orders.groups)) for size in sizes])
+            return orders.join([*map(orders.left_to_right, sizes)])
+
+        documents = packing.documents(tokens_BN.shape, starts_BN)
+        layouts = [layout(number, sizes) for number, sizes in zip(numbers, documents, strict=True)]
+        return _ordered(config.model, tokens_BN, layouts, starts_BN)
 
     def probes(self, model: "ModelConfig", tokens_BN: np.ndarray) -> list[tuple[Rows, Callable[[Any], Tensor]]]:
         length, tokens = model.length, torch.from_numpy(tokens_BN)
@@ -143,23 +161,47 @@ class ArmdTraining(Training):
             rho=config.orders.rho,
         )
 
-    def layout(self, step: int, slot: int, config: "RunConfig") -> Layout:
-        """Generation order and blocks of the text in place ``slot`` of the global batch of ``step``."""
-        length = config.model.length
-        if self.phase(step, config) == "strided":
-            return orders.strided(length, self.streams(step, config))
-        if self.phase(step, config) == "groups":
-            size = orders.draw_group(config.orders.groups, config.seed, step)
-            first = int(orders.random_words(1, "first", config.seed, step, slot)[0] % np.uint64(size))
-            return orders.groups(length, size, first)
+    def layout(self, step: int, slot: int, config: "RunConfig", documents: Sequence[int] | None = None) -> Layout:
+        """Generation order and blocks of the text in place ``slot`` of the global batch of ``step``.
+
+        ``documents``: lengths of its separate documents, each in an order of its own; None: it is one sequence.
+        """
+        sizes, phase = documents or [config.model.length], self.phase(step, config)
+        if phase == "strided":
+            return _strided(self.streams(step, config), sizes)
+        if phase == "groups":
+            size, key = orders.draw_group(config.orders.groups, config.seed, step), (config.seed, step, slot)
+            words = [orders.random_words(1, "first", *key, *packing.key(number))[0] for number in range(len(sizes))]
+            firsts = [int(word % np.uint64(size)) for word in words]
+            return orders.join([orders.groups(n, size, first) for n, first in zip(sizes, firsts, strict=True)])
         draw = orders.window if config.orders.shuffle == "window" else orders.shuffled
-        return draw(length, self.shuffled_tokens(step, config), config.seed, step, slot)
+        return _shuffled(draw, self.shuffled_tokens(step, config), sizes, config.seed, step, slot)
 
 
-def _ordered(model: "ModelConfig", tokens_BN: np.ndarray, layouts: Sequence[Layout]) -> Rows:
+STREAM_TOKENS = 16
+"""Tokens of a separate document for every stream: a shorter document has fewer streams. The first tokens of a stream
+know least."""
+
+
+def _shuffled(draw: Callable[..., Layout], count: int, sizes: Sequence[int], *key: int) -> Layout:
+    """``count`` shuffled tokens of a text, shared out among its documents by their lengths."""
+    counts = packing.share_out(count, sizes)
+    parts = enumerate(zip(sizes, counts, strict=True))
+    return orders.join([draw(size, count, *key, *packing.key(number)) for number, (size, count) in parts])
+
+
+def _strided(streams: int, sizes: Sequence[int]) -> Layout:
+    if len(sizes) == 1:
+        return orders.strided(sizes[0], streams)
+    return orders.join([orders.strided(size, max(1, min(streams, size // STREAM_TOKENS))) for size in sizes])
+
+
+def _ordered(
+    model: "ModelConfig", tokens_BN: np.ndarray, layouts: Sequence[Layout], starts_BN: np.ndarray | None = None
+) -> Rows:
     assert model.bos_id is not None
     together = Layout(*(np.stack(field) for field in zip(*layouts, strict=True)))
-    return arrange(tokens_BN, together, model.bos_id)
+    return arrange(tokens_BN, together, model.bos_id, starts_BN)
 
 
 TRAINING = ArmdTraining()

@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from armd_scale import packing
 from armd_scale.decoding.lanes import Lanes, Task
 from armd_scale.decoding.network import Network, Sight
 from armd_scale.decoding.sampling import Decoding, uniform
 from armd_scale.objectives.ar import left_to_right_rows
 from armd_scale.objectives.interface import Card, Inference, Training
-from armd_scale.objectives.mdm import times
+from armd_scale.objectives.mdm import spread, times
 from armd_scale.orders import random_words
 from armd_scale.rows import Rows
 
@@ -116,22 +117,35 @@ class CardTraining(Training):
     flops_formula = "3 x 2 x (projections + MLP; causal attention N d per layer; head) per token"
     decoding_words = "Up to S tokens are proposed in a pass, and the leading ones accepted by confidence."
 
-    def rows(self, config: "RunConfig", tokens_BN: np.ndarray, step: int, slots: Sequence[int]) -> Rows:
-        batch, length = times(config.train.global_batch, config.seed, step), tokens_BN.shape[1]
-        tail = config.diffusion.tail
-        masked = np.stack([soft_tail(length, batch[slot], tail, config.seed, step, slot) for slot in slots])
-        weights = np.stack([reweight(row, config.diffusion.beta, config.diffusion.decay) for row in masked])
-        rows = noised_rows(config.model, tokens_BN, masked)
+    def rows(
+        self,
+        config: "RunConfig",
+        tokens_BN: np.ndarray,
+        step: int,
+        slots: Sequence[int],
+        starts_BN: np.ndarray | None = None,
+    ) -> Rows:
+        batch, keys = times(config.train.global_batch, config.seed, step), [(config.seed, step, slot) for slot in slots]
+        documents = _noised(config, tokens_BN, [batch[slot] for slot in slots], keys, starts_BN)
+        beta, decay = config.diffusion.beta, config.diffusion.decay
+        weights = np.stack([np.concatenate([reweight(part, beta, decay) for part in parts]) for parts in documents])
+        rows = noised_rows(config.model, tokens_BN, np.stack([*map(np.concatenate, documents)]), starts_BN)
         return rows._replace(weights=torch.from_numpy(weights.astype(np.float32)))
 
-    def heldout_rows(self, config: "RunConfig", kind: str, tokens_BN: np.ndarray, numbers: Sequence[int]) -> Rows:
+    def heldout_rows(
+        self,
+        config: "RunConfig",
+        kind: str,
+        tokens_BN: np.ndarray,
+        numbers: Sequence[int],
+        starts_BN: np.ndarray | None = None,
+    ) -> Rows:
         """``noised``: one draw of noise a text, whose times are spread evenly over the numbers; no weights."""
         if kind == "left_to_right":
-            return left_to_right_rows(config.model, tokens_BN)
-        length, tail = tokens_BN.shape[1], config.diffusion.tail
-        spread = [(0.5 + number * _GOLDEN) % 1 for number in numbers]
-        masked = [soft_tail(length, time, tail, 0, number) for time, number in zip(spread, numbers, strict=True)]
-        return noised_rows(config.model, tokens_BN, np.stack(masked))
+            return left_to_right_rows(config.model, tokens_BN, starts_BN)
+        evenly = [spread(0.5, number) for number in numbers]
+        documents = _noised(config, tokens_BN, evenly, [(0, number) for number in numbers], starts_BN)
+        return noised_rows(config.model, tokens_BN, np.stack([*map(np.concatenate, documents)]), starts_BN)
 
     def probes(self, model: "ModelConfig", tokens_BN: np.ndarray) -> list[tuple[Rows, Callable[[Any], Tensor]]]:
         assert model.vocab_size is not None
@@ -154,7 +168,20 @@ class CardTraining(Training):
         return {"phase": "noised", "shuffled": 0, "streams": 1}
 
 
-_GOLDEN = (5**0.5 - 1) / 2
+def _noised(
+    config: "RunConfig",
+    tokens_BN: np.ndarray,
+    times_B: Sequence[float],
+    keys: Sequence[tuple[int, ...]],
+    starts_BN: np.ndarray | None,
+) -> list[list[np.ndarray]]:
+    """``soft_tail`` of every document of every text."""
+    texts = zip(packing.documents(tokens_BN.shape, starts_BN), times_B, keys, strict=True)
+    tail = config.diffusion.tail
+    return [
+        [soft_tail(size, spread(time, number), tail, *key, *packing.key(number)) for number, size in enumerate(sizes)]
+        for sizes, time, key in texts
+    ]
 
 
 def soft_tail(length: int, time: float, tail: float, *key: int) -> np.ndarray:
@@ -176,12 +203,14 @@ def reweight(masked: np.ndarray, beta: float, decay: float) -> np.ndarray:
     return weights
 
 
-def noised_rows(model: "ModelConfig", tokens_BN: np.ndarray, masked_BN: np.ndarray) -> Rows:
+def noised_rows(
+    model: "ModelConfig", tokens_BN: np.ndarray, masked_BN: np.ndarray, starts_BN: np.ndarray | None = None
+) -> Rows:
     """Rows of texts [B, N] left to right, whose context has masks; every token is a target."""
     assert model.vocab_size is not None
-    rows = left_to_right_rows(model, tokens_BN)
-    context = torch.from_numpy(np.where(masked_BN, model.vocab_size, tokens_BN)[:, :-1].astype(np.int64))
-    return rows._replace(context_tokens=torch.cat([rows.context_tokens[:, :1], context], dim=1))
+    rows = left_to_right_rows(model, tokens_BN, starts_BN)
+    noised = left_to_right_rows(model, np.where(masked_BN, model.vocab_size, tokens_BN), starts_BN)
+    return rows._replace(context_tokens=noised.context_tokens)
 
 
 TRAINING = CardTraining()

@@ -79,11 +79,28 @@ class Training(ABC):
     """How samples are written, in a sentence of the report."""
 
     @abstractmethod
-    def rows(self, config: "RunConfig", tokens_BN: np.ndarray, step: int, slots: Sequence[int]) -> Rows:
-        """Training rows of texts [B, N] that have the places ``slots`` in the global batch of ``step``."""
+    def rows(
+        self,
+        config: "RunConfig",
+        tokens_BN: np.ndarray,
+        step: int,
+        slots: Sequence[int],
+        starts_BN: np.ndarray | None = None,
+    ) -> Rows:
+        """Training rows of texts [B, N] that have the places ``slots`` in the global batch of ``step``.
+
+        ``starts_BN``: ``packing.starts`` of separate documents; None: every text is one sequence.
+        """
 
     @abstractmethod
-    def heldout_rows(self, config: "RunConfig", kind: str, tokens_BN: np.ndarray, numbers: Sequence[int]) -> Rows:
+    def heldout_rows(
+        self,
+        config: "RunConfig",
+        kind: str,
+        tokens_BN: np.ndarray,
+        numbers: Sequence[int],
+        starts_BN: np.ndarray | None = None,
+    ) -> Rows:
         """Rows of held-out texts [B, N] with these numbers, the same at every evaluation; ``kind``: of ``kinds``."""
 
     @abstractmethod

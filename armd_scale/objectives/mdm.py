@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from armd_scale import packing
 from armd_scale.decoding.lanes import LOGIT_ROWS, Strided, Task
 from armd_scale.decoding.network import Network
 from armd_scale.decoding.sampling import Decoding, uniform
@@ -130,20 +131,33 @@ class MdmTraining(Training):
     flops_formula = "3 x 2 x (projections + MLP; full attention 2 N d per layer; head) per token"
     decoding_words = "A token is revealed in one of N / S steps drawn at random, S tokens a step on average."
 
-    def rows(self, config: "RunConfig", tokens_BN: np.ndarray, step: int, slots: Sequence[int]) -> Rows:
-        batch = times(config.train.global_batch, config.seed, step)
-        form, length = config.diffusion.loss_form, tokens_BN.shape[1]
-        drawn = [noise(length, batch[slot], form, config.seed, step, slot) for slot in slots]
-        return _masked(config.model, tokens_BN, drawn)
+    def rows(
+        self,
+        config: "RunConfig",
+        tokens_BN: np.ndarray,
+        step: int,
+        slots: Sequence[int],
+        starts_BN: np.ndarray | None = None,
+    ) -> Rows:
+        batch, keys = times(config.train.global_batch, config.seed, step), [(config.seed, step, slot) for slot in slots]
+        form = config.diffusion.loss_form
+        return _masked(config.model, tokens_BN, form, [batch[slot] for slot in slots], keys, starts_BN)
 
-    def heldout_rows(self, config: "RunConfig", kind: str, tokens_BN: np.ndarray, numbers: Sequence[int]) -> Rows:
+    def heldout_rows(
+        self,
+        config: "RunConfig",
+        kind: str,
+        tokens_BN: np.ndarray,
+        numbers: Sequence[int],
+        starts_BN: np.ndarray | None = None,
+    ) -> Rows:
         """One draw of noise a text, whose times are spread evenly over the numbers 0, 1, 2, ..."""
-        length = tokens_BN.shape[1]
-        drawn = [noise(length, (0.5 + number * _GOLDEN) % 1, "any-order", 0, number) for number in numbers]
-        return _masked(config.model, tokens_BN, drawn)
+        evenly, keys = [spread(0.5, number) for number in numbers], [(0, number) for number in numbers]
+        return _masked(config.model, tokens_BN, "any-order", evenly, keys, starts_BN)
 
     def probes(self, model: "ModelConfig", tokens_BN: np.ndarray) -> list[tuple[Rows, Callable[[Any], Tensor]]]:
-        rows = _masked(model, tokens_BN, [Noise(noise(model.length, 0.5, "any-order", 0).masked, 1.0)])
+        rows = _masked(model, tokens_BN, "any-order", [0.5], [(0,)])
+        rows = rows._replace(weights=None)
         return [(rows, lambda exported: exported.predict(exported.denoise(rows.context_tokens))[0])]
 
     def kinds(self, config: "RunConfig") -> dict[str, str]:
@@ -153,7 +167,9 @@ class MdmTraining(Training):
         return {"phase": "masked", "shuffled": 0, "streams": 1}
 
 
-_GOLDEN = (5**0.5 - 1) / 2
+def spread(time: float, number: int) -> float:
+    """A time in (0, 1) for each number 0, 1, 2, ..., spread evenly; ``time`` for the first."""
+    return max((time + number * (5**0.5 - 1) / 2) % 1, 2.0**-53)
 
 
 class Noise(NamedTuple):
@@ -189,10 +205,25 @@ def noise(length: int, time: float, form: str, *key: int) -> Noise:
     return Noise(masked, length / count)
 
 
-def _masked(model: "ModelConfig", tokens_BN: np.ndarray, drawn: Sequence[Noise]) -> Rows:
+def _masked(
+    model: "ModelConfig",
+    tokens_BN: np.ndarray,
+    form: str,
+    times_B: Sequence[float],
+    keys: Sequence[tuple[int, ...]],
+    starts_BN: np.ndarray | None = None,
+) -> Rows:
+    """Rows of texts with ``noise`` of every document."""
     assert model.vocab_size is not None
-    masked, weights = (np.array(column) for column in zip(*drawn, strict=True))
-    return corrupt(tokens_BN, masked, weights, mask_id=model.vocab_size)
+    masked_BN, weights_BN = np.empty(tokens_BN.shape, dtype=bool), np.empty(tokens_BN.shape)
+    texts = zip(packing.documents(tokens_BN.shape, starts_BN), times_B, keys, strict=True)
+    for text, (sizes, time, key) in enumerate(texts):
+        at = 0
+        for number, size in enumerate(sizes):
+            drawn = noise(size, spread(time, number), form, *key, *packing.key(number))
+            here = text, slice(at, at + size)
+            masked_BN[here], weights_BN[here], at = drawn.masked, drawn.weight, at + size
+    return corrupt(tokens_BN, masked_BN, weights_BN, model.vocab_size, starts_BN)
 
 
 TRAINING = MdmTraining()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
 from armd_scale.model import attention
+from armd_scale.model.attention import Seen
 
 
 def _inputs(streams, batch, heads, key_heads, rows, keys, seed, dtype=torch.float64):
@@ -19,9 +20,16 @@ def _inputs(streams, batch, heads, key_heads, rows, keys, seed, dtype=torch.floa
     return [q, k, v], visible
 
 
-def _gradients(function, tensors, visible):
+def _run(end, seed):
+    """Keys from a first one, which grows along the rows and is before the end, to ``end``."""
+    first = torch.rand(end.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    first = (first * end).long().flip(-1).cummin(-1).values.flip(-1)
+    return Seen(end, first)
+
+
+def _gradients(function, tensors, seen):
     tensors = [t.detach().requires_grad_() for t in tensors]
-    out = function(*tensors, visible)
+    out = function(*tensors, seen)
     weight = torch.arange(out.numel(), dtype=out.dtype).view_as(out).sin()
     return out, torch.autograd.grad((out * weight).sum(), tensors)
 
@@ -35,26 +43,48 @@ def _gradients(function, tensors, visible):
 )
 def test_sdpa_equals_dense(streams, batch, heads, rows, seed):
     tensors, visible = _inputs(streams, batch, *heads, rows, rows, seed)
-    for limits in (None, visible):
+    for limits in (None, Seen(visible), _run(visible, seed)):
         expected, expected_gradients = _gradients(attention.dense, tensors, limits)
         got, gradients = _gradients(attention.sdpa, tensors, limits)
         torch.testing.assert_close(got, expected)
         for a, b in zip(gradients, expected_gradients, strict=True):
             torch.testing.assert_close(a, b)
         torch.testing.assert_close(attention.attend(*tensors, limits), expected)
-    everything = torch.full_like(visible, rows)
+    everything = Seen(torch.full_like(visible, rows))
     torch.testing.assert_close(attention.attend(*tensors, None, causal=False), attention.dense(*tensors, everything))
     torch.testing.assert_close(attention.dense(*tensors, None, causal=False), attention.dense(*tensors, everything))
 
 
-@given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 99))
-def test_block_masks_show_what_is_visible(rows, keys, seed):
+@given(
+    st.integers(1, 2),
+    st.sampled_from([(4, 4), (4, 2)]),
+    st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=3),
+    st.integers(0, 99),
+)
+def test_a_call_for_each_document_equals_dense(streams, heads, sizes, seed):
+    """With one token a block, for texts that are cut into documents in different ways."""
+    rows = max(map(sum, sizes))
+    sizes = [[*text, *[1] * (rows - sum(text))] for text in sizes]
+    first = torch.tensor([[sum(text[:n]) for n, size in enumerate(text) for _ in range(size)] for text in sizes])
+    tensors, _ = _inputs(streams, len(sizes), *heads, rows, rows, seed)
+    seen = Seen(torch.arange(1, rows + 1).expand_as(first)[None], first[None], sizes)
+    expected, expected_gradients = _gradients(attention.dense, tensors, seen)
+    for limits in (seen, seen._replace(documents=None)):
+        got, gradients = _gradients(attention.attend, tensors, limits)
+        torch.testing.assert_close(got, expected)
+        for a, b in zip(gradients, expected_gradients, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 99), st.booleans())
+def test_block_masks_show_what_is_visible(rows, keys, seed, documents):
     """The block mask that is written down at once is the one that PyTorch finds by looking at every key."""
     _, visible = _inputs(1, 2, 1, 1, rows, keys, seed)
-    mask = attention.block_mask(visible[0], keys)
+    first = _run(visible, seed).first[0] if documents else None
+    mask = attention.block_mask(visible[0], keys, first)
 
     def sees(b, h, row, key):
-        return key < visible[0][b, row]
+        return (key < visible[0][b, row]) & (key >= (0 if first is None else first[b, row]))
 
     expected = create_block_mask(sees, 2, None, rows, keys, device="cpu")
     for name in ("kv_num_blocks", "full_kv_num_blocks"):
@@ -116,21 +146,25 @@ def test_kernels_equal_dense_on_gpu(shape):
 def test_flex_equals_dense(heads, streams):
     """Forward only: flex_attention has no backward pass on CPU."""
     tensors, visible = _inputs(streams, 2, *heads, 40, 40, 1, torch.float32)
-    expected = attention.dense(*tensors, visible)
-    for _ in range(2):  # the second time by the mask that was kept
-        torch.testing.assert_close(attention.flex(*tensors, visible), expected, atol=1e-5, rtol=1e-5)
-    assert visible in attention._MASKS
-    other = visible.clone().fill_(1)
-    torch.testing.assert_close(attention.flex(*tensors, other), attention.dense(*tensors, other), atol=1e-5, rtol=1e-5)
+    for seen in (Seen(visible), Seen(visible.clone().fill_(1)), _run(visible.clone(), 1)):
+        expected = attention.dense(*tensors, seen)
+        for _ in range(2):  # the second time by the mask that was kept
+            torch.testing.assert_close(attention.flex(*tensors, seen), expected, atol=1e-5, rtol=1e-5)
+        assert seen.end in attention._MASKS
+    # one mask for all streams, and another number of streams with it
+    shared = Seen(visible[:1].clone())
+    for count in range(1, streams + 1):
+        some = tensors[0][:count], *tensors[1:]
+        torch.testing.assert_close(attention.flex(*some, shared), attention.dense(*some, shared), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("streams", [1, 2])
 def test_flex_backward_on_gpu(streams):
     tensors, visible = _inputs(streams, 2, 4, 2, 256, 256, 1, torch.float32)
-    expected, expected_gradients = _gradients(attention.dense, tensors, visible)
+    expected, expected_gradients = _gradients(attention.dense, tensors, _run(visible, 1))
     on_gpu = [t.detach().cuda().requires_grad_() for t in tensors]
-    out = attention.flex(*on_gpu, visible.cuda())
+    out = attention.flex(*on_gpu, Seen(*(edge.cuda() for edge in _run(visible, 1)[:2])))
     weight = torch.arange(out.numel(), dtype=out.dtype).view(out.shape).sin().cuda()
     gradients = torch.autograd.grad((out * weight).sum(), on_gpu)
     torch.testing.assert_close(out.cpu(), expected, atol=2e-3, rtol=2e-3)

@@ -102,7 +102,7 @@ def test_baselines_equal_the_reference(kind):
     rows = arrange(tokens, orders.left_to_right(11), config.bos_id)
     seen, factors = tokens, torch.ones(2, 11, dtype=torch.float64)
     if config.objective == "mdm":
-        rows = corrupt(tokens, masked, np.array([2.0, 3.0]), mask_id=config.vocab_size)
+        rows = corrupt(tokens, masked, np.array([[2.0], [3.0]]), mask_id=config.vocab_size)
         seen = np.where(masked, config.vocab_size, tokens)
         factors = torch.from_numpy(masked * np.array([[2.0], [3.0]]))
     elif config.traits.mask:
@@ -126,7 +126,7 @@ def test_stages_of_baselines_in_a_row_are_the_network(kind):
     tokens = np.random.default_rng(4).integers(0, config.vocab_size, (2, 16))
     rows = arrange(tokens, orders.left_to_right(16), 1)
     if config.objective == "mdm":
-        rows = corrupt(tokens, tokens % 2 == 0, np.ones(2), mask_id=config.vocab_size)
+        rows = corrupt(tokens, tokens % 2 == 0, np.ones((2, 1)), mask_id=config.vocab_size)
     sent = stages[0](rows)
     assert sent.shape == (16, 2, config.hidden)
     stages[1].set_input_tensor([sent])
