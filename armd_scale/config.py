@@ -390,6 +390,12 @@ class DataConfig(Section):
     """Token at the end of a text; null: as ``tokenizer_config.json`` or ``special_tokens_map.json`` says."""
     vocab_size: Positive = 4096
     """Vocabulary size of a tokenizer that is trained on ``text``."""
+    documents: Literal["joined", "separate"] = "joined"
+    """Documents of a packed sample: ``joined`` to one sequence, or ``separate`` sequences, each with positions, BOS and
+    order of its own, that do not see each other. Applies to validation too."""
+    pack: Literal["stream", "best-fit"] = "stream"
+    """How documents are put into samples: cut from a ``stream`` of all documents, without loss, or ``best-fit``, which
+    cuts only documents that are longer than a sample and pads samples with tokens that do not count in the loss."""
     samples_per_shard: Positive = 8192
     """Packed samples in one WebDataset shard."""
     min_characters: Count = 0

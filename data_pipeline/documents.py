@@ -2,7 +2,8 @@
 
 ``documents.parquet`` has a row per document, in the order of the stream: ``id``, ``source``, ``start`` (its first token
 in the stream), ``tokens`` (with EOS), ``bytes``. Sample n of length N holds the tokens n x N to (n + 1) x N of the
-stream.
+stream. Documents that are packed by best fit have a row per piece, and the padding of a sample has a row of the source
+``padding``.
 """
 
 import os
@@ -17,6 +18,8 @@ import pyarrow.compute
 import pyarrow.parquet
 
 NAME = "documents.parquet"
+PADDING = "padding"
+"""Source of the rows that are no document."""
 _SCHEMA = pyarrow.schema(
     {"id": pyarrow.string(), "source": pyarrow.string()} | dict.fromkeys(("start", "tokens", "bytes"), pyarrow.int64())
 )
@@ -49,6 +52,15 @@ def inside(folder: Path, sample: int, length: int) -> list[dict[str, Any]]:
     field = pyarrow.compute.field
     reached = field("start") + field("tokens") > sample * length
     return pyarrow.parquet.read_table(path, filters=(field("start") < (sample + 1) * length) & reached).to_pylist()
+
+
+def lengths(folder: Path) -> np.ndarray | None:
+    """Tokens of the pieces of documents packed by best fit; None without a table."""
+    path = folder / NAME
+    if not path.is_file():
+        return None
+    table = pyarrow.parquet.read_table(path, columns=["source", "tokens"])
+    return table["tokens"].to_numpy()[table["source"].to_numpy(zero_copy_only=False) != PADDING]
 
 
 def _count(table: pyarrow.Table, edges: np.ndarray, counts: list[Counter[str]]) -> None:

@@ -68,6 +68,12 @@ def run(args: argparse.Namespace) -> None:
             f"({data.bytes_per_token:.2f} bytes each) in {len(data):,} samples of {data.length} and a tail of {tail}; "
             f"{len(index['shards'])} shards of {index['dtype']}"
         )
+        if "cut_documents" in index:
+            padding = index.get("padding", 0)
+            print(
+                f"  {index['cut_documents'] / max(1, index['documents']):.1%} of the documents are cut, "
+                f"{padding / index['tokens']:.2%} of the tokens are padding"
+            )
         shards.verify(args.folder / split)
         print("  every shard has its size and SHA-256")
         lengths[split] = document_lengths(data, tokenizer.eos_id)
@@ -77,7 +83,10 @@ def run(args: argparse.Namespace) -> None:
             most = list(index["sources"].items())[:10]
             print("  tokens by source: " + ", ".join(f"{name or 'others'} {tokens:,}" for name, tokens in most))
         for number, sample in zip(chosen.tolist(), data.read(chosen), strict=True):
-            text = " | ".join(tokenizer.decode(part.tolist()) for part in _documents(sample, tokenizer.eos_id))
+            parts = (
+                data.sequences([number], True) if data.has(shards.DOCUMENTS) else _documents(sample, tokenizer.eos_id)
+            )
+            text = " | ".join(tokenizer.decode(part.tolist()) for part in parts)
             rows = documents.inside(data.folder, number, data.length)
             names = ", ".join(" ".join(filter(None, (row["source"], row["id"]))) for row in rows[:5])
             print(f"  sample {number} ({names}): {text[:300]!r}")
@@ -87,7 +96,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def document_lengths(data: "PackedDataset", eos_id: int) -> np.ndarray:
-    """Number of tokens of every document of a split, EOS included, in order."""
+    """Number of tokens of every document of a split, EOS included, in order; of its pieces if they are packed."""
+    from data_pipeline import documents
+
+    packed = documents.lengths(data.folder) if "padding" in data.index else None
+    if packed is not None:
+        return packed
     ends, at = [], 0
     for start in range(0, len(data), _READ):
         tokens = data.read(np.arange(start, min(start + _READ, len(data)))).reshape(-1)

@@ -43,6 +43,7 @@ _BEFORE = {
     "id_field": "id",
     "source_field": "source",
     "txt_document": "file",
+    "pack": "stream",
 }
 """Values of settings that did not exist when older data was prepared."""
 _SMALL = 4 << 20  # bytes or tokens below which processes are not worth their start
@@ -93,6 +94,7 @@ def begin(config: RunConfig) -> bool:
         min_characters=data.min_characters,
         max_characters=data.max_characters,
         units=units.cut(files, fields),
+        length=config.model.length,
     ).save()
     return True
 
@@ -125,6 +127,9 @@ def merge(config: RunConfig) -> None:
     counts["duplicate"] = sum(lost.values())
     for split, count in lost.items():
         counts[split] -= count
+    if config.data.pack == "best-fit":
+        for split in SPLITS:
+            units.pack(str(folder), split, config.model.length)
     write_atomically(folder / "work/counts.json", json.dumps(counts))
 
 
@@ -132,7 +137,7 @@ def pack(config: RunConfig, share: int = 0, shares: int = 1) -> None:
     """Write a share of the shards in processes of this machine."""
     folder = _partial(config)
     for split in SPLITS:
-        places = _places(config, units.open_stream(str(folder), split))[share::shares]
+        places = _places(config, units.open_packed(str(folder), split))[share::shares]
         work = [(str(folder), split, place, config.model.length) for place in places]
         sizes = [place.stop - place.start for place in places]
         _map(config, f"{split} shards", units.write_shard, work, sizes)
@@ -217,6 +222,7 @@ def _options(config: RunConfig) -> dict[str, Any]:
         "max_characters": data.max_characters,
         "deduplicate": data.deduplicate,
         "length": config.model.length,
+        "pack": data.pack,
     }
 
 
@@ -329,13 +335,13 @@ def _report_bad(config: RunConfig, folder: Path, places: list[Path], counts: dic
         )
 
 
-def _places(config: RunConfig, stream: units.Stream) -> list[shards.Place]:
+def _places(config: RunConfig, stream: units.Stream | units.Packed) -> list[shards.Place]:
     return shards.cut(len(stream), config.model.length, config.data.samples_per_shard)
 
 
 def _close(config: RunConfig, folder: Path, split: str, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
     """Write the table of documents and the index of a split; returns the index."""
-    stream, length = units.open_stream(str(folder), split), config.model.length
+    stream, length = units.open_packed(str(folder), split), config.model.length
     places = _places(config, stream)
     written = [units.write_shard(str(folder), split, place, length) for place in places]
     for leftover in (folder / split).glob(".*"):  # temporary files of killed processes
@@ -345,6 +351,8 @@ def _close(config: RunConfig, folder: Path, split: str, tokenizer: tokenizers.To
     written = [{**shard, "sources": _most(counts)} for shard, counts in zip(written, sources, strict=True)]
     facts = {
         "tokens": len(stream),
+        "flags": [*stream.flags(0, 0)],
+        "cut_documents": stream.cut_documents(length),
         "tokenizer_sha256": tokenizers.digest(tokenizer),
         "vocab_size": tokenizer.vocab_size,
         "bos_id": tokenizer.bos_id,
@@ -352,6 +360,8 @@ def _close(config: RunConfig, folder: Path, split: str, tokenizer: tokenizers.To
         **stream.totals(),
         "sources": _most(sum(sources, Counter())),
     }
+    if isinstance(stream, units.Packed):
+        facts |= {"padding": stream.padding, "counted": len(stream) - stream.padding}
     return shards.write_index(folder / split, written, length, facts)
 
 

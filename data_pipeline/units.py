@@ -22,12 +22,14 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from armd_scale import packing
 from armd_scale.data import readers, shards
 from armd_scale.data import tokenizer as tokenizers
 from armd_scale.data.readers import PART_BYTES, Part, Record
 from armd_scale.data.shards import Place
 from armd_scale.data.tokenizer import token_type
 from armd_scale.files import write_atomically
+from data_pipeline.documents import PADDING
 from data_pipeline.holdout import SPLITS, Rule
 
 DOCUMENT = np.dtype([("tokens", "<u4"), ("bytes", "<u8"), ("hash", "<u8", 2)])
@@ -48,6 +50,8 @@ class Job(NamedTuple):
     min_characters: int
     max_characters: int | None
     units: list[tuple[str, list[Part]]]
+    length: int | None = None
+    """Tokens of a sample."""
 
     def place(self, number: int) -> Path:
         """The directory of a unit."""
@@ -137,6 +141,7 @@ class Stream:
         self._job, self._split, self._dtype = job, split, token_type(tokenizer.vocab_size)
         documents = [self.documents(number) for number in range(len(job.units))]
         self._first = np.cumsum([0, *map(len, documents)])
+        self._filtered: dict[int, np.ndarray] = {}  # the tokens of the unit that was read last
         path = _keep_path(folder, split)
         self._keep = np.load(path, mmap_mode="r") if path.is_file() else None
         self._starts = np.cumsum([0, *(self._kept(n, docs)["tokens"].sum() for n, docs in enumerate(documents))])
@@ -185,6 +190,27 @@ class Stream:
             number += 1
         return np.concatenate(pieces)
 
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """Tokens of every document."""
+        kept = (self._kept(number, self.documents(number))["tokens"] for number in range(len(self._job.units)))
+        return np.concatenate([np.empty(0, np.int64), *kept]).astype(np.int64)
+
+    @functools.cached_property
+    def starts(self) -> np.ndarray:
+        """The first token of every document."""
+        return np.cumsum(self.sizes) - self.sizes
+
+    def flags(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Flags of the tokens ``start`` to ``stop`` (``shards``)."""
+        firsts = np.zeros(stop - start, dtype=bool)
+        firsts[self.starts[slice(*np.searchsorted(self.starts, [start, stop]))] - start] = True
+        return {shards.DOCUMENTS: firsts}
+
+    def cut_documents(self, length: int) -> int:
+        """Documents that do not lie in a single sample of ``length`` tokens."""
+        return int((self.starts // length < (self.starts + self.sizes - 1) // length).sum())
+
     def names(self, number: int) -> pyarrow.Table:
         """Id and source of the kept documents of a unit."""
         table = pyarrow.parquet.read_table(self._job.place(number) / f"{self._split}.parquet")
@@ -195,15 +221,18 @@ class Stream:
         tokens = np.memmap(path, self._dtype, mode="r") if path.stat().st_size else np.empty(0, self._dtype)
         if self._keep is None:
             return tokens
-        return tokens[np.repeat(self._mask(number), self.documents(number)["tokens"])]
+        if number not in self._filtered:
+            mask = np.repeat(self._mask(number), self.documents(number)["tokens"])
+            self._filtered = {number: tokens[mask]}
+        return self._filtered[number]
 
 
 def write_shard(folder: str, split: str, place: Place, length: int) -> dict[str, Any]:
     """Write a shard of a split unless it exists; returns its entry for the index."""
     known = Path(folder) / "work" / f"{split}-{place.name}.json"
     if not known.is_file():
-        stream = open_stream(folder, split)
-        facts = shards.write_shard(Path(folder) / split, place, stream.read(place.start, place.stop), length)
+        stream, part = open_packed(folder, split), (place.start, place.stop)
+        facts = shards.write_shard(Path(folder) / split, place, stream.read(*part), length, stream.flags(*part))
         write_atomically(known, json.dumps(facts))
     return json.loads(known.read_text(encoding="utf-8"))
 
@@ -216,6 +245,101 @@ def open_stream(folder: str, split: str) -> Stream:
 @functools.lru_cache(maxsize=2)
 def _load_stream(folder: str, split: str, written: int) -> Stream:
     return Stream(folder, split)
+
+
+class Packed:
+    """The documents of a stream packed into samples by best fit, in the place of the stream itself.
+
+    ``pieces``: rows of document, first token in it, tokens, and first token in the packed samples.
+    """
+
+    def __init__(self, stream: Stream, pieces: np.ndarray, length: int, eos_id: int) -> None:
+        self._stream, self._pieces, self._length, self._eos_id = stream, pieces, length, eos_id
+        self.totals = stream.totals
+
+    def __len__(self) -> int:
+        return -(-int(self._pieces[-1, 2:].sum()) // self._length) * self._length if len(self._pieces) else 0
+
+    @property
+    def padding(self) -> int:
+        """Tokens behind the last documents of samples."""
+        return len(self) - int(self._stream.sizes.sum())
+
+    def cut_documents(self, length: int) -> int:
+        """Documents that are longer than a sample."""
+        return int((self._stream.sizes > length).sum())
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens ``start`` to ``stop``, which are whole samples; EOS behind the documents of a sample."""
+        out = np.full(stop - start, self._eos_id, self._stream.read(0, 0).dtype)
+        for document, begin, size, at in self._inside(start, stop):
+            first = int(self._stream.starts[document]) + begin
+            out[at - start : at - start + size] = self._stream.read(first, first + size)
+        return out
+
+    def flags(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Flags of these tokens; padding is a document of its own that does not count in the loss."""
+        firsts, counted = (np.zeros(stop - start + 1, dtype=bool) for _ in range(2))
+        for _, _, size, at in self._inside(start, stop):
+            firsts[[at - start, at - start + size]] = True
+            counted[at - start : at - start + size] = True
+        return {shards.DOCUMENTS: firsts[:-1], shards.LOSS: counted[:-1]}
+
+    def tables(self) -> Iterator[pyarrow.Table]:
+        """Tables of the pieces and of the padding, as ``Stream.tables``."""
+        documents = pyarrow.concat_tables(self._stream.tables())
+        number, begin, size, at = self._pieces.T
+        table = documents.take(pyarrow.array(number))
+        columns = {"start": at, "tokens": size, "bytes": np.where(begin, 0, table["bytes"].to_numpy())}
+        for name, values in columns.items():
+            table = table.set_column(table.schema.get_field_index(name), name, pyarrow.array(values))
+        behind = at + size
+        padded = behind != np.append(at[1:], len(self))
+        rest = {"start": behind[padded], "tokens": np.append(at[1:], len(self))[padded] - behind[padded]}
+        rest["bytes"] = np.zeros_like(rest["start"])
+        rows = [
+            {"id": None, "source": PADDING} | dict(zip(rest, row, strict=True))
+            for row in zip(*rest.values(), strict=True)
+        ]
+        padding = pyarrow.Table.from_pylist(rows, schema=table.schema)
+        yield pyarrow.concat_tables([table, padding]).sort_by("start")
+
+    def _inside(self, start: int, stop: int) -> list[list[int]]:
+        return self._pieces[slice(*np.searchsorted(self._pieces[:, 3], [start, stop]))].tolist()
+
+
+def pack(folder: str, split: str, length: int) -> None:
+    """Plan the samples of a split by best fit, after the units are merged."""
+    samples = packing.best_fit(open_stream(folder, split).sizes, length)
+    pieces = []
+    for number, sample in enumerate(samples):
+        at = number * length
+        for document, begin, stop in sample:
+            pieces.append((document, begin, stop - begin, at))
+            at += stop - begin
+    path = _pieces_path(folder, split)
+    partial = path.with_suffix(".partial.npy")
+    np.save(partial, np.array(pieces, dtype=np.int64).reshape(-1, 4))
+    os.replace(partial, path)
+
+
+def open_packed(folder: str, split: str) -> Stream | Packed:
+    """What the samples of a split are cut from: its stream, or its documents packed by best fit. Cached."""
+    return _load_packed(folder, split, (Path(folder) / "work/job.json").stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def _load_packed(folder: str, split: str, written: int) -> Stream | Packed:
+    stream, path = open_stream(folder, split), _pieces_path(folder, split)
+    if not path.is_file():
+        return stream
+    job, tokenizer = _tools(folder)
+    assert job.length is not None
+    return Packed(stream, np.load(path, mmap_mode="r"), job.length, tokenizer.eos_id)
+
+
+def _pieces_path(folder: str, split: str) -> Path:
+    return Path(folder) / "work" / f"{split}.pieces.npy"
 
 
 def drop_duplicates(folder: str) -> dict[str, int]:

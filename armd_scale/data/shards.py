@@ -1,8 +1,13 @@
 """Packed samples in WebDataset tar shards with an index, written once and read at random.
 
-A sample is a ``.npy`` member of N tokens. All samples of a split have the same length, so member i of a shard has a
-fixed offset and is read without unpacking the tar. Any WebDataset reader can stream the shards. The tokens after the
-last whole sample form a shorter sample in a separate shard (``tail``), which evaluation scores.
+A sample is a ``.npy`` member of N tokens, and a member for each kind of flags of its tokens (``numpy.packbits``):
+
+- ``documents.npy``: the first tokens of documents;
+- ``loss.npy``: tokens that count in the loss, where not all do.
+
+All samples of a split have the same length, so every member of a shard has a fixed offset and is read without unpacking
+the tar. Any WebDataset reader can stream the shards. The tokens after the last whole sample form a shorter sample in a
+separate shard (``tail``), which evaluation scores.
 
 ``index.json`` is written last and atomically: a directory without index is not complete.
 """
@@ -12,19 +17,21 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import webdataset
 
+from armd_scale import packing
 from armd_scale.config import RunConfig, with_vocabulary
 from armd_scale.data.tokenizer import token_type
 from armd_scale.errors import UserError
 from armd_scale.files import sha256, write_atomically
 
 INDEX = "index.json"
+DOCUMENTS, LOSS = "documents", "loss"  # flags of the tokens
 _BLOCK = 512  # unit of a tar file
 _CHECKSUM = slice(148, 154)  # octal digits of the sum of a member's header
 
@@ -47,13 +54,19 @@ def cut(tokens: int, length: int, per_shard: int) -> list[Place]:
     return places if whole == tokens else [*places, Place("tail.tar", whole, tokens)]
 
 
-def write_shard(folder: Path, place: Place, tokens: np.ndarray, length: int) -> dict[str, Any]:
-    """Write the tokens [stop - start] of a shard atomically. Returns its entry for the index.
+def write_shard(
+    folder: Path, place: Place, tokens: np.ndarray, length: int, flags: Mapping[str, np.ndarray] | None = None
+) -> dict[str, Any]:
+    """Write the tokens [stop - start] of a shard, and ``flags`` of them by name, atomically. Returns its entry for the
+    index.
 
-    The bytes of the file depend on the tokens only.
+    The bytes of the file depend on the tokens and flags only.
     """
-    samples = tokens.reshape(-1, length) if len(tokens) >= length else tokens[None]
-    archive = _archive(samples)
+    rows = length if len(tokens) >= length else len(tokens)
+    members = {"npy": tokens.reshape(-1, rows)}
+    for name, values in (flags or {}).items():
+        members[f"{name}.npy"] = np.packbits(values.reshape(-1, rows), axis=1)
+    archive = _archive(members)
     partial = folder / f".{place.name}.{os.getpid()}"
     with partial.open("wb") as file:
         file.write(archive)
@@ -61,31 +74,41 @@ def write_shard(folder: Path, place: Place, tokens: np.ndarray, length: int) -> 
         os.fsync(file.fileno())
     os.replace(partial, folder / place.name)
     digest = hashlib.sha256(archive).hexdigest()
-    return {"name": place.name, "samples": len(samples), "size": len(archive), "sha256": digest}
+    return {"name": place.name, "samples": len(members["npy"]), "size": len(archive), "sha256": digest}
 
 
-def _archive(samples: np.ndarray) -> memoryview:
-    """The tar that WebDataset's writer would write for samples [count, N].
+def _archive(members: Mapping[str, np.ndarray]) -> memoryview:
+    """The tar that WebDataset's writer would write for arrays [count, ...] of members by their extensions.
 
-    WebDataset writes the first member. The other members differ in name, checksum and tokens, which numpy fills in.
+    WebDataset writes the first sample. The other samples differ in name, checksum and values, which numpy fills in.
     """
-    (head, size), first = _member(samples.shape[1], samples.dtype), io.BytesIO()
+    count, first = len(members["npy"]), io.BytesIO()
+    sizes = {name: _member(values.shape[1], values.dtype) for name, values in sorted(members.items())}
     with webdataset.TarWriter(first, mtime=0, encoder=False) as tar:
-        tar.write({"__key__": f"{0:08d}", "npy": head + samples[0].tobytes()})
-    start = _BLOCK + len(head)
-    archive = np.zeros(-(-(len(samples) * size + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE, np.uint8)
-    members = archive[: len(samples) * size].reshape(-1, size)
-    members[:] = np.frombuffer(first.getvalue(), np.uint8, size)
-    members[:, start : start + samples[0].nbytes] = np.ascontiguousarray(samples).view(np.uint8)
-    digits = np.arange(len(samples))[:, None] // 10 ** np.arange(7, -1, -1) % 10
-    members[:, :8] += digits.astype(np.uint8)
-    sums = int(bytes(members[0, _CHECKSUM]), 8) + digits.sum(axis=1)
-    members[:, _CHECKSUM] = ord("0") + sums[:, None] // 8 ** np.arange(5, -1, -1) % 8
+        content = {name: head + members[name][0].tobytes() for name, (head, _) in sizes.items()}
+        tar.write({"__key__": f"{0:08d}", **content})
+    whole = sum(size for _, size in sizes.values())
+    archive = np.zeros(-(-(count * whole + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE, np.uint8)
+    samples = archive[: count * whole].reshape(-1, whole)
+    samples[:] = np.frombuffer(first.getvalue(), np.uint8, whole)
+    digits = np.arange(count)[:, None] // 10 ** np.arange(7, -1, -1) % 10
+    at = 0
+    for name, (head, size) in sizes.items():
+        member, values = samples[:, at : at + size], np.ascontiguousarray(members[name])
+        start = _BLOCK + len(head)
+        member[:, start : start + values[0].nbytes] = values.view(np.uint8)
+        sums = int(bytes(member[0, _CHECKSUM]), 8) + digits.sum(axis=1)
+        member[:, :8] += digits.astype(np.uint8)
+        member[:, _CHECKSUM] = ord("0") + sums[:, None] // 8 ** np.arange(5, -1, -1) % 8
+        at += size
     return archive.data
 
 
 def write_index(folder: Path, written: list[dict[str, Any]], length: int, facts: dict[str, Any]) -> dict[str, Any]:
-    """Write the index of a directory of shards. ``facts``: ``tokens``, ``vocab_size`` and further fields."""
+    """Write the index of a directory of shards.
+
+    ``facts``: ``tokens``, ``vocab_size``, names of the ``flags`` and further fields.
+    """
     shards = [shard for shard in written if shard["name"] != "tail.tar"]
     tail = next((shard for shard in written if shard["name"] == "tail.tar"), None)
     index = {
@@ -115,7 +138,8 @@ class PackedDataset:
             raise UserError(f"{self.folder} is not a complete data set, as {INDEX} is missing: prepare it") from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.folder / INDEX} is damaged ({error!r}): prepare the data again") from error
-        self._open: dict[int, np.ndarray] = {}
+        self._flags: list[str] = self.index.get("flags", [])
+        self._open: dict[tuple[int, str], np.ndarray] = {}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -123,15 +147,38 @@ class PackedDataset:
     @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes of text per token, EOS included."""
-        return self.index["bytes"] / self.index["tokens"]
+        return self.index["bytes"] / (self.index["tokens"] - self.index.get("padding", 0))
 
     def read(self, numbers: np.ndarray | Sequence[int]) -> np.ndarray:
         """Samples by number -> [len(numbers), N] int64."""
+        return self._gather(numbers, "npy", self.length).astype(np.int64)
+
+    def has(self, name: str) -> bool:
+        """Whether there are flags of this name."""
+        return name in self._flags
+
+    def flags(self, numbers: np.ndarray | Sequence[int], name: str) -> np.ndarray:
+        """Flags of samples by number -> [len(numbers), N] bool; all set where the data set has none of this name."""
+        if not self.has(name):
+            return np.ones((len(numbers), self.length), dtype=bool)
+        packed = self._gather(numbers, f"{name}.npy", -(-self.length // 8))
+        return np.unpackbits(packed, axis=1, count=self.length).astype(bool)
+
+    def starts(self, numbers: np.ndarray | Sequence[int]) -> np.ndarray:
+        """``packing.starts`` of samples by number -> [len(numbers), N] int64."""
+        return packing.starts(self.flags(numbers, DOCUMENTS))
+
+    def sequences(self, numbers: np.ndarray | Sequence[int], separate: bool) -> list[np.ndarray]:
+        """Tokens of samples by number; ``separate``: those of each of their documents."""
+        samples = self.read(numbers)
+        return _split(samples, self.starts(numbers)) if separate else list(samples)
+
+    def _gather(self, numbers: np.ndarray | Sequence[int], member: str, width: int) -> np.ndarray:
         numbers = np.asarray(numbers)
-        out = np.empty((len(numbers), self.length), dtype=np.int64)
+        out = np.empty((len(numbers), width), dtype=self._dtype if member == "npy" else np.uint8)
         shards = np.searchsorted(self._starts, numbers, side="right") - 1
         for row, (number, shard) in enumerate(zip(numbers, shards, strict=True)):
-            out[row] = self._rows(int(shard))[number - self._starts[shard]]
+            out[row] = self._rows(int(shard), member)[number - self._starts[shard]]
         return out
 
     def span(self, name: str) -> tuple[int, int]:
@@ -144,23 +191,37 @@ class PackedDataset:
         tail = self.index["tail"]
         if tail is None:
             return np.empty(0, dtype=np.int64)
-        return self._view(tail, tail["tokens"])[0].astype(np.int64)
+        return self._view(tail, "npy", tail["tokens"])[0].astype(np.int64)
 
-    def _rows(self, shard: int) -> np.ndarray:
-        if shard not in self._open:
-            self._open[shard] = self._view(self.index["shards"][shard], self.length)
-        return self._open[shard]
+    def tail_sequences(self, separate: bool) -> list[np.ndarray]:
+        """``sequences`` of the shorter last sample; empty without a tail."""
+        tail = self.tail()[None]
+        if not tail.size:
+            return []
+        packed = self._view(self.index["tail"], f"{DOCUMENTS}.npy", tail.size) if separate else None
+        if packed is None:
+            return list(tail)
+        return _split(tail, packing.starts(np.unpackbits(packed, axis=1, count=tail.size).astype(bool)))
 
-    def _view(self, shard: dict[str, Any], length: int) -> np.ndarray:
-        """The tokens of a shard as an array [samples, length] over the mapped file."""
+    def _rows(self, shard: int, member: str) -> np.ndarray:
+        if (shard, member) not in self._open:
+            self._open[shard, member] = self._view(self.index["shards"][shard], member, self.length)
+        return self._open[shard, member]
+
+    def _view(self, shard: dict[str, Any], member: str, length: int) -> np.ndarray:
+        """A member of all samples of ``length`` tokens of a shard, as an array over the mapped file."""
         path = self.folder / shard["name"]
         problem = _problem(path, shard, hashes=False)
         if problem:
             raise UserError(problem)
-        head, size = _member(length, self._dtype)
-        start, stop = _BLOCK + len(head), _BLOCK + len(head) + length * self._dtype.itemsize
-        data = np.memmap(path, dtype=np.uint8, mode="r")[: shard["samples"] * size]
-        return data.reshape(-1, size)[:, start:stop].view(self._dtype)
+        bits = np.dtype(np.uint8)
+        widths = {f"{name}.npy": (-(-length // 8), bits) for name in self._flags} | {"npy": (length, self._dtype)}
+        sizes = {name: _member(*width) for name, width in sorted(widths.items())}
+        before = sum(size for name, (_, size) in sizes.items() if name < member)
+        whole, (count, dtype) = sum(size for _, size in sizes.values()), widths[member]
+        start = before + _BLOCK + len(sizes[member][0])
+        data = np.memmap(path, dtype=np.uint8, mode="r")[: shard["samples"] * whole]
+        return data.reshape(-1, whole)[:, start : start + count * dtype.itemsize].view(dtype)
 
 
 def fill_vocabulary(config: RunConfig) -> RunConfig:
@@ -202,6 +263,14 @@ def _problem(path: Path, shard: dict[str, Any], hashes: bool) -> str | None:
     else:
         return None
     return f"shard {path} is damaged: {difference}; restore it or prepare the data again"
+
+
+def _split(samples_BN: np.ndarray, starts_BN: np.ndarray) -> list[np.ndarray]:
+    """The documents of samples."""
+    sizes = map(packing.lengths, starts_BN)
+    return [
+        text for sample, cuts in zip(samples_BN, sizes, strict=True) for text in np.split(sample, np.cumsum(cuts)[:-1])
+    ]
 
 
 def _member(length: int, dtype: np.dtype) -> tuple[bytes, int]:

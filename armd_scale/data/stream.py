@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from armd_scale.config import RunConfig
-from armd_scale.data.shards import PackedDataset
+from armd_scale.data.shards import DOCUMENTS, PackedDataset
 from armd_scale.errors import UserError
 from armd_scale.orders import random_words
 
@@ -176,11 +176,24 @@ class Mixture:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [count, N], int64, of the samples start..start + count - 1."""
+        return self._gather(start, count, np.int64, lambda data, numbers: data.read(numbers))
+
+    def starts(self, start: int, count: int) -> np.ndarray:
+        """``packing.starts`` [count, N] of these samples."""
+        return self._gather(start, count, np.int64, lambda data, numbers: data.starts(numbers))
+
+    def flags(self, start: int, count: int, name: str) -> np.ndarray:
+        """Flags [count, N] of the tokens of these samples."""
+        return self._gather(start, count, bool, lambda data, numbers: data.flags(numbers, name))
+
+    def _gather(
+        self, start: int, count: int, dtype: type, read: Callable[[PackedDataset, np.ndarray], np.ndarray]
+    ) -> np.ndarray:
         sources, indices = self.locate(start, count)
-        out = np.empty((count, self.datasets[0].length), dtype=np.int64)
+        out: np.ndarray = np.empty((count, self.datasets[0].length), dtype=dtype)
         for source in np.unique(sources):
             selected = sources == source
-            out[selected] = self.datasets[source].read(indices[selected])
+            out[selected] = read(self.datasets[source], indices[selected])
         return out
 
     def locate(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -209,6 +222,11 @@ def open_mixture(config: RunConfig) -> list[PackedDataset]:
             raise UserError(
                 f"the samples in {data.folder} have {data.length} tokens but model.length is {config.model.length}: "
                 "prepare them again in another data.directory"
+            )
+        if config.data.documents == "separate" and not data.has(DOCUMENTS):
+            raise UserError(
+                f"the samples in {data.folder} have no borders of documents, which data.documents=separate needs: "
+                "prepare them again in another data.directory, or set data.documents=joined"
             )
         if any(data.index[key] != datasets[0].index[key] for key in ("tokenizer_sha256", "bos_id", "eos_id")):
             raise UserError(

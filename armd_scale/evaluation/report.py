@@ -35,9 +35,10 @@ def write(config: RunConfig, export: Path) -> dict[str, Any]:
     run = config.run_directory
     train, heldout = (PackedDataset(config.data_directory / split) for split in ("train", "heldout"))
     model, tokenizer = inference.load(export), tokenizers.load(export)
-    chunks = list(heldout.read(np.arange(min(len(heldout), config.report.heldout_samples))))
-    if len(chunks) == len(heldout) and len(heldout.tail()):
-        chunks.append(heldout.tail())
+    separate, count = config.data.documents == "separate", min(len(heldout), config.report.heldout_samples)
+    chunks = heldout.sequences(np.arange(count), separate)
+    if count == len(heldout):
+        chunks += heldout.tail_sequences(separate)
     tokens = np.concatenate(chunks)
     # Exact for the whole split, proportional for a part of the split.
     size = heldout.index["bytes"] * len(tokens) / heldout.index["tokens"]

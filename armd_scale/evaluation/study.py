@@ -179,7 +179,7 @@ def _heldout(study: Study, run: Run, config: RunConfig, model: ARMD) -> dict[str
     """Nats per token of held-out samples spread over the split."""
     data = PackedDataset(config.data_directory / "heldout")
     count = min(study.heldout_samples, len(data))
-    chunks = list(data.read(np.arange(count) * len(data) // count))
+    chunks = data.sequences(np.arange(count) * len(data) // count, config.data.documents == "separate")
     size = data.bytes_per_token * sum(map(len, chunks))
     names = likelihood.default_orders(model)
     if config.traits.phases:

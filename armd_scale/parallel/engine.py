@@ -238,7 +238,7 @@ class Engine:
                 sums = self._run(padded, lambda nll: (nll.mean(), nll.double().sum(1)), forward_only=True)
             for rows, of_texts in zip(micro_batches, sums, strict=False):
                 totals[0] += of_texts[: len(rows.target_tokens)].sum()
-                totals[1] += rows.target_tokens.numel()
+                totals[1] += rows.target_tokens.numel() if rows.counted is None else rows.counted.sum()
         self._sum_over_stages_and_copies(totals)
         return float(totals[0]), int(totals[1])
 
@@ -261,12 +261,13 @@ class Engine:
                     self._padded(micro_batches), lambda shared: (shared.sum(), shared), True, forward=forward
                 )
             for first in range(0, len(micro_batches) if results else 0, lags):  # only the last stage has results
-                texts = len(micro_batches[first].target_tokens)
-                length = self.config.model.length - lags
-                # Draft row n of lag k is judged by target row n + k.
-                shared = torch.stack([one[:texts, :length] for one in results[first : first + lags]]).double()
+                # Draft row n of lag k is judged by target row n + k, which must exist for the longest lag.
+                drafts = micro_batches[first + lags - 1].drafts
+                assert drafts
+                judged = (drafts.weights > 0).to(self.device)
+                shared = torch.stack([one[: len(judged)][judged] for one in results[first : first + lags]]).double()
                 totals[0] += shared[0].numel()
-                totals[1:] += torch.cat([shared.sum((1, 2)), shared.cumprod(0).sum((1, 2))])
+                totals[1:] += torch.cat([shared.sum(1), shared.cumprod(0).sum(1)])
         self._sum_over_stages_and_copies(totals)
         means = (totals[1:] / totals[0]).tolist()
         return means[:lags], means[lags:]

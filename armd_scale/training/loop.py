@@ -20,14 +20,14 @@ from megatron.core import parallel_state
 
 from armd_scale import logs
 from armd_scale.config import RunConfig, identity, with_vocabulary
-from armd_scale.data.shards import PackedDataset
+from armd_scale.data.shards import LOSS, PackedDataset
 from armd_scale.errors import UserError
 from armd_scale.logs import TRAIN as log
 from armd_scale.model.flops import peak_flops, stage_costs, stage_edges, training_flops_per_token
 from armd_scale.objectives import interface as objectives
 from armd_scale.parallel import groups
 from armd_scale.parallel.engine import Engine, Pending
-from armd_scale.rows import Rows, look_ahead
+from armd_scale.rows import Rows, look_ahead, only
 from armd_scale.training import checkpoint, kernels, manifest, profiling, schedules
 from armd_scale.training.health import REQUEUE, STOP, Heartbeat, Signals, Spikes, Watchdog, slow_ranks
 from armd_scale.training.samples import Samples
@@ -266,12 +266,18 @@ class _Trainer:
         train, config = self.config.train, self.config
         share = train.global_batch // config.data_parallel
         first = self.engine.data_rank * share
-        tokens = self.samples.read(step * train.global_batch + first, share)
-        rows = [
-            self.objective.rows(config, tokens[part], step, range(first + part.start, first + part.stop))
-            for part in self._parts(share)
-        ]
-        return self.engine.upload(rows)
+        samples = step * train.global_batch + first, share
+        tokens, starts, counted = (
+            self.samples.read(*samples),
+            self.samples.starts(*samples),
+            self.samples.counted(*samples),
+        )
+        micro_batches = []
+        for part in self._parts(share):
+            slots = range(first + part.start, first + part.stop)
+            rows = self.objective.rows(config, tokens[part], step, slots, None if starts is None else starts[part])
+            micro_batches.append(rows if counted is None else only(rows, counted[part], self.samples.counted_share))
+        return self.engine.upload(micro_batches)
 
     def evaluate(self) -> dict[str, Any]:
         """Held-out loss of every kind of order of the objective in nats and bits per byte, with averaged weights."""
@@ -279,24 +285,32 @@ class _Trainer:
         # Samples are spread over the split, as neighbours come from the same document.
         count = min(len(self.heldout), config.train.eval_samples)
         indices = np.arange(count)[self.engine.data_rank :: ranks]
-        tokens, parts = self.heldout.read(indices * len(self.heldout) // count), self._parts(len(indices))
+        numbers, parts = indices * len(self.heldout) // count, self._parts(len(indices))
         record: dict[str, Any] = {}
         with self.engine.averaged_weights():
             for kind in self.objective.kinds(config):
-                rows = [self.objective.heldout_rows(config, kind, tokens[p], indices[p].tolist()) for p in parts]
+                rows = [self._heldout_rows(kind, numbers[part], indices[part].tolist()) for part in parts]
                 total, count = self.engine.evaluate(rows)
                 record[f"heldout_{kind}"] = total / count
                 record[f"heldout_{kind}_bits_per_byte"] = total / count / _LN2 / self.heldout.bytes_per_token
             if lags := self.objective.lags(config):
-                record |= self._drafting(tokens, parts, lags)
+                record |= self._drafting([numbers[part] for part in parts], lags)
         return record
 
-    def _drafting(self, tokens: np.ndarray, parts: list[slice], lags: int) -> dict[str, Any]:
+    def _heldout_rows(self, kind: str, numbers: np.ndarray, indices: Sequence[int]) -> Rows:
+        """Rows of the held-out samples ``numbers``, whose draws depend on the ``indices``."""
+        separate = self.config.data.documents == "separate"
+        starts = self.heldout.starts(numbers) if separate else None
+        rows = self.objective.heldout_rows(self.config, kind, self.heldout.read(numbers), indices, starts)
+        return only(rows, self.heldout.flags(numbers, LOSS), 1.0) if self.heldout.has(LOSS) else rows
+
+    def _drafting(self, parts: Sequence[np.ndarray], lags: int) -> dict[str, Any]:
         """Acceptance of drafts on held-out texts, left to right, by the number of tokens that they look ahead."""
         batches: list[Rows] = []
-        for part in parts:
-            rows = self.objective.heldout_rows(self.config, "left_to_right", tokens[part], range(len(tokens[part])))
-            batches += [look_ahead(rows, np.full(tokens[part].shape, lag)) for lag in range(1, lags + 1)]
+        for numbers in parts:
+            rows = self._heldout_rows("left_to_right", numbers, range(len(numbers)))
+            shape = len(numbers), self.config.model.length
+            batches += [look_ahead(rows, np.full(shape, lag)) for lag in range(1, lags + 1)]
         accepted, reached = self.engine.acceptance(batches, lags)
         record = {f"acceptance_{lag}": value for lag, value in enumerate(accepted, start=1)}
         # A pass writes the token that it scores, and the drafted tokens up to the first refused one.

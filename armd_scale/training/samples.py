@@ -12,6 +12,7 @@ import numpy as np
 from armd_scale.config import RunConfig
 from armd_scale.data import shards
 from armd_scale.data.left_out import LeftOut, Range
+from armd_scale.data.shards import LOSS
 from armd_scale.data.stream import Mixture, open_mixture
 from armd_scale.errors import UserError
 from armd_scale.files import write_atomically
@@ -61,6 +62,20 @@ class Samples:
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [count, N], int64, of the samples start..start + count - 1."""
         return self._mixture.read(start, count)
+
+    def starts(self, start: int, count: int) -> np.ndarray | None:
+        """``packing.starts`` [count, N] of these samples; None if documents are joined."""
+        return self._mixture.starts(start, count) if self._config.data.documents == "separate" else None
+
+    def counted(self, start: int, count: int) -> np.ndarray | None:
+        """Whether tokens [count, N] of these samples count in the loss; None if all do."""
+        return self._mixture.flags(start, count, LOSS) if self.counted_share < 1 else None
+
+    @property
+    def counted_share(self) -> float:
+        """Share of the tokens that count in the loss."""
+        shares = [data.index["counted"] / data.index["tokens"] if data.has(LOSS) else 1.0 for data in self.datasets]
+        return float(self._mixture.shares @ shares)
 
     def ids(self, start: int, count: int) -> list[list[int]]:
         """(data set, number in the data set) of the samples start..start + count - 1."""

@@ -1,5 +1,6 @@
 """Preparation as a whole: nothing depends on who does the work, nothing is lost silently, interruptions cost little."""
 
+import argparse
 import collections
 import gzip
 import io
@@ -108,6 +109,69 @@ def test_the_result_does_not_depend_on_processes_or_pieces(text, tmp_path, monke
     assert sorted(got) == sorted(written)
     held = set(texts(tmp_path / "one", "heldout"))
     assert texts(tmp_path / "one", "train") == [one for one in written if one not in held]
+
+
+def test_borders_of_documents_are_kept(text, tmp_path):
+    """The first tokens of documents, which stand behind an EOS."""
+    preparing.prepare(config(tmp_path / "data", text))
+    for split in ("train", "heldout"):
+        data, every = PackedDataset(tmp_path / "data" / split), []
+        numbers = np.arange(len(data))
+        tokens, flags = data.read(numbers).ravel(), data.flags(numbers, shards.DOCUMENTS).ravel()
+        behind = np.concatenate([[True], tokens[:-1] == data.index["eos_id"]])
+        assert np.array_equal(flags, behind)
+        assert flags.sum() > 10
+        spanning = [row for row in documents.inside(data.folder, 1, 16) if row["start"] < 16]
+        assert spanning, "the first sample ends in a document"
+        for sequence in data.sequences(numbers, True) + data.tail_sequences(True):
+            assert data.index["eos_id"] not in sequence[:-1]
+            every += sequence.tolist()
+        assert every == [*tokens.tolist(), *data.tail().tolist()]
+
+
+@pytest.mark.parametrize("deduplicate", [False, True])
+def test_documents_are_packed_by_best_fit(text, tmp_path, small_parts, capsys, deduplicate):
+    """Whole documents where they fit, none lost; whoever does the work; padding does not count and is reported."""
+    settings = {"pack": "best-fit", "deduplicate": deduplicate}
+    preparing.prepare(config(tmp_path / "one", text, **settings))
+    shared = config(tmp_path / "shared", text, **settings)
+    assert preparing.step(shared, "begin")
+    for name in ("tokenise", "pack"):
+        for share in (2, 0, 1, 2):
+            preparing.step(shared, name, share, 3)
+        preparing.step(shared, {"tokenise": "merge", "pack": "finish"}[name])
+    assert content(tmp_path / "shared") == content(tmp_path / "one")
+    preparing.prepare(config(tmp_path / "stream", text, deduplicate=deduplicate))
+    inspect.run(argparse.Namespace(folder=tmp_path / "one", samples=2, picture=None))
+    printed = capsys.readouterr().out
+    for split in ("train", "heldout"):
+        data = PackedDataset(tmp_path / "one" / split)
+        eos = data.index["eos_id"]
+        numbers = np.arange(len(data))
+        tokens, counted = data.read(numbers), data.flags(numbers, shards.LOSS)
+        assert data.index["counted"] == counted.sum() == data.index["tokens"] - data.index["padding"]
+        assert (tokens[~counted] == eos).all()
+        found = collections.Counter()
+        pieces = [piece for piece in data.sequences(numbers, True) if piece.tolist() != [eos] * len(piece)]
+        whole = [tuple(piece.tolist()) for piece in pieces if len(piece) < 16 or piece[-1] == eos]
+        original = PackedDataset(tmp_path / "stream" / split)
+        stream = np.concatenate([original.read(np.arange(len(original))).ravel(), original.tail()])
+        expected = np.split(stream, np.flatnonzero(stream == eos)[:-1] + 1)
+        cut = [one for one in expected if len(one) > 16]
+        assert data.index["cut_documents"] == len(cut) > 0
+        found = collections.Counter(whole)
+        assert not collections.Counter(tuple(one.tolist()) for one in expected if len(one) <= 16) - found
+        assert sorted(tokens[counted].tolist()) == sorted(stream.tolist())
+        assert f"{len(cut) / len(expected):.1%} of the documents are cut" in printed
+        assert f"{data.index['padding'] / data.index['tokens']:.2%} of the tokens are padding" in printed
+        rows = pyarrow.parquet.read_table(data.folder / "documents.parquet").to_pylist()
+        assert sum(row["tokens"] for row in rows if row["source"] == "padding") == data.index["padding"]
+        assert data.index["sources"]["padding"] == data.index["padding"]
+        for row in rows:
+            part = tokens.ravel()[row["start"] : row["start"] + row["tokens"]]
+            assert counted.ravel()[row["start"]] == (row["source"] != "padding")
+            assert len(part) == row["tokens"]
+        assert data.index["bytes"] == original.index["bytes"] == sum(row["bytes"] for row in rows)
 
 
 def test_jobs_share_the_steps(text, tmp_path, small_parts):

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from armd_scale import packing
 from armd_scale.config import RunConfig
 from armd_scale.objectives.interface import training
+from armd_scale.rows import only
 from tests.conftest import BASELINES, FEATURES, MODERN, PAPER, run_processes
 
 STEPS = 4
@@ -30,6 +32,7 @@ def config(tensor=1, processes=1, model=PAPER, **changes):
         },
         "optimizer": {"lr": 1e-2, "warmup_steps": 0, "eps": EPS, "weight_decay": 0.1, "clip": 0.5, "ema": 0.9},
         "train": {"steps": 2, "global_batch": 8, "micro_batch": 2, "dtype": "float32"},
+        "data": {},
         "parallel": {"tensor": tensor},
         "cluster": {"tasks_per_node": processes},
     }
@@ -40,7 +43,10 @@ def config(tensor=1, processes=1, model=PAPER, **changes):
 
 
 def train(rank, processes, rendezvous, run):
-    """A few steps on fixed tokens; losses, gradient norms and the whole weights, on rank 0."""
+    """A few steps on fixed tokens; losses, gradient norms and the whole weights, on rank 0.
+
+    With ``data.documents=separate``, every second step has documents and tokens that do not count.
+    """
     from armd_scale.objectives.interface import training
     from armd_scale.parallel import groups
     from armd_scale.parallel.engine import Engine
@@ -50,6 +56,8 @@ def train(rank, processes, rendezvous, run):
     groups.start(run.parallel, rank=rank, processes=processes, rendezvous=rendezvous, device=device)
     engine = Engine(run, device)
     tokens = np.random.default_rng(1).integers(0, run.model.vocab_size, (STEPS, 8, 16))
+    marks = np.random.default_rng(2).random((2, STEPS, 8, 16))
+    starts, counted = packing.starts(marks[0] < 0.2), marks[1] < 0.8
     share = 8 // run.data_parallel
     losses, norms = [], []
     for step in range(STEPS):
@@ -57,7 +65,9 @@ def train(rank, processes, rendezvous, run):
         micro_batches = []
         for start in range(0, share, run.train.micro_batch):
             slots = mine[start : start + run.train.micro_batch]
-            micro_batches.append(training(run.objective).rows(run, tokens[step, list(slots)], step, slots))
+            here, separate = (step, list(slots)), step % 2 and run.data.documents == "separate"
+            rows = training(run.objective).rows(run, tokens[here], step, slots, starts[here] if separate else None)
+            micro_batches.append(only(rows, counted[here], 0.8) if separate else rows)
         rate = schedules.learning_rate(step, run.optimizer, STEPS)
         result = engine.train_step(micro_batches, rate).result()
         losses.append(result.loss)
@@ -106,7 +116,7 @@ SMALL = [PAPER, MODERN, BASELINES["ar"], BASELINES["mdm"], BASELINES["card"], FE
 @pytest.fixture(scope="module", params=SMALL, ids=["paper", "modern", "ar", "mdm", "card", "features"])
 def reference(request):
     """One process, checked against plain AdamW on the same network in ``test_one_process_is_plain_adamw``."""
-    return request.param, start(config(model=request.param))
+    return request.param, start(config(model=request.param, data__documents="separate"))
 
 
 LAYOUTS = {
@@ -162,26 +172,31 @@ LAYOUTS = {
 }
 
 
-# Both models in these; the other layouts with the paper's model only, unless the whole matrix is asked for.
+# Layouts of each model, unless the whole matrix is asked for.
 TRIMMED = {
+    id(PAPER): (
+        "dp2", "tp4", "tp2 dp2 sp", "zero0 tp2 dp2 sp", "zero2 dp2", "zero3 tp2 dp2", "pp2", "pp4",
+        "pp2 tp2 dp2 sp recompute", "pp2 interleaved dp2", "recompute full", "recompute selective", "zero3 recompute",
+        "accumulation", "no accumulation", "logits in parts", "tp2 sp, logits in parts",
+    ),
     id(MODERN): ("tp2 dp2 sp", "zero3 dp2", "pp2 tp2 sp", "pp3"),
     id(BASELINES["ar"]): ("tp2 dp2 sp", "pp2 interleaved"),
     id(BASELINES["mdm"]): ("zero3 dp2", "pp2 interleaved tp2 sp"),
     id(BASELINES["card"]): ("tp2 dp2 sp",),
     id(FEATURES): ("tp2 dp2 sp", "zero3 tp2 dp2"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree(reference, layout, request):
     model, (losses, norms, states, averaged) = reference
-    if layout not in TRIMMED.get(id(model), (layout,)) and not request.config.getoption("--parity"):
+    if layout not in TRIMMED[id(model)] and not request.config.getoption("--parity"):
         pytest.skip("part of the whole matrix: make parity")
     if LAYOUTS[layout].get("tensor", 1) > model.key_heads:
         pytest.skip("this model has fewer key heads than tensor-parallel ranks")
     if LAYOUTS[layout].get("parallel__pipeline", 1) * LAYOUTS[layout].get("parallel__chunks", 1) > model.layers:
         pytest.skip("this model has fewer layers than runs of layers")
-    run = config(model=model, **LAYOUTS[layout])
+    run = config(model=model, data__documents="separate", **LAYOUTS[layout])
     got = start(run)
     np.testing.assert_allclose(got[0], losses, atol=2e-6)
     np.testing.assert_allclose(got[1], norms, rtol=2e-5)
@@ -348,7 +363,7 @@ def test_bfloat16_follows_float32(reference, layout, request):
     model, (losses, *_) = reference
     if model is not PAPER and layout and not request.config.getoption("--parity"):
         pytest.skip("part of the whole matrix: make parity")
-    run = config(model=model, train__dtype="bfloat16", **layout)
+    run = config(model=model, train__dtype="bfloat16", data__documents="separate", **layout)
     got = start(run)
     np.testing.assert_allclose(got[0], losses, atol=0.05)
     working = got[2].get("working/norm.weight")  # with ZeRO-3 no rank has it whole
