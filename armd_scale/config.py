@@ -368,6 +368,12 @@ class DataConfig(Section):
     between separators: any other value is the separator, such as ``<|endoftext|>``."""
     text_field: str = "text"
     """Field of a jsonl record, or parquet column, that holds the text."""
+    messages_field: str | None = None
+    """Field or column that holds a conversation in place of ``text_field``: a list of messages with ``role`` and
+    ``content``. The chat template of the tokenizer writes it, and what the assistant says counts in the loss."""
+    prompt_field: str | None = None
+    """Field or column that holds what stands before the text of ``text_field``, such as a question, and does not count
+    in the loss."""
     id_field: str = "id"
     """Field or column that holds the id of a document, if there is one."""
     source_field: str = "source"
@@ -421,6 +427,12 @@ class DataConfig(Section):
     """Verifies the SHA-256 of every shard when a run starts or resumes."""
     damaged_shards: Literal["stop", "leave_out"] = "stop"
     """Reaction to a damaged or missing training shard: stop the run, or continue without its samples."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> typing.Self:
+        if self.messages_field and self.prompt_field:
+            raise ValueError("messages_field and prompt_field cannot both be set: a record is one of the two")
+        return self
 
     @model_validator(mode="after")
     def _grows(self) -> typing.Self:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from armd_scale.config import RunConfig
-from armd_scale.data import readers, shards, sources
+from armd_scale.data import chat, readers, shards, sources
 from armd_scale.data import tokenizer as tokenizers
 from armd_scale.errors import UserError
 from armd_scale.files import exclusive, write_atomically
@@ -44,6 +44,8 @@ _BEFORE = {
     "source_field": "source",
     "txt_document": "file",
     "pack": "stream",
+    "messages_field": None,
+    "prompt_field": None,
 }
 """Values of settings that did not exist when older data was prepared."""
 _SMALL = 4 << 20  # bytes or tokens below which processes are not worth their start
@@ -82,11 +84,23 @@ def begin(config: RunConfig) -> bool:
     settings = {**_options(config), "sources": _sources(config), **_fingerprints(config, files)}
     _keep_or_clear(config, folder, settings)
     data = config.data
-    fields = readers.Fields(data.text_field, data.id_field, data.source_field, data.txt_document)
+    fields = readers.Fields(
+        data.text_field, data.id_field, data.source_field, data.txt_document, data.messages_field, data.prompt_field
+    )
     rule = (
         holdout.NOTHING if data.heldout_text else holdout.plan(_documents(files["text"], fields), data.heldout_fraction)
     )
-    _check_prompt(config, _tokenizer(config, folder / "tokenizer", files["text"], fields, rule))
+    if fields.in_records and rule.tail:
+        raise UserError("data.text has too few documents to hold some of them out whole: give data.heldout_text")
+    if fields.messages and not config.tokenizer:
+        raise UserError("data.messages_field needs a tokenizer with a chat template: set data.tokenizer")
+    tokenizer = _tokenizer(config, folder / "tokenizer", files["text"], fields, rule)
+    if fields.messages and chat.load(tokenizer) is None:
+        raise UserError(
+            f"data.messages_field needs a chat template: put chat_template.jinja beside {config.tokenizer}, or name "
+            "another data.tokenizer"
+        )
+    _check_prompt(config, tokenizer)
     units.Job(
         folder=str(folder),
         fields=fields,
@@ -223,6 +237,8 @@ def _options(config: RunConfig) -> dict[str, Any]:
         "deduplicate": data.deduplicate,
         "length": config.model.length,
         "pack": data.pack,
+        "messages_field": data.messages_field,
+        "prompt_field": data.prompt_field,
     }
 
 
@@ -349,7 +365,7 @@ def _close(config: RunConfig, folder: Path, split: str, tokenizer: tokenizers.To
     edges = [0, *(place.stop for place in places)]
     sources = documents.write(folder / split, stream.tables(), edges)
     written = [{**shard, "sources": _most(counts)} for shard, counts in zip(written, sources, strict=True)]
-    facts = {
+    facts: dict[str, Any] = {
         "tokens": len(stream),
         "flags": [*stream.flags(0, 0)],
         "cut_documents": stream.cut_documents(length),
@@ -360,8 +376,10 @@ def _close(config: RunConfig, folder: Path, split: str, tokenizer: tokenizers.To
         **stream.totals(),
         "sources": _most(sum(sources, Counter())),
     }
+    if shards.LOSS in facts["flags"]:
+        facts["counted"] = stream.counted
     if isinstance(stream, units.Packed):
-        facts |= {"padding": stream.padding, "counted": len(stream) - stream.padding}
+        facts["padding"] = stream.padding
     return shards.write_index(folder / split, written, length, facts)
 
 

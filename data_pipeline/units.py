@@ -4,6 +4,7 @@ The directory of a unit is renamed to its final name when the unit is complete. 
 interrupted unit is repeated. The content of a unit depends on its files only:
 
 - ``train.bin``, ``heldout.bin``: tokens of the documents, with EOS after each document;
+- ``train.loss``, ``heldout.loss``: a byte for each of them that says whether it counts; empty where all do;
 - ``train.npy``, ``heldout.npy``: a ``DOCUMENT`` per document; ``train.parquet``, ``heldout.parquet``: id and source;
 - ``bad.jsonl``: bad records with their locations; ``facts.json``: counts of the records.
 """
@@ -23,11 +24,12 @@ import pyarrow
 import pyarrow.parquet
 
 from armd_scale import packing
-from armd_scale.data import readers, shards
+from armd_scale.data import chat, conversations, readers, shards
 from armd_scale.data import tokenizer as tokenizers
 from armd_scale.data.readers import PART_BYTES, Part, Record
 from armd_scale.data.shards import Place
 from armd_scale.data.tokenizer import token_type
+from armd_scale.errors import UserError
 from armd_scale.files import write_atomically
 from data_pipeline.documents import PADDING
 from data_pipeline.holdout import SPLITS, Rule
@@ -109,6 +111,15 @@ def _load_tools(folder: str, written: int) -> tuple[Job, tokenizers.Tokenizer]:
     return Job.load(folder), tokenizers.load(Path(folder) / "tokenizer")
 
 
+def _template(job: Job, tokenizer: tokenizers.Tokenizer) -> chat.ChatTemplate | None:
+    """The chat template, for data of conversations."""
+    if job.fields.messages is None:
+        return None
+    template = chat.load(tokenizer)
+    assert template, "begin() refuses tokenizers without one"
+    return template
+
+
 def _digest(raw: bytes) -> np.ndarray:
     return np.frombuffer(hashlib.sha256(raw).digest()[:16], "<u8")
 
@@ -117,20 +128,32 @@ def _tokenise(job: Job, number: int, tokenizer: tokenizers.Tokenizer, folder: Pa
     counts: Counter[str] = Counter()
     source, parts = job.units[number]
     with (folder / "bad.jsonl").open("w", encoding="utf-8") as bad:
-        records = _usable(job, parts, counts, bad)
+        records = _usable(job, parts, counts, bad, _template(job, tokenizer))
         eos = np.array([tokenizer.eos_id], token_type(tokenizer.vocab_size))
         writers = {split: _Writer(folder, split, eos) for split in SPLITS}
         for batch in _batches(_pieces(job, source, records)):
-            encoded = tokenizer.encode_batch([piece.text for piece in batch])
-            for (split, text, record, file), tokens in zip(batch, encoded, strict=True):
-                raw = text.encode("utf-8")
-                writers[split].add(len(raw), _digest(raw), tokens, record.id, record.source or file)
+            for piece, (tokens, counted) in zip(batch, _encode(job, tokenizer, batch), strict=True):
+                text, record = piece.text, piece.record
+                raw = ("".join(record.segments) if record.segments else text).encode("utf-8")
+                names = record.id, record.source or piece.file
+                writers[piece.split].add(len(raw), _digest(raw), tokens, counted, *names)
                 counts["tokens"] += len(tokens) + 1
                 counts["bytes"] += len(raw)
     for split, writer in writers.items():
         counts[split] = writer.close()
     facts = {name: counts[name] for name in ("records", *SPLITS, *REMOVED, "tokens", "bytes")}
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _encode(
+    job: Job, tokenizer: tokenizers.Tokenizer, batch: list["_Piece"]
+) -> Iterable[tuple[np.ndarray, np.ndarray | None]]:
+    """Tokens of pieces, and which of them count; None where all do."""
+    if not job.fields.in_records:
+        return ((tokens, None) for tokens in tokenizer.encode_batch([piece.text for piece in batch]))
+    special = job.fields.messages is not None
+    parts = (piece.record.segments or ("", piece.text) for piece in batch)
+    return (conversations.encode(tokenizer, each, special) for each in parts)
 
 
 class Stream:
@@ -141,7 +164,7 @@ class Stream:
         self._job, self._split, self._dtype = job, split, token_type(tokenizer.vocab_size)
         documents = [self.documents(number) for number in range(len(job.units))]
         self._first = np.cumsum([0, *map(len, documents)])
-        self._filtered: dict[int, np.ndarray] = {}  # the tokens of the unit that was read last
+        self._filtered: dict[tuple[int, str], np.ndarray] = {}  # files of the unit that was read last
         path = _keep_path(folder, split)
         self._keep = np.load(path, mmap_mode="r") if path.is_file() else None
         self._starts = np.cumsum([0, *(self._kept(n, docs)["tokens"].sum() for n, docs in enumerate(documents))])
@@ -179,13 +202,16 @@ class Stream:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens ``start`` to ``stop``."""
-        pieces = [np.empty(0, self._dtype)]
+        return self._read(start, stop, "bin")
+
+    def _read(self, start: int, stop: int, kind: str) -> np.ndarray:
+        pieces = [np.empty(0, self._type(kind))]
         number = int(np.searchsorted(self._starts, start, side="right")) - 1
         while start < stop:
             upto = min(stop, int(self._starts[number + 1]))
             if upto > start:
                 first = int(self._starts[number])
-                pieces.append(self._tokens(number)[start - first : upto - first])
+                pieces.append(self._tokens(number, kind)[start - first : upto - first])
                 start = upto
             number += 1
         return np.concatenate(pieces)
@@ -205,7 +231,15 @@ class Stream:
         """Flags of the tokens ``start`` to ``stop`` (``shards``)."""
         firsts = np.zeros(stop - start, dtype=bool)
         firsts[self.starts[slice(*np.searchsorted(self.starts, [start, stop]))] - start] = True
-        return {shards.DOCUMENTS: firsts}
+        if not self._job.fields.in_records:
+            return {shards.DOCUMENTS: firsts}
+        return {shards.DOCUMENTS: firsts, shards.LOSS: self._read(start, stop, "loss").astype(bool)}
+
+    @property
+    def counted(self) -> int:
+        """Tokens that count in the loss."""
+        units = range(len(self._job.units)) if self._job.fields.in_records else ()
+        return sum(int(self._tokens(number, "loss").sum()) for number in units) if units else len(self)
 
     def cut_documents(self, length: int) -> int:
         """Documents that do not lie in a single sample of ``length`` tokens."""
@@ -216,15 +250,21 @@ class Stream:
         table = pyarrow.parquet.read_table(self._job.place(number) / f"{self._split}.parquet")
         return table if self._keep is None else table.filter(pyarrow.array(np.asarray(self._mask(number))))
 
-    def _tokens(self, number: int) -> np.ndarray:
-        path = self._job.place(number) / f"{self._split}.bin"
-        tokens = np.memmap(path, self._dtype, mode="r") if path.stat().st_size else np.empty(0, self._dtype)
+    def _type(self, kind: str) -> np.dtype:
+        return self._dtype if kind == "bin" else np.dtype(np.uint8)
+
+    def _tokens(self, number: int, kind: str) -> np.ndarray:
+        """The file of a unit with this suffix, without duplicate documents."""
+        if (number, kind) in self._filtered:
+            return self._filtered[number, kind]
+        path, dtype = self._job.place(number) / f"{self._split}.{kind}", self._type(kind)
+        tokens = np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
         if self._keep is None:
             return tokens
-        if number not in self._filtered:
-            mask = np.repeat(self._mask(number), self.documents(number)["tokens"])
-            self._filtered = {number: tokens[mask]}
-        return self._filtered[number]
+        mask = np.repeat(self._mask(number), self.documents(number)["tokens"])
+        others = {key: kept for key, kept in self._filtered.items() if key[0] == number}
+        self._filtered = others | {(number, kind): tokens[mask]}
+        return self._filtered[number, kind]
 
 
 def write_shard(folder: str, split: str, place: Place, length: int) -> dict[str, Any]:
@@ -255,7 +295,7 @@ class Packed:
 
     def __init__(self, stream: Stream, pieces: np.ndarray, length: int, eos_id: int) -> None:
         self._stream, self._pieces, self._length, self._eos_id = stream, pieces, length, eos_id
-        self.totals = stream.totals
+        self.totals, self.counted = stream.totals, stream.counted
 
     def __len__(self) -> int:
         return -(-int(self._pieces[-1, 2:].sum()) // self._length) * self._length if len(self._pieces) else 0
@@ -280,9 +320,11 @@ class Packed:
     def flags(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Flags of these tokens; padding is a document of its own that does not count in the loss."""
         firsts, counted = (np.zeros(stop - start + 1, dtype=bool) for _ in range(2))
-        for _, _, size, at in self._inside(start, stop):
+        for document, begin, size, at in self._inside(start, stop):
             firsts[[at - start, at - start + size]] = True
-            counted[at - start : at - start + size] = True
+            first = int(self._stream.starts[document]) + begin
+            flags = self._stream.flags(first, first + size)
+            counted[at - start : at - start + size] = flags.get(shards.LOSS, True)
         return {shards.DOCUMENTS: firsts[:-1], shards.LOSS: counted[:-1]}
 
     def tables(self) -> Iterator[pyarrow.Table]:
@@ -372,21 +414,32 @@ class _Writer:
     """Writes the documents of a unit in a split."""
 
     def __init__(self, folder: Path, split: str, eos: np.ndarray) -> None:
-        self._eos = eos.tobytes()
-        self._tokens = (folder / f"{split}.bin").open("wb")
+        self._eos, self._dtype = eos.tobytes(), eos.dtype
+        self._tokens, self._counted = ((folder / f"{split}.{kind}").open("wb") for kind in ("bin", "loss"))
         self._path = folder / f"{split}.npy"
         self._documents: list[tuple[int, int, np.ndarray]] = []
         self._names: tuple[list[str | None], list[str]] = ([], [])
 
-    def add(self, size: int, digest: np.ndarray, tokens: np.ndarray, id_: str | None, source: str) -> None:
-        self._tokens.write(tokens.tobytes())
+    def add(
+        self,
+        size: int,
+        digest: np.ndarray,
+        tokens: np.ndarray,
+        counted: np.ndarray | None,
+        id_: str | None,
+        source: str,
+    ) -> None:
+        self._tokens.write(tokens.astype(self._dtype, copy=False).tobytes())
         self._tokens.write(self._eos)
+        if counted is not None:
+            self._counted.write(np.append(counted, True).astype(np.uint8).tobytes())
         self._documents.append((len(tokens) + 1, size, digest))
         self._names[0].append(id_)
         self._names[1].append(source)
 
     def close(self) -> int:
         self._tokens.close()
+        self._counted.close()
         np.save(self._path, np.array(self._documents, dtype=DOCUMENT))
         columns = [pyarrow.array(names, pyarrow.string()) for names in self._names]
         table = pyarrow.table(dict(zip(("id", "source"), columns, strict=True)))
@@ -404,13 +457,20 @@ class _Piece(NamedTuple):
     """Name of the file, for the source."""
 
 
-def _usable(job: Job, parts: list[Part], counts: Counter[str], bad: Any) -> Iterator[tuple[Record, str]]:
+def _usable(
+    job: Job, parts: list[Part], counts: Counter[str], bad: Any, template: chat.ChatTemplate | None
+) -> Iterator[tuple[Record, str]]:
     """The usable records with the names of their files; counts all records."""
     for part in parts:
         file = part.file if part.file == readers.BUILTIN else part.file.rpartition("/")[2]
         file = file.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         for record in readers.read(part, job.fields):
             counts["records"] += 1
+            if template and not record.problem and record.text.strip():
+                try:
+                    record = record._replace(segments=(*conversations.segments(json.loads(record.text), template),))
+                except UserError as error:
+                    record = record._replace(problem=str(error))
             length = len(record.text)
             if record.ignored:
                 counts["ignored"] += 1

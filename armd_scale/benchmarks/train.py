@@ -17,6 +17,8 @@ KINDS: dict[str, dict[str, Any] | None] = {
     "AR": {"objective": "ar"},
     "ARMD": {"objective": "armd"},
     "ARMD, strided, S = 4": {"objective": "armd", "streams": 4},
+    "ARMD, 8 documents": {"objective": "armd", "documents": 8},
+    "ARMD, 64 documents": {"objective": "armd", "documents": 64},
     "MDM": {"objective": "mdm"},
     "transformers GPT-2": None,
 }
@@ -37,7 +39,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for number in range(max(map(len, sizes.values())))
     ]
     common = {"layers": args.layers, "vocab": args.vocab, "device": args.device, "dtype": args.dtype}
-    own = {"norm": args.norm, "mlp": args.mlp, "recompute": args.recompute, "fp8": args.fp8, "streams": 1}
+    own = {
+        "norm": args.norm,
+        "mlp": args.mlp,
+        "recompute": args.recompute,
+        "fp8": args.fp8,
+        "streams": 1,
+        "documents": 1,
+    }
     for size in places:
         for fields in filter(None, KINDS.values()):
             _configuration(**{**common, **own, **size, **fields})
@@ -146,6 +155,7 @@ def armd_scale(steps: int, threads: int, trace: str | None, **sizes: Any) -> dic
     import numpy as np
     import torch
 
+    from armd_scale import packing
     from armd_scale.model.flops import training_flops_per_token
     from armd_scale.objectives.interface import training
     from armd_scale.parallel import groups
@@ -167,7 +177,9 @@ def armd_scale(steps: int, threads: int, trace: str | None, **sizes: Any) -> dic
         engine = Engine(config, place, kernels.attention_kernel(config.model_copy(update={"run_dir": folder}), place))
         tokens = np.random.default_rng(0).integers(0, vocab, (batch, length))
         first = 1000 if sizes["streams"] > 1 else 0
-        rows = engine.upload([training(config.objective).rows(config, tokens, first, range(batch))])
+        number = np.arange(length) * sizes["documents"] // length
+        starts = np.tile(packing.starts(np.diff(number, prepend=-1) > 0), (batch, 1))
+        rows = engine.upload([training(config.objective).rows(config, tokens, first, range(batch), starts)])
         seconds = _step_seconds(lambda: engine.train_step(rows, 1e-4), steps, device)
         profile = _profile(lambda: engine.train_step(rows, 1e-4).result(), cuda, trace) if trace else []
         groups.stop()
@@ -178,7 +190,7 @@ def armd_scale(steps: int, threads: int, trace: str | None, **sizes: Any) -> dic
 
 def _configuration(
     objective: str, layers: int, hidden: int, vocab: int, length: int, batch: int, device: str, dtype: str, norm: str,
-    mlp: str, recompute: str, fp8: bool, streams: int,
+    mlp: str, recompute: str, fp8: bool, streams: int, documents: int,
 ) -> Any:  # fmt: skip
     """The run configuration of a measured step; ``UserError`` for sizes that are not valid."""
     from pydantic import ValidationError
@@ -196,6 +208,7 @@ def _configuration(
                     "strided_steps": 1000 * (streams > 1), "streams": [streams],
                 },
                 "train": {"steps": 1000, "global_batch": batch, "micro_batch": batch, "dtype": dtype, "fp8": fp8},
+                "data": {"documents": "separate" if documents > 1 else "joined"},
                 "parallel": {"recompute": recompute},
                 "cluster": {"gpus_per_node": int(device != "cpu")},
             }

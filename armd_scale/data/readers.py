@@ -51,6 +51,8 @@ class Record(NamedTuple):
     """Value of the source field."""
     ignored: bool = False
     """Whether this is a member of a tar that is no text."""
+    segments: tuple[str, ...] | None = None
+    """Parts of the text in turn that do not count in the loss and that do; None: all counts."""
 
 
 class Fields(NamedTuple):
@@ -62,6 +64,20 @@ class Fields(NamedTuple):
     source: str = "source"
     txt: str = "file"
     """Documents of a txt file: ``file``, ``line``, ``paragraph``, or the text that separates documents."""
+    messages: str | None = None
+    """Field that holds a conversation in place of the text; the text of its record is JSON."""
+    prompt: str | None = None
+    """Field that holds what stands before the text and does not count in the loss."""
+
+    @property
+    def main(self) -> str:
+        """The field that a record must have."""
+        return self.messages or self.text
+
+    @property
+    def in_records(self) -> bool:
+        """Whether documents have more fields than a text file has."""
+        return self.messages is not None or self.prompt is not None
 
 
 FIELDS = Fields()
@@ -184,6 +200,8 @@ def _plain(file: IO[bytes], kind: str, place: str, fields: Fields) -> Iterator[R
     """The records of a txt, jsonl or json file that is not compressed."""
     if kind == "json":
         yield from _read_json(file.read(), place, fields)
+    elif kind == "txt" and fields.in_records:
+        yield Record("", place, f"is a text file, which has no field '{fields.messages or fields.prompt}'")
     elif kind == "jsonl" or fields.txt == "line":
         yield from _lines(_all_lines(file), place, fields, 1, kind)
     elif fields.txt == "file":
@@ -293,7 +311,7 @@ def _json_line(line: bytes, place: str, fields: Fields) -> Record:
     try:
         return _record(_parse(line), place, fields)
     except (ValueError, RecursionError) as error:
-        return Record("", place, f"is not a JSON object with a field '{fields.text}': {error!r}")
+        return Record("", place, f"is not a JSON object with a field '{fields.main}': {error!r}")
 
 
 def _parse(raw: bytes) -> Any:
@@ -306,17 +324,36 @@ def _parse(raw: bytes) -> Any:
 
 
 def _record(record: Any, place: str, fields: Fields) -> Record:
-    if not isinstance(record, dict) or fields.text not in record:
-        held = f"; its fields: {', '.join(map(str, record))[:200]}" if isinstance(record, dict) else ""
-        return Record("", place, f"is not a JSON object with a field '{fields.text}'{held}")
-    text = record[fields.text]
-    if text is None:
-        text = ""
-    if not isinstance(text, str):
-        return Record("", place, f"field '{fields.text}' is not text")
-    if not encodable(text):
-        return Record("", place, f"field '{fields.text}' has half a surrogate pair, which is no text")
-    return Record(text, place, id=_name(record.get(fields.id)), source=_name(record.get(fields.source)))
+    needed = [fields.main, *([fields.prompt] if fields.prompt else [])]
+    for name in needed:
+        if not isinstance(record, dict) or name not in record:
+            held = f"; its fields: {', '.join(map(str, record))[:200]}" if isinstance(record, dict) else ""
+            return Record("", place, f"is not a JSON object with a field '{name}'{held}")
+    return _document(
+        place, fields, *(record.get(name) for name in (fields.main, fields.prompt, fields.id, fields.source))
+    )
+
+
+def _document(place: str, fields: Fields, content: Any, prompt: Any, id_: Any, source: Any) -> Record:
+    """The record of the values of its fields."""
+    id_, source = _name(id_), _name(source)
+    if fields.messages:
+        if not _is_conversation(content):
+            return Record("", place, f"field '{fields.messages}' is not a list of messages with a role")
+        return Record(json.dumps(content, ensure_ascii=False, default=str), place, None, id_, source)
+    parts = ("" if prompt is None else prompt, "" if content is None else content)  # null is an empty text
+    for name, text in zip((fields.prompt, fields.text), parts, strict=True):
+        if not isinstance(text, str):
+            return Record("", place, f"field '{name}' is not text")
+        if not encodable(text):
+            return Record("", place, f"field '{name}' has half a surrogate pair, which is no text")
+    if not fields.prompt or not parts[1].strip():
+        return Record(parts[1], place, None, id_, source)
+    return Record("".join(parts), place, None, id_, source, segments=parts)
+
+
+def _is_conversation(content: Any) -> bool:
+    return isinstance(content, list) and all(isinstance(each, dict) and "role" in each for each in content)
 
 
 def _name(value: Any) -> str | None:
@@ -354,10 +391,10 @@ def _read_parquet(part: Part, fields: Fields) -> Iterator[Record]:
             row = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
             groups = list(range(part.start, part.stop))
             for batch in file.iter_batches(columns=columns, batch_size=1024, row_groups=groups):
-                empty = [None] * len(batch)
-                ids, names = (batch.column(name) if name in columns else empty for name in (fields.id, fields.source))
-                for text, id_, source in zip(batch.column(fields.text), ids, names, strict=True):
-                    yield _parquet_record(text, f"{part.file} row {row}", id_, source)
+                empty, wanted = [None] * len(batch), (fields.main, fields.prompt, fields.id, fields.source)
+                values = (batch.column(name) if name in columns else empty for name in wanted)
+                for cells in zip(*values, strict=True):
+                    yield _parquet_record(f"{part.file} row {row}", fields, cells)
                     row += 1
     except pyarrow.ArrowException as error:
         raise UserError(f"{part.file} cannot be read: {error}") from error
@@ -367,12 +404,16 @@ def _columns(schema: Any, file: str, fields: Fields) -> list[str]:
     """The fields that are columns of a parquet file. ``UserError`` if the text is missing, repeated or no text."""
     from pyarrow import types
 
-    columns = list(dict.fromkeys(name for name in (fields.text, fields.id, fields.source) if name in schema.names))
-    if fields.text not in columns:
-        raise UserError(f"{file} has no column '{fields.text}'; its columns: {', '.join(schema.names)}")
+    wanted = (fields.main, fields.prompt, fields.id, fields.source)
+    columns = list(dict.fromkeys(name for name in wanted if name is not None and name in schema.names))
+    for needed in filter(None, (fields.main, fields.prompt)):
+        if needed not in columns:
+            raise UserError(f"{file} has no column '{needed}'; its columns: {', '.join(schema.names)}")
     for name in columns:
         if schema.names.count(name) > 1:
             raise UserError(f"{file} has {schema.names.count(name)} columns named '{name}': rename all but one")
+    if fields.messages:
+        return columns
     kind = schema.field(fields.text).type
     value = kind.value_type if types.is_dictionary(kind) else kind
     is_text = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
@@ -381,10 +422,9 @@ def _columns(schema: Any, file: str, fields: Fields) -> list[str]:
     return columns
 
 
-def _parquet_record(value: Any, place: str, id_: Any, source: Any) -> Record:
+def _parquet_record(place: str, fields: Fields, cells: Iterable[Any]) -> Record:
     try:
-        text = value.as_py()
-        id_, source = (_name(None if field is None else field.as_py()) for field in (id_, source))
+        values = [None if cell is None else cell.as_py() for cell in cells]
     except UnicodeDecodeError as error:
         return Record("", place, f"is not UTF-8 text: {error}")
-    return Record(text or "", place, id=id_, source=source)  # null is an empty text
+    return _document(place, fields, *values)
