@@ -169,9 +169,9 @@ class PackedDataset:
         return packing.starts(self.flags(numbers, DOCUMENTS))
 
     def sequences(self, numbers: np.ndarray | Sequence[int], separate: bool) -> list[np.ndarray]:
-        """Tokens of samples by number; ``separate``: those of each of their documents."""
+        """Tokens of samples by number; ``separate``: those of each of their documents, without padding."""
         samples = self.read(numbers)
-        return _split(samples, self.starts(numbers)) if separate else list(samples)
+        return _split(samples, self.starts(numbers), self.flags(numbers, LOSS)) if separate else list(samples)
 
     def _gather(self, numbers: np.ndarray | Sequence[int], member: str, width: int) -> np.ndarray:
         numbers = np.asarray(numbers)
@@ -198,10 +198,11 @@ class PackedDataset:
         tail = self.tail()[None]
         if not tail.size:
             return []
-        packed = self._view(self.index["tail"], f"{DOCUMENTS}.npy", tail.size) if separate else None
-        if packed is None:
+        if not separate:
             return list(tail)
-        return _split(tail, packing.starts(np.unpackbits(packed, axis=1, count=tail.size).astype(bool)))
+        packed = self._view(self.index["tail"], f"{DOCUMENTS}.npy", tail.size)
+        firsts = np.unpackbits(packed, axis=1, count=tail.size).astype(bool)
+        return _split(tail, packing.starts(firsts), np.ones_like(firsts))
 
     def _rows(self, shard: int, member: str) -> np.ndarray:
         if (shard, member) not in self._open:
@@ -265,12 +266,14 @@ def _problem(path: Path, shard: dict[str, Any], hashes: bool) -> str | None:
     return f"shard {path} is damaged: {difference}; restore it or prepare the data again"
 
 
-def _split(samples_BN: np.ndarray, starts_BN: np.ndarray) -> list[np.ndarray]:
-    """The documents of samples."""
-    sizes = map(packing.lengths, starts_BN)
-    return [
-        text for sample, cuts in zip(samples_BN, sizes, strict=True) for text in np.split(sample, np.cumsum(cuts)[:-1])
-    ]
+def _split(samples_BN: np.ndarray, starts_BN: np.ndarray, counted_BN: np.ndarray) -> list[np.ndarray]:
+    """The documents of samples that have tokens that count."""
+    texts = []
+    for sample, starts, counted in zip(samples_BN, starts_BN, counted_BN, strict=True):
+        edges = np.cumsum(packing.lengths(starts))[:-1]
+        pairs = zip(np.split(sample, edges), np.split(counted, edges), strict=True)
+        texts += [text for text, counts in pairs if counts.any()]
+    return texts
 
 
 def _member(length: int, dtype: np.dtype) -> tuple[bytes, int]:

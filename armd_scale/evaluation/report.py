@@ -41,7 +41,7 @@ def write(config: RunConfig, export: Path) -> dict[str, Any]:
         chunks += heldout.tail_sequences(separate)
     tokens = np.concatenate(chunks)
     # Exact for the whole split, proportional for a part of the split.
-    size = heldout.index["bytes"] * len(tokens) / heldout.index["tokens"]
+    size = heldout.bytes_per_token * len(tokens)
     objective = objectives.training(config.objective)
     names = likelihood.default_orders(model)[:1] + objective.report_orders(config)
     scores = [likelihood.score(alone(model), chunks, name, size) for name in names]
