@@ -86,16 +86,16 @@ class PrefixConfig(Section):
     kernel: Literal["gaussian", "sinusoid", "learned"] = "gaussian"
     """Position embeddings. ``gaussian``: sines and cosines at normal quantiles, whose inner product is about
     exp(-distance^2 / (2 width^2)) [D]; ``sinusoid``: the 10000-base table; ``learned``: a trained table."""
-    width: Width | Annotated[list[Width], Field(min_length=1)] = 2.0
+    width: Width | Annotated[list[Width], Field(min_length=1)] = [1.0, 3.0, 8.0]
     """Standard deviation of the Gaussian kernel in tokens, sigma; a list: one kernel for each, and their sum [D]."""
-    gate: float | None = None
+    gate: float | None = 0.1
     """Initial value of a learned factor for each channel of the sum of each kernel; null: no factor, as in the paper
     [D]."""
-    neighbour: bool = False
+    neighbour: bool = True
     """Adds the embedding of the token before the target to its seed, where it is visible. With ``gate=0.0`` and
     ``place=before`` the network is then, left to right, a transformer with the same weights [D]."""
-    place: Literal["target", "before"] = "target"
-    """Position of a row of G in the rotary embedding: that of its target, or the one before [D]."""
+    place: Literal["target", "before"] = "before"
+    """Position of a row of G in the rotary embedding: that of its target, as in the paper, or the one before [D]."""
     dim: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
     """Size of a position embedding, d_pe; null: ``model.hidden``. A larger size reduces the ripple of the Gaussian
     kernel far from the target; the decoding state has d_pe x hidden entries [D]."""
@@ -112,8 +112,14 @@ class PrefixConfig(Section):
     @model_validator(mode="after")
     def _fits(self) -> typing.Self:
         if len(self.widths) > 1 and (self.kernel != "gaussian" or self.target_position):
-            raise ValueError(f"several widths ({self.width}) need kernel=gaussian and target_position=false")
+            raise ValueError(
+                f"several widths ({self.width}) need kernel=gaussian and target_position=false: set width=2.0"
+            )
         return self
+
+
+FORMER_PREFIX = {"neighbour": False, "gate": None, "place": "target"}
+"""Fields of ``model.prefix`` of a run that began before these fields existed."""
 
 
 class RopeConfig(Section):

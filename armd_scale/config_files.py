@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from armd_scale import config_syntax
-from armd_scale.config import RunConfig
+from armd_scale.config import FORMER_PREFIX, RunConfig
 from armd_scale.errors import UserError
 from armd_scale.files import write_atomically
 from armd_scale.run_directory import RunDirectory
@@ -27,11 +27,19 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no configuration file {path}; see configs/ for examples")
-    config = validated(config_syntax.read(path, overrides), path)
-    run = RunDirectory.of_config(path)
+    run, values = RunDirectory.of_config(path), config_syntax.read(path, overrides)
+    config = validated(_with_former(values) if run else values, path)
     if run and not any(override.startswith("run_dir=") for override in overrides):
         return config.model_copy(update={"run_dir": str(run.path)})
     return config
+
+
+def _with_former(values: dict[str, Any]) -> dict[str, Any]:
+    """The resolved configuration of a run; fields that are newer than the run keep its model as it was."""
+    model = values.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("prefix"), dict):
+        return values
+    return {**values, "model": {**model, "prefix": {**FORMER_PREFIX, **model["prefix"]}}}
 
 
 def validated(values: dict[str, Any], place: object) -> RunConfig:

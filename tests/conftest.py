@@ -37,6 +37,7 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True)
 hypothesis.settings.load_profile("ci")
 
+PAPER_SEED = {"gate": None, "neighbour": False, "place": "target"}
 PAPER = ModelConfig(
     layers=4,
     hidden=32,
@@ -44,7 +45,7 @@ PAPER = ModelConfig(
     length=16,
     vocab_size=50,
     bos_id=1,
-    prefix=PrefixConfig(dim=16, width=3.0),
+    prefix=PrefixConfig(dim=16, width=3.0, **PAPER_SEED),
     init_std=0.2,
 )
 MODERN = ModelConfig(
@@ -60,14 +61,14 @@ MODERN = ModelConfig(
     ffn=48,
     two_stream_layers=2,
     tied_head=False,
-    prefix=PrefixConfig(dim=16, kernel="sinusoid", scale="mean", target_position=True),
+    prefix=PrefixConfig(dim=16, width=2.0, kernel="sinusoid", scale="mean", target_position=True, **PAPER_SEED),
     init_std=0.2,
 )
 LEARNED = MODERN.model_copy(
     update={
         "two_stream_layers": 3,
         "target_mlp": False,
-        "prefix": PrefixConfig(dim=8, kernel="learned", scale="sqrt"),
+        "prefix": PrefixConfig(dim=8, width=2.0, kernel="learned", scale="sqrt", **PAPER_SEED),
     }
 )
 FEATURES = MODERN.model_copy(
@@ -76,7 +77,7 @@ FEATURES = MODERN.model_copy(
         "qkv_bias": True,
         "head_dim": 12,
         "rope": RopeConfig(scaling="yarn", factor=4.0, original_length=8, high_turns=2.0, low_turns=0.1),
-        "prefix": PrefixConfig(dim=16, width=[1.0, 3.0], gate=0.5, neighbour=True, place="before"),
+        "prefix": PrefixConfig(dim=16, width=[1.0, 3.0], gate=0.5),
         "adapter": AdapterConfig(rank=3),
     }
 )

@@ -11,10 +11,12 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from armd_scale import config_files, inference, orders
+from armd_scale.data.shards import DOCUMENTS, PackedDataset
 from data_pipeline import prepare
 from tests.runs import figures, start
 
@@ -22,13 +24,20 @@ OLD = Path(__file__).parent / "fixtures" / "v0.1"
 EXPECTED = json.loads((OLD / "expected.json").read_text())
 
 
-def test_a_data_set_is_prepared_to_the_same_bytes(tmp_path, monkeypatch):
+def test_a_data_set_is_prepared_to_the_same_tokens(tmp_path, monkeypatch):
+    """The same bytes but for the shards, which have borders of documents since."""
     shutil.copy(OLD / "text.jsonl", tmp_path)
     monkeypatch.chdir(tmp_path)
     prepare.prepare(config_files.load(OLD / "run" / "config.yaml"))
     for path in (OLD / "data").rglob("*"):
-        if path.suffix in (".tar", ".model", ".parquet"):
+        if path.suffix in (".model", ".parquet"):
             assert (tmp_path / "data" / path.relative_to(OLD / "data")).read_bytes() == path.read_bytes(), path
+    for split in ("train", "heldout"):
+        before, now = (PackedDataset(place / "data" / split) for place in (OLD, tmp_path))
+        numbers = range(len(before))
+        assert np.array_equal(now.read(numbers), before.read(numbers))
+        assert np.array_equal(now.tail(), before.tail())
+        assert not before.has(DOCUMENTS)
 
 
 def test_a_run_resumes_from_a_checkpoint(tmp_path, monkeypatch):

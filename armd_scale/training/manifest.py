@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from armd_scale.config import RunConfig, identity
+from armd_scale.config import FORMER_PREFIX, RunConfig, identity
 from armd_scale.errors import UserError
 from armd_scale.files import in_use, is_in_use, sha256, write_atomically
 from armd_scale.logs import CHECKPOINT as log
@@ -147,7 +147,8 @@ def check_identity(checkpoint: Path, config: RunConfig) -> None:
     """``UserError`` if a checkpoint belongs to a run with another model, data, seed or batch than ``config``."""
     before, now = read(checkpoint).get("state", {}).get("identity", {}), identity(config)
     defaults = identity(RunConfig())
-    # Fields newer than the checkpoint have their defaults.
+    # Fields newer than the checkpoint have their defaults, or the values that kept its model as it was.
+    defaults["model"]["prefix"] |= FORMER_PREFIX
     before = _filled({name: defaults[name] for name in ("objective", "train.fp8", "model", "data")}, before)
     differing = [name for name in now if before.get(name) != now[name]]
     if differing:

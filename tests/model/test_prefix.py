@@ -45,7 +45,7 @@ def test_chunks_equal_the_sum(kind, chunk, monkeypatch):
 )
 def test_short_texts_are_one_chunk_and_long_ones_have_a_state(length, dim, work):
     """The work for a target is the smaller of the two ways'."""
-    config = ModelConfig(layers=2, hidden=128, heads=2, length=length, prefix={"dim": dim})
+    config = ModelConfig(layers=2, hidden=128, heads=2, length=length, prefix={"dim": dim, "width": 2.0})
     assert flops.embedding_macs(config) == work * 128
 
 
