@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -164,6 +164,46 @@ def acceptance(model: ARMD, texts: Sequence[Sequence[int]]) -> tuple[list[float]
     """
     shared = model.acceptance(torch.tensor(texts), min(LAGS, len(texts[0]) - 1)).double()
     return shared.mean((1, 2)).tolist(), 1 + float(shared.cumprod(0).sum(0).mean())
+
+
+class Marginal(NamedTuple):
+    """Acceptance of the first drafted token if it is drawn from the model's own law without the token before it."""
+
+    acceptance: float
+    error: float
+    """Standard error over the places."""
+    covered: float
+    """Probability of the tokens that were followed, mean over the places."""
+
+
+def marginal_acceptance(
+    model: ARMD, texts: Sequence[Sequence[int]], places: int, branches: int, seed: int = 0
+) -> Marginal:
+    """Estimate 1 - TV(p(x_(t+2) | x_(<=t+1)), p(x_(t+2) | x_(<=t))) for texts of the model, left to right.
+
+    The law of token t + 2 without token t + 1, which draft rows learn, is the mean of the laws behind each token t + 1.
+    ``branches``: likeliest tokens t + 1 that are followed. ``places``: number of (text, t), drawn with ``seed``.
+    """
+    draw, shares, covered = np.random.default_rng(seed), [], []
+    for _ in range(places):
+        text = texts[int(draw.integers(len(texts)))]
+        begin = torch.tensor(text[: int(draw.integers(len(text) - 1))], dtype=torch.long, device=model.device)
+        weights, tokens = _next(model, begin[None])[0].topk(min(branches, model.config.vocab_size))
+        behind_KN = torch.cat([begin.expand(len(tokens), -1), tokens[:, None]], dim=1)
+        laws_KV = torch.cat([_next(model, part) for part in behind_KN.split(16)])
+        covered.append(float(weights.sum()))
+        weights = weights / weights.sum()
+        shares.append(float(weights @ torch.minimum(laws_KV, weights @ laws_KV).sum(-1)))
+    return Marginal(float(np.mean(shares)), float(np.std(shares) / places**0.5), float(np.mean(covered)))
+
+
+@torch.no_grad()
+def _next(model: ARMD, texts_KN: torch.Tensor) -> torch.Tensor:
+    """The law of the token behind texts [K, N], [K, V] in float64."""
+    # The last token of a row of texts is a target alone, so any token can stand in its place.
+    texts_KN = torch.cat([texts_KN, texts_KN.new_zeros(len(texts_KN), 1)], dim=1)
+    places = torch.arange(1, texts_KN.shape[1] + 1, device=model.device).expand_as(texts_KN)
+    return model.predict(model.whole(texts_KN, places, places)[:, -1]).double().softmax(-1)
 
 
 @dataclass(frozen=True)

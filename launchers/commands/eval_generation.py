@@ -27,6 +27,10 @@ ACCEPTANCE_TEXTS = 16
 """Number of texts on which the acceptance of drafts is measured."""
 
 
+BRANCHES = 64
+"""Likeliest tokens behind a place whose continuations give the exact law."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="model directory, run directory, or a checkpoint of a run")
     parser.add_argument("--judge", type=Path, help="model or run that scores the texts (default: best ar run)")
@@ -35,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, help="texts decoded at a time (default 1)")
     parser.add_argument("--length", type=int, help="tokens of a text (default: the model's length)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the texts (default 0)")
+    parser.add_argument(
+        "--marginal-places",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also estimate the acceptance of drafts from the exact law of the token, at N places (default 0: do not)",
+    )
     arguments.add_device(parser)
     arguments.add_json(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="plot of quality against speed")
@@ -43,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.samples < 1 or args.batch < 1:
         raise UserError("--samples and --batch must be at least 1")
+    if args.marginal_places < 0:
+        raise UserError("--marginal-places must be at least 0")
     if args.json:
         check_writable(args.json)
     if args.plot:
@@ -93,6 +106,13 @@ def run(args: argparse.Namespace) -> None:
             f"acceptance of drafts left to right at places 1, 2, ... behind the next token: "
             f"{' '.join(f'{value:.3f}' for value in accepted)}; {written:.2f} tokens a pass"
         )
+        if args.marginal_places:
+            ideal = generation.marginal_acceptance(model, exact.tokens, args.marginal_places, BRANCHES, args.seed)
+            facts["marginal"] = ideal._asdict()
+            print(
+                f"drafts from the exact law: {ideal.acceptance:.3f} ± {ideal.error:.3f} accepted at place 1 "
+                f"({args.marginal_places} places, {BRANCHES} tokens each, {ideal.covered:.0%} of the probability)"
+            )
     arguments.write_json(args.json, facts)
     if args.plot:
         plot(rows, judge.name, args.plot)

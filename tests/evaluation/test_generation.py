@@ -146,6 +146,7 @@ def test_the_command(model_dir, tmp_path):
     out = [tmp_path / name for name in ("one.json", "two.json", "picture.png")]
     words = ["tools/eval_generation.py", model_dir, "--judge", model_dir, "--samples", 6]
     ways = ["streams=1", "streams=4", "draft=3", "streams=2,top_p=0.9"]
+    words += ["--marginal-places", 3]
     for path, batch in ((out[0], 1), (out[1], 4)):
         more = ["--batch", batch, "--json", path, "--plot", out[2], "--ways", *ways]
         done = run_tool(*words, *more)
@@ -155,6 +156,9 @@ def test_the_command(model_dir, tmp_path):
     for one, other in zip(first, second, strict=True):  # the texts do not depend on the batch
         for field in ("perplexity", "entropy", "distinct_2", "texts"):
             assert one[field] == pytest.approx(other[field], rel=1e-4)
+    ideal = json.loads(out[0].read_text())["marginal"]
+    assert 0 < ideal["acceptance"] < 1
+    assert "accepted at place 1 (3 places, 64 tokens each" in done.stdout
     assert [row["strategy"] for row in first] == ["strided", "strided", "exact", "strided"]
     assert first[0]["tokens_per_pass"] == 1
     assert first[1]["tokens_per_pass"] == pytest.approx(16 / 7)
@@ -182,3 +186,30 @@ def test_tokens_of_a_pass_do_not_depend_on_the_batch():
     alone, together = (generation.sample(model, inference.Decoding(draft=3), 6, 12, batch) for batch in (1, 6))
     assert alone.tokens == together.tokens
     assert 1 < alone.tokens_per_pass == together.tokens_per_pass
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_the_law_without_the_token_before_by_all_continuations(place):
+    """1 - TV by enumeration: the law of the token after next, with and without the next one."""
+    model, text = tiny_distribution(4, 6), [2, 1, 3]
+    begin = text[:place]
+
+    def law(tokens):
+        return model.logits(torch.tensor([[*tokens, 0]]))[0, -1].softmax(-1)
+
+    following = law(begin)
+    behind = torch.stack([law([*begin, token]) for token in range(4)])
+    without = following @ behind
+    expected = float(1 - 0.5 * (following @ (behind - without).abs().sum(-1)))
+    bounds = [
+        generation.marginal_acceptance(model, [[2, 1, 3, 0]], 1, 4, seed) for seed in range(20)
+    ]  # every place is drawn
+    assert any(bound.acceptance == pytest.approx(expected, abs=1e-12) for bound in bounds)
+    assert len({round(bound.acceptance, 9) for bound in bounds}) == 3
+    assert all(bound.covered == pytest.approx(1) for bound in bounds)
+    texts = model.generate(length=6, batch=400, seed=3)
+    accepted, _ = generation.acceptance(model, texts.tolist())
+    every = generation.marginal_acceptance(model, texts.tolist(), 200, 4)
+    assert accepted[0] < every.acceptance + 3 * every.error
+    part = generation.marginal_acceptance(model, texts.tolist(), 50, 2)
+    assert part.covered < 1
