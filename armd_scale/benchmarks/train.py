@@ -177,7 +177,7 @@ def armd_scale(steps: int, threads: int, trace: str | None, **sizes: Any) -> dic
         engine = Engine(config, place, kernels.attention_kernel(config.model_copy(update={"run_dir": folder}), place))
         tokens = np.random.default_rng(0).integers(0, vocab, (batch, length))
         first = 1000 if sizes["streams"] > 1 else 0
-        number = np.arange(length) * sizes["documents"] // length
+        number = np.arange(length) * sizes.get("documents", 1) // length
         starts = np.tile(packing.starts(np.diff(number, prepend=-1) > 0), (batch, 1))
         rows = engine.upload([training(config.objective).rows(config, tokens, first, range(batch), starts)])
         seconds = _step_seconds(lambda: engine.train_step(rows, 1e-4), steps, device)
@@ -190,7 +190,7 @@ def armd_scale(steps: int, threads: int, trace: str | None, **sizes: Any) -> dic
 
 def _configuration(
     objective: str, layers: int, hidden: int, vocab: int, length: int, batch: int, device: str, dtype: str, norm: str,
-    mlp: str, recompute: str, fp8: bool, streams: int, documents: int,
+    mlp: str, recompute: str, fp8: bool, streams: int, documents: int = 1,
 ) -> Any:  # fmt: skip
     """The run configuration of a measured step; ``UserError`` for sizes that are not valid."""
     from pydantic import ValidationError

@@ -34,7 +34,15 @@ def _step(rank, processes, rendezvous, kind, trace):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [{"objective": "ar"}, {"objective": "armd", "streams": 4}, {"objective": "mdm"}])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"objective": "ar"},
+        {"objective": "armd", "streams": 4},
+        {"objective": "armd", "documents": 4},
+        {"objective": "mdm"},
+    ],
+)
 def test_a_step_is_timed(kind, tmp_path):
     trace = str(tmp_path / "trace.json")
     row = run_processes(1, _step, kind, trace)[0]
