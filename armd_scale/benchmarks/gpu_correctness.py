@@ -108,7 +108,7 @@ def _place(device: str) -> torch.device:
 
 def _cases() -> Iterator[tuple[str, str, Any, Any]]:
     """Objective, kind of order, layout and rows of everything that is compared."""
-    from armd_scale import orders
+    from armd_scale import orders, packing
     from armd_scale.rows import arrange, corrupt
 
     natural, tokens = orders.left_to_right(256), _tokens()
@@ -116,8 +116,16 @@ def _cases() -> Iterator[tuple[str, str, Any, Any]]:
     layouts |= {f"strided, S = {s}": orders.strided(256, s) for s in (2, 4, 8)}
     for name, layout in layouts.items():
         yield "armd", f" {name}", layout, arrange(tokens, layout, 0)
+    starts = np.tile(packing.starts(np.isin(np.arange(256), np.cumsum([0, *_DOCUMENTS]))), (2, 1))
+    for name, draw in (("", orders.left_to_right), (", strided", lambda size: orders.strided(size, 4))):
+        layout = orders.join([*map(draw, _DOCUMENTS)])
+        yield "armd", f" documents{name}", layout, arrange(tokens, layout, 0, starts)
     yield "ar", "", natural, arrange(tokens, natural, 0)
     yield "mdm", "", natural, corrupt(tokens, _masked(), np.ones((2, 1)), 1000)
+
+
+_DOCUMENTS = (100, 28, 128)
+"""Tokens of the separate documents of a text."""
 
 
 def _tokens() -> np.ndarray:
@@ -201,8 +209,14 @@ class Network:
         if not self.model.traits.exact:
             logp = self.standalone.predict(self.standalone.denoise(rows.context_tokens)).log_softmax(-1)
             return -logp.gather(-1, tokens[..., None])[..., 0] * torch.from_numpy(_masked())
-        order, blocks = (torch.from_numpy(np.array(field)) for field in layout)
-        return self.standalone.nll(tokens, order, blocks)[:, order - 1]
+        losses, start = [], 0
+        for size in _DOCUMENTS if rows.starts is not None else (256,):
+            part = slice(start, start + size)
+            order, blocks = (torch.from_numpy(np.array(field[part])) for field in layout)
+            order, blocks = order - start, blocks - blocks[0] + 1
+            losses.append(self.standalone.nll(tokens[:, part], order, blocks)[:, order - 1])
+            start += size
+        return torch.cat(losses, dim=1)
 
 
 def _model(objective: Any) -> Any:

@@ -23,7 +23,7 @@ def _compare(rank, processes, rendezvous):
 
 def test_correct_results_pass():
     figures = run_processes(1, _compare)[0]
-    assert len(figures) == 16
+    assert len(figures) == 20
     for figure in figures:
         assert figure.passed, figure
         assert figure.value < 1e-5
@@ -40,7 +40,7 @@ def _compare_broken(rank, processes, rendezvous):
 
 def test_wrong_results_fail():
     figures = run_processes(1, _compare_broken)[0]
-    assert len(figures) == 14
+    assert len(figures) == 18
     assert not any(figure.passed for figure in figures)
 
 
