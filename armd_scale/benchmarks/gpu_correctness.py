@@ -277,7 +277,7 @@ def toy_run(processes: int, **parallel: int) -> Any:
     shape = {"layers": 4, "hidden": 128, "heads": 4, "length": 64, "vocab_size": 500, "bos_id": 0, "init_std": 0.05}
     return RunConfig.model_validate(
         {
-            "model": {**shape, "prefix": {"kernel": "learned"}},
+            "model": {**shape, "prefix": {"kernel": "learned", "width": 2.0}},
             "orders": {"ar_steps": 0, "permutation_steps": 1, "rho": 32, "strided_steps": 2, "streams": [4]},
             "optimizer": {"warmup_steps": 0, "lr": 1e-3},
             "train": {"steps": 2, "global_batch": 8, "micro_batch": 2, "dtype": "float32"},

@@ -258,7 +258,8 @@ def test_flops_match_the_definition():
     d, n = 64, 256
     projections_and_mlp = d * d + d * d + 8 * d * d  # query, output, MLP of one row
     row = projections_and_mlp + n * d  # plus scores and sums over n / 2 keys
-    macs = 2 * row + 3 * row + 4 * 2 * d * d + (128 + 2 * d) * d + 128 * d  # the seed by chunks of 2 d rows
+    seeds = 3 * (128 + 2 * d) * d  # three kernels, by chunks of 2 d rows
+    macs = 2 * row + 3 * row + 4 * 2 * d * d + seeds + 128 * d
     assert training_flops_per_token(c) == 6 * macs
 
 
