@@ -101,7 +101,7 @@ def _steps(
     size = QUICK if context.quick else size
     vocab, steps = (1000, 2) if context.quick else (50_257, 10)
     common = {**size, "vocab": vocab, "device": context.device, "dtype": context.dtype}
-    own = {"norm": "layernorm", "mlp": "gelu", "recompute": "none", "fp8": False, "streams": 1, "documents": 1, **shape}
+    own = {"norm": "layernorm", "mlp": "gelu", "recompute": "none", "fp8": False, "streams": 1, **shape}
     limit = train.matrix_products(context.device, context.dtype, threads=1)
     for kind, fields in kinds.items():
         train.free_memory(context.device)

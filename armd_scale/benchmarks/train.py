@@ -39,14 +39,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for number in range(max(map(len, sizes.values())))
     ]
     common = {"layers": args.layers, "vocab": args.vocab, "device": args.device, "dtype": args.dtype}
-    own = {
-        "norm": args.norm,
-        "mlp": args.mlp,
-        "recompute": args.recompute,
-        "fp8": args.fp8,
-        "streams": 1,
-        "documents": 1,
-    }
+    own = {"norm": args.norm, "mlp": args.mlp, "recompute": args.recompute, "fp8": args.fp8, "streams": 1}
     for size in places:
         for fields in filter(None, KINDS.values()):
             _configuration(**{**common, **own, **size, **fields})

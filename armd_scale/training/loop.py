@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -72,6 +72,14 @@ def train(config: RunConfig, rank: int, processes: int, local_rank: int, rendezv
         return _Trainer(config, samples, heldout, device, rank).run()
     finally:
         groups.stop()
+
+
+class _Texts(NamedTuple):
+    """Samples with their documents (``packing.starts``) and the tokens that count, [B, N] each; None: not needed."""
+
+    tokens: np.ndarray
+    starts: np.ndarray | None
+    counted: np.ndarray | None
 
 
 class _Trainer:
@@ -286,31 +294,37 @@ class _Trainer:
         count = min(len(self.heldout), config.train.eval_samples)
         indices = np.arange(count)[self.engine.data_rank :: ranks]
         numbers, parts = indices * len(self.heldout) // count, self._parts(len(indices))
+        texts = [self._heldout(numbers[part]) for part in parts]
         record: dict[str, Any] = {}
         with self.engine.averaged_weights():
             for kind in self.objective.kinds(config):
-                rows = [self._heldout_rows(kind, numbers[part], indices[part].tolist()) for part in parts]
+                pairs = zip(texts, parts, strict=True)
+                rows = [self._heldout_rows(kind, text, indices[part].tolist()) for text, part in pairs]
                 total, count = self.engine.evaluate(rows)
                 record[f"heldout_{kind}"] = total / count
                 record[f"heldout_{kind}_bits_per_byte"] = total / count / _LN2 / self.heldout.bytes_per_token
             if lags := self.objective.lags(config):
-                record |= self._drafting([numbers[part] for part in parts], lags)
+                record |= self._drafting(texts, lags)
         return record
 
-    def _heldout_rows(self, kind: str, numbers: np.ndarray, indices: Sequence[int]) -> Rows:
-        """Rows of the held-out samples ``numbers``, whose draws depend on the ``indices``."""
+    def _heldout(self, numbers: np.ndarray) -> _Texts:
+        """The held-out samples ``numbers``."""
         separate = self.config.data.documents == "separate"
         starts = self.heldout.starts(numbers) if separate else None
-        rows = self.objective.heldout_rows(self.config, kind, self.heldout.read(numbers), indices, starts)
-        return only(rows, self.heldout.flags(numbers, LOSS), 1.0) if self.heldout.has(LOSS) else rows
+        counted = self.heldout.flags(numbers, LOSS) if self.heldout.has(LOSS) else None
+        return _Texts(self.heldout.read(numbers), starts, counted)
 
-    def _drafting(self, parts: Sequence[np.ndarray], lags: int) -> dict[str, Any]:
+    def _heldout_rows(self, kind: str, texts: _Texts, indices: Sequence[int]) -> Rows:
+        """Rows of held-out samples, whose draws depend on the ``indices``."""
+        rows = self.objective.heldout_rows(self.config, kind, texts.tokens, indices, texts.starts)
+        return rows if texts.counted is None else only(rows, texts.counted, 1.0)
+
+    def _drafting(self, parts: Sequence[_Texts], lags: int) -> dict[str, Any]:
         """Acceptance of drafts on held-out texts, left to right, by the number of tokens that they look ahead."""
         batches: list[Rows] = []
-        for numbers in parts:
-            rows = self._heldout_rows("left_to_right", numbers, range(len(numbers)))
-            shape = len(numbers), self.config.model.length
-            batches += [look_ahead(rows, np.full(shape, lag)) for lag in range(1, lags + 1)]
+        for texts in parts:
+            rows = self._heldout_rows("left_to_right", texts, range(len(texts.tokens)))
+            batches += [look_ahead(rows, np.full(texts.tokens.shape, lag)) for lag in range(1, lags + 1)]
         accepted, reached = self.engine.acceptance(batches, lags)
         record = {f"acceptance_{lag}": value for lag, value in enumerate(accepted, start=1)}
         # A pass writes the token that it scores, and the drafted tokens up to the first refused one.
