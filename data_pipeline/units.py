@@ -164,7 +164,7 @@ class Stream:
         self._job, self._split, self._dtype = job, split, token_type(tokenizer.vocab_size)
         documents = [self.documents(number) for number in range(len(job.units))]
         self._first = np.cumsum([0, *map(len, documents)])
-        self._filtered: dict[tuple[int, str], np.ndarray] = {}  # files of the unit that was read last
+        self._files: dict[tuple[int, str], np.ndarray] = {}
         path = _keep_path(folder, split)
         self._keep = np.load(path, mmap_mode="r") if path.is_file() else None
         self._starts = np.cumsum([0, *(self._kept(n, docs)["tokens"].sum() for n, docs in enumerate(documents))])
@@ -253,18 +253,38 @@ class Stream:
     def _type(self, kind: str) -> np.dtype:
         return self._dtype if kind == "bin" else np.dtype(np.uint8)
 
+    def _file(self, number: int, kind: str) -> np.ndarray:
+        """The file of a unit with this suffix, duplicate documents included."""
+        if (number, kind) not in self._files:
+            path, dtype = self._job.place(number) / f"{self._split}.{kind}", self._type(kind)
+            empty = not path.stat().st_size
+            self._files[number, kind] = np.empty(0, dtype) if empty else np.memmap(path, dtype, mode="r")
+        return self._files[number, kind]
+
     def _tokens(self, number: int, kind: str) -> np.ndarray:
-        """The file of a unit with this suffix, without duplicate documents."""
-        if (number, kind) in self._filtered:
-            return self._filtered[number, kind]
-        path, dtype = self._job.place(number) / f"{self._split}.{kind}", self._type(kind)
-        tokens = np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+        """The file of a unit without duplicate documents."""
+        tokens = self._file(number, kind)
         if self._keep is None:
             return tokens
-        mask = np.repeat(self._mask(number), self.documents(number)["tokens"])
-        others = {key: kept for key, kept in self._filtered.items() if key[0] == number}
-        self._filtered = others | {(number, kind): tokens[mask]}
-        return self._filtered[number, kind]
+        return tokens[np.repeat(self._mask(number), self.documents(number)["tokens"])]
+
+    @functools.cached_property
+    def _places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Unit of every document, and its first token in the files of the unit."""
+        units, firsts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for number in range(len(self._job.units)):
+            documents = self.documents(number)
+            sizes = documents["tokens"].astype(np.int64)
+            firsts.append(self._kept(number, np.cumsum(sizes) - sizes))
+            units.append(np.full(len(firsts[-1]), number))
+        return np.concatenate(units), np.concatenate(firsts)
+
+    def piece(self, document: int, begin: int, size: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """``size`` tokens of a document from token ``begin`` on, and which of them count; None where all do."""
+        number, first = (int(values[document]) for values in self._places)
+        part = slice(first + begin, first + begin + size)
+        counted = self._file(number, "loss")[part].astype(bool) if self._job.fields.in_records else None
+        return self._file(number, "bin")[part], counted
 
 
 def write_shard(folder: str, split: str, place: Place, length: int) -> dict[str, Any]:
@@ -313,8 +333,7 @@ class Packed:
         """Tokens ``start`` to ``stop``, which are whole samples; EOS behind the documents of a sample."""
         out = np.full(stop - start, self._eos_id, self._stream.read(0, 0).dtype)
         for document, begin, size, at in self._inside(start, stop):
-            first = int(self._stream.starts[document]) + begin
-            out[at - start : at - start + size] = self._stream.read(first, first + size)
+            out[at - start : at - start + size] = self._stream.piece(document, begin, size)[0]
         return out
 
     def flags(self, start: int, stop: int) -> dict[str, np.ndarray]:
@@ -322,9 +341,8 @@ class Packed:
         firsts, counted = (np.zeros(stop - start + 1, dtype=bool) for _ in range(2))
         for document, begin, size, at in self._inside(start, stop):
             firsts[[at - start, at - start + size]] = True
-            first = int(self._stream.starts[document]) + begin
-            flags = self._stream.flags(first, first + size)
-            counted[at - start : at - start + size] = flags.get(shards.LOSS, True)
+            those = self._stream.piece(document, begin, size)[1]
+            counted[at - start : at - start + size] = True if those is None else those
         return {shards.DOCUMENTS: firsts[:-1], shards.LOSS: counted[:-1]}
 
     def tables(self) -> Iterator[pyarrow.Table]:
