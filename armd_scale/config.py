@@ -544,12 +544,15 @@ class TrainConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Layout of the processes. The data-parallel size is processes / (tensor x pipeline)."""
+    """Layout of the processes. The data-parallel size is processes / (tensor x context x pipeline)."""
 
     tensor: Positive = 1
     """Tensor-parallel size: processes that split each layer."""
     sequence: bool = False
     """Sequence parallelism: splits activations between tensor-parallel layers along the sequence."""
+    context: Positive = 1
+    """Context-parallel size: processes that share the tokens of each text, for long sequences. ``model.length`` must be
+    a multiple of 2 x context, and with ``sequence`` of 2 x context x tensor."""
     pipeline: Positive = 1
     """Pipeline-parallel size: number of pipeline stages."""
     chunks: Positive = 1
@@ -557,14 +560,16 @@ class ParallelConfig(Section):
     cut: list[Positive] | None = None
     """First layer of each virtual stage but the first, in order; null: minimise the cost of the costliest one."""
     zero: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO stage: 1 shards master weights, moments and moving average over the data-parallel ranks, 2 also
-    gradients, 3 also weights. Pipeline parallelism needs 0 or 1."""
+    """DeepSpeed ZeRO stage: 1 shards master weights, moments and moving average over the data-parallel and
+    context-parallel ranks, 2 also gradients, 3 also weights. Pipeline parallelism needs 0 or 1."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: none, those of attention, or all of a layer."""
 
     def describe(self) -> str:
         """The model-parallel part of the layout in words."""
         parts = [f"tensor {self.tensor}" + (" (sequence parallel)" if self.sequence else "")]
+        if self.context > 1:
+            parts.append(f"context {self.context}")
         if self.pipeline > 1:
             parts.append(f"pipeline {self.pipeline}" + (f" (x {self.chunks}, interleaved)" if self.chunks > 1 else ""))
         return " x ".join(parts)
@@ -710,6 +715,11 @@ class RunConfig(Section):
 
     @property
     def data_parallel(self) -> int:
+        return self.replicas // self.parallel.context
+
+    @property
+    def replicas(self) -> int:
+        """Processes that hold the same weights: data x context."""
         return self.cluster.processes // (self.parallel.tensor * self.parallel.pipeline)
 
     @property
@@ -737,9 +747,13 @@ class RunConfig(Section):
                 raise ValueError(f"model.{name} = {value} is not a multiple of parallel.tensor = {tensor}")
         if 128 % tensor:
             raise ValueError(f"parallel.tensor = {tensor} must divide 128, the padding of the vocabulary")
-        if self.parallel.sequence and model.length % tensor:
+        chunks = 2 * self.parallel.context if self.parallel.context > 1 else 1
+        parts = tensor if self.parallel.sequence else 1
+        if model.length % (chunks * parts):
+            reasons = [f"parallel.context = {self.parallel.context} needs chunks"] if chunks > 1 else []
+            reasons += [f"parallel.sequence needs parts for parallel.tensor = {tensor}"] if parts > 1 else []
             raise ValueError(
-                f"parallel.sequence needs model.length = {model.length} to be a multiple of parallel.tensor = {tensor}"
+                f"model.length = {model.length} is not a multiple of {chunks * parts}: {' and '.join(reasons)}"
             )
         per_pass = self.data_parallel * self.train.micro_batch
         if self.train.global_batch % per_pass:
@@ -778,7 +792,8 @@ class RunConfig(Section):
         model, parts = self.model, self.parallel.tensor
         sizes = {
             "model.hidden": model.hidden,
-            "model.length": model.length // (parts if self.parallel.sequence else 1),
+            "model.length / parallel.context": model.length
+            // (self.parallel.context * (parts if self.parallel.sequence else 1)),
             "model.ffn / parallel.tensor": model.ffn_width // parts,
             "heads x width / parallel.tensor": model.heads * model.head_size // parts,
             "2 x key heads x width / parallel.tensor": 2 * model.key_heads * model.head_size // parts,
@@ -802,8 +817,9 @@ class RunConfig(Section):
 
     def _check_layout(self) -> None:
         processes, tensor, parallel = self.cluster.processes, self.parallel.tensor, self.parallel
-        if processes % (tensor * parallel.pipeline):
-            stages = f" x parallel.pipeline = {parallel.pipeline}" if parallel.pipeline > 1 else ""
+        if processes % (tensor * parallel.context * parallel.pipeline):
+            stages = f" x parallel.context = {parallel.context}" if parallel.context > 1 else ""
+            stages += f" x parallel.pipeline = {parallel.pipeline}" if parallel.pipeline > 1 else ""
             raise ValueError(
                 f"{processes} processes (cluster.nodes x cluster.tasks_per_node) cannot be split into "
                 f"groups of parallel.tensor = {tensor}{stages}; choose a divisor of {processes}"

@@ -62,6 +62,9 @@ class Rows(NamedTuple):
     """First row of the document of every row, before which it sees nothing; None: each sample is one document."""
     counted: Tensor | None = None
     """Whether a target counts, [B, N]; None: all do. The weights of the others are 0."""
+    reach: int = 0
+    """At most so many of the context rows up to its own are not seen by a target; above 0 where blocks have several
+    tokens. A power of two, as shapes depend on it."""
     in_text_order: bool = False
     """Whether rows are known to go left to right, so that each sees nothing but tokens before its target."""
 
@@ -100,7 +103,7 @@ def arrange(tokens_BN: np.ndarray, layout: Layout, bos_id: int, starts_BN: np.nd
         before = np.concatenate([values[:, :1], values[:, :-1]], axis=-1)
         return np.where(first_BN, of_bos, before)
 
-    visible = None
+    visible, reach = None, 0
     if (np.diff(blocks, axis=-1) == 0).any():
         context_blocks = _tensor(behind_bos(blocks, blocks - 1))
         target_blocks = _tensor(blocks)
@@ -109,6 +112,8 @@ def arrange(tokens_BN: np.ndarray, layout: Layout, bos_id: int, starts_BN: np.nd
             torch.searchsorted(context_blocks, target_blocks, right=False),
             torch.searchsorted(target_blocks, target_blocks, right=True),
         )
+        unseen = torch.arange(1, order.shape[-1] + 1) - visible.context_of_target
+        reach = 1 << (int(unseen.max()) - 1).bit_length()
     return Rows(
         context_tokens=_tensor(behind_bos(targets, bos_id)),
         context_positions=_tensor(behind_bos(order, origins) - origins),
@@ -116,6 +121,7 @@ def arrange(tokens_BN: np.ndarray, layout: Layout, bos_id: int, starts_BN: np.nd
         target_positions=_tensor(order - origins),
         visible=visible,
         starts=None if starts_BN is None else _tensor(starts_BN),
+        reach=reach,
     )
 
 

@@ -6,8 +6,8 @@ sees n + 1 keys), the mask of both streams with one token a block, whatever the 
 Masked diffusion sees every key: ``causal`` is False, and there is no mask.
 
 - ``attend``: selects a backend.
-- ``sdpa``: without a mask, streams become query heads of one grouped-query call, by a kernel that can be named; with
-  ``Seen``, such a call for each document, or a boolean mask.
+- ``sdpa``: without a mask, streams become query heads of one grouped-query call, by a kernel that can be named.
+- ``pieces``: ``Seen`` on a CPU: a call for each block of rows, over the keys that the block sees.
 - ``flex``: ``Seen`` as a block mask, for CUDA.
 - ``dense``: the reference: explicit scores and softmax in the type of its inputs (float64 in tests).
 - ``measure``: seconds of every kernel that runs on this device; the run chooses the fastest.
@@ -28,6 +28,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from armd_scale.model.regions import fused
+
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -40,25 +42,26 @@ MASK_BLOCK = 128
 """Rows and keys of a block of a block mask."""
 
 
-LONG = 512
-"""Rows of a text from which separate documents are a causal call each on a CPU; a mask is faster for shorter ones."""
+PIECE = 128
+"""Rows of a call of ``pieces``."""
+
+
+class Span(NamedTuple):
+    """Rows, and the keys that they see at most."""
+
+    rows: slice
+    keys: slice
 
 
 class Seen(NamedTuple):
     """The keys that each query sees: ``first`` (None: the first of all) to ``end`` (exclusive), [S, B, N] each, or
-    [1, B, N] for all streams.
+    [1, B, N] for all streams, or [S, 1, N] for all texts.
     """
 
     end: Tensor
     first: Tensor | None = None
-    documents: list[list[int]] | None = None
-    """With one token a block: lengths of the documents of every text, in each of which a row sees those up to itself.
-    """
-
-    @property
-    def as_heads(self) -> bool:
-        """Whether streams become query heads, as they do without a mask."""
-        return self.documents is not None
+    spans: tuple[Span, ...] | None = None
+    """Blocks of rows of which it is known, without a look at ``end`` and ``first``, which keys they see at most."""
 
 
 def attend(
@@ -73,36 +76,27 @@ def attend(
 
     ``kernel``: name in ``KERNELS`` for attention without a mask; None: PyTorch's choice.
     """
-    if seen is not None and q_SBGRND.is_cuda:
-        return flex(q_SBGRND, k_BGMD, v_BGMD, seen)
-    return sdpa(q_SBGRND, k_BGMD, v_BGMD, seen, causal, kernel)
-
-
-def sdpa(
-    q_SBGRND: Tensor,
-    k_BGMD: Tensor,
-    v_BGMD: Tensor,
-    seen: Seen | None = None,
-    causal: bool = True,
-    kernel: str | None = None,
-) -> Tensor:
-    """``torch.nn.functional.scaled_dot_product_attention``, without a mask by one of ``KERNELS`` (None: PyTorch's)."""
     if seen is None:
-        return _unmasked(q_SBGRND, k_BGMD, v_BGMD, causal, kernel)
-    if seen.documents is not None:
-        return _by_document(q_SBGRND, k_BGMD, v_BGMD, seen.documents)
-    q_BHRD, (first_BR, end_BR) = _streams_to_rows(q_SBGRND, seen)
-    key = torch.arange(k_BGMD.shape[2], device=end_BR.device)
-    mask_BRM = key < end_BR[..., None]
-    if first_BR is not None:
-        mask_BRM = mask_BRM & (key >= first_BR[..., None])
-    out = F.scaled_dot_product_attention(
-        q_BHRD, k_BGMD, v_BGMD, attn_mask=mask_BRM[:, None], enable_gqa=q_SBGRND.shape[3] > 1
-    )
-    return _rows_to_streams(out, q_SBGRND.shape)
+        return sdpa(q_SBGRND, k_BGMD, v_BGMD, causal, kernel)
+    return masked(q_SBGRND, k_BGMD, v_BGMD, seen)
 
 
-def _unmasked(q_SBGRND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, causal: bool, kernel: str | None) -> Tensor:
+def _products(q_SBGRND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, seen: Seen) -> float:
+    """Operations of the two products of attention over ``Seen.spans``, whose last keys a row sees up to its own."""
+    S, B, G, R, _, D = q_SBGRND.shape
+    assert seen.spans
+    sizes = [(rows.stop - rows.start, keys.stop - keys.start) for rows, keys in seen.spans]
+    return 2 * 2 * S * B * G * R * D * sum(rows * (keys - rows / 2) for rows, keys in sizes)
+
+
+@fused(keeps=lambda read, made: [*read[:3], *made], work=_products)
+def masked(q_SBGRND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, seen: Seen) -> Tensor:
+    """Attention with ``Seen``, by ``flex`` or ``pieces``."""
+    return (flex if q_SBGRND.is_cuda else pieces)(q_SBGRND, k_BGMD, v_BGMD, seen)
+
+
+def sdpa(q_SBGRND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, causal: bool = True, kernel: str | None = None) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention`` by one of ``KERNELS`` (None: PyTorch's choice)."""
     S, B, G, R, N, D = q_SBGRND.shape
     # Streams become additional query heads of the same key head: a view if memory is [N, B, G, S, R, D].
     q_BHND = q_SBGRND.permute(1, 2, 0, 3, 4, 5).reshape(B, G * S * R, N, D)
@@ -111,13 +105,89 @@ def _unmasked(q_SBGRND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, causal: bool, ke
     return out.unflatten(1, (G, S, R)).permute(2, 0, 1, 3, 4, 5)
 
 
-def _by_document(q_SBGRND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, documents: list[list[int]]) -> Tensor:
-    texts = []
-    for number, sizes in enumerate(documents):
-        text = slice(number, number + 1)
-        parts = zip(*(x.split(sizes, -2) for x in (q_SBGRND[:, text], k_BGMD[text], v_BGMD[text])), strict=True)
-        texts.append(torch.cat([_unmasked(q, k, v, True, None) for q, k, v in parts], dim=-2))
-    return torch.cat(texts, dim=1)
+def pieces(q_SBGRND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, seen: Seen) -> Tensor:
+    """PyTorch's flash attention for CPUs, block of rows by block of rows.
+
+    What the blocks see is found once per ``seen.end``, which all layers of a kind share.
+    """
+    known, streams = _KNOWN.setdefault(seen.end, {}), len(q_SBGRND)
+    key = streams, q_SBGRND.dtype
+    if key not in known:
+        known[key] = _cut(seen, streams, q_SBGRND.dtype)
+    return _Pieces.apply(q_SBGRND, k_BGMD, v_BGMD, known[key])
+
+
+class _Piece(NamedTuple):
+    rows: slice
+    keys: slice
+    mask: Tensor
+    """0 where a row sees a key, else -inf: [B, 1, S * rows, keys], or [1, ...] for all texts."""
+
+
+def _cut(seen: Seen, streams: int, dtype: torch.dtype) -> list[_Piece]:
+    end, first = seen.end, torch.zeros_like(seen.end) if seen.first is None else seen.first
+    spans = seen.spans
+    if spans is None:
+        if (end == end[:, :1]).all() and (first == first[:, :1]).all():
+            end, first = end[:, :1], first[:, :1]
+        blocks = zip(first.split(PIECE, -1), end.split(PIECE, -1), strict=True)
+        starts = range(0, end.shape[-1], PIECE)
+        spans = tuple(
+            Span(slice(at, at + PIECE), slice(int(low.min()), int(high.max())))
+            for at, (low, high) in zip(starts, blocks, strict=True)
+        )
+    cut = []
+    for rows, keys in spans:
+        key = torch.arange(keys.start, keys.stop, device=end.device)
+        low, high = first[..., rows, None], end[..., rows, None]
+        hidden = ((key < low) | (key >= high)).expand(streams, -1, -1, -1)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=end.device).masked_fill(hidden, -torch.inf)
+        cut.append(_Piece(rows, keys, mask.transpose(0, 1).flatten(1, 2)[:, None]))
+    return cut
+
+
+class _Pieces(torch.autograd.Function):
+    """``pieces``. Slices of the keys would each have a whole gradient; here they add to one."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cut: list[_Piece]) -> Tensor:
+        S, B, G, R, N, D = q.shape
+        out = q.new_empty(N, S, B, G, R, D).permute(1, 2, 3, 4, 0, 5)  # the memory layout that layers read
+        sums = []
+        for rows, keys, mask in cut:
+            part, total = _flash_forward(_as_heads(q, rows), k[:, :, keys], v[:, :, keys], 0.0, False, attn_mask=mask)
+            _as_streams(out, rows).copy_(part.view(B, G, R, S, -1, D))
+            sums.append(total)
+        ctx.save_for_backward(q, k, v, out, *sums)
+        ctx.cut = cut
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        q, k, v, out, *sums = ctx.saved_tensors
+        S, B, G, R, _, D = q.shape
+        grads = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (rows, keys, mask), total in zip(ctx.cut, sums, strict=True):
+            tensors = _as_heads(grad, rows), _as_heads(q, rows), k[:, :, keys], v[:, :, keys], _as_heads(out, rows)
+            of_q, of_k, of_v = _flash_backward(*tensors, total, 0.0, False, attn_mask=mask)
+            _as_streams(grads[0], rows).copy_(of_q.view(B, G, R, S, -1, D))
+            grads[1][:, :, keys] += of_k
+            grads[2][:, :, keys] += of_v
+        return *grads, None
+
+
+_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _as_streams(x_SBGRND: Tensor, rows: slice) -> Tensor:
+    """A view of rows as [B, G, R, S, n, D]."""
+    return x_SBGRND[..., rows, :].permute(1, 2, 3, 0, 4, 5)
+
+
+def _as_heads(x_SBGRND: Tensor, rows: slice) -> Tensor:
+    """Rows as [B, G * R, S * n, D]."""
+    return _as_streams(x_SBGRND, rows).flatten(3, 4).flatten(1, 2)
 
 
 def flex(q_SBGRND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, seen: Seen) -> Tensor:
@@ -127,14 +197,14 @@ def flex(q_SBGRND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, seen: Seen) -> Tensor
     """
     from torch.nn.attention.flex_attention import flex_attention
 
-    q_BHRD, (first_BR, end_BR) = _streams_to_rows(q_SBGRND, seen)
-    masks, streams = _MASKS.setdefault(seen.end, {}), len(q_SBGRND)
-    mask = masks.get(streams)
-    if mask is None:
-        mask = masks[streams] = block_mask(end_BR, k_BGMD.shape[2], first_BR)
+    S, B, G, R, N, _ = q_SBGRND.shape
+    masks = _KNOWN.setdefault(seen.end, {})
+    if S not in masks:
+        masks[S] = block_mask(*_edges(seen, S, B), k_BGMD.shape[2])
     kernel: Callable = _compiled_flex() if q_SBGRND.is_cuda else flex_attention
-    out = kernel(q_BHRD, k_BGMD, v_BGMD, block_mask=mask, enable_gqa=q_SBGRND.shape[3] > 1)
-    return _rows_to_streams(out, q_SBGRND.shape)
+    q_BHRD = _as_heads(q_SBGRND, slice(None))  # a view if memory is [S, N, B, G, R, D]
+    out = kernel(q_BHRD, k_BGMD, v_BGMD, block_mask=masks[S], enable_gqa=R > 1)
+    return out.unflatten(2, (S, N)).unflatten(1, (G, R)).permute(3, 0, 1, 2, 4, 5)
 
 
 def dense(q_SBGRND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, seen: Seen | None = None, causal: bool = True) -> Tensor:
@@ -152,28 +222,21 @@ def dense(q_SBGRND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, seen: Seen | None = 
     return torch.einsum("sbgrnm,bgmd->sbgrnd", weights, v_BGMD)
 
 
-def _streams_to_rows(q_SBGRND: Tensor, seen: Seen) -> tuple[Tensor, tuple[Tensor | None, Any]]:
-    """Streams become additional query rows: [B, H, S * N, D], and first and end of what they see, [B, S * N] each; a
-    view if memory is [S, N, B, G, R, D].
-    """
-    q_BHRD = q_SBGRND.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).flatten(1, 2)
-    first, end = (
-        None if edge is None else edge.expand(len(q_SBGRND), -1, -1).transpose(0, 1).flatten(1)
-        for edge in (seen.first, seen.end)
+def _edges(seen: Seen, streams: int, batch: int) -> tuple[Tensor, Tensor | None]:
+    """End and first of what rows see, where streams are additional rows: [B, S * N] each."""
+    end, first = (
+        None if edge is None else edge.expand(streams, batch, -1).transpose(0, 1).flatten(1)
+        for edge in (seen.end, seen.first)
     )
-    return q_BHRD, (first, end)
+    assert end is not None
+    return end, first
 
 
-def _rows_to_streams(out_BHRD: Tensor, shape: torch.Size) -> Tensor:
-    S, _, G, R, N, _ = shape
-    return out_BHRD.unflatten(2, (S, N)).unflatten(1, (G, R)).permute(3, 0, 1, 2, 4, 5)
+_KNOWN = WeakTensorKeyDictionary()
+"""Block masks and pieces by the ``Seen.end`` they were made from, for the lifetime of the tensor."""
 
 
-_MASKS = WeakTensorKeyDictionary()
-"""Block masks by the ``Seen.end`` they were made from, for the lifetime of the tensor, and by the number of streams."""
-
-
-def block_mask(end_BR: Tensor, keys: int, first_BR: Tensor | None = None):
+def block_mask(end_BR: Tensor, first_BR: Tensor | None, keys: int):
     """``BlockMask`` of runs of keys. A block of rows sees all key blocks that are inside the run of each of its rows,
     and none outside all runs; the other key blocks are masked key by key. Does not synchronise with the device.
     """
@@ -255,7 +318,7 @@ def measure(
             for _ in range(3 + repeats):
                 _finish(device)
                 started = time.perf_counter()
-                torch.autograd.grad(sdpa(q, k, v, None, causal, kernel), (q, k, v), gradient)
+                torch.autograd.grad(sdpa(q, k, v, causal, kernel), (q, k, v), gradient)
                 _finish(device)
                 seconds.append(time.perf_counter() - started)
             table[kernel] = sorted(seconds[3:])[repeats // 2]

@@ -33,6 +33,8 @@ from torch.utils.checkpoint import checkpoint
 from armd_scale import formulas
 from armd_scale.config import ModelConfig
 from armd_scale.model.attention import Seen, attend
+from armd_scale.model.context import Gather
+from armd_scale.model.context import share as context_share
 from armd_scale.model.float8 import Float8ColumnParallelLinear, Float8RowParallelLinear
 from armd_scale.model.parameters import ONES, ZEROS, Initial, describe
 from armd_scale.model.regions import fused, inputs
@@ -211,6 +213,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, parallel: TransformerConfig, kinds: Linears, recompute: bool) -> None:
         super().__init__()
+        self.share = context_share(parallel)
         self.recompute = recompute
         self.kernel: str | None = None  # a name of attention.KERNELS
         self.causal = config.traits.causal
@@ -249,14 +252,17 @@ class Attention(nn.Module):
 
         ``drafts``: columns of draft rows, the last ones.
         """
-        q = _adapted(self.query(queries)[0], queries, self.query_adapter, drafts)
         kv, _ = self.key_value(context)
         kv_NBG2D = kv.unflatten(-1, (self.key_heads, 2, self.head_dim))
         k_NBGD, v_NBGD = rotate_keys(kv_NBG2D, *key_rope, self.key_norm, self.eps)
-        streams, as_heads = queries.shape[1] // context.shape[1], seen is None or seen.as_heads
+        gathered = Gather(torch.stack([k_NBGD, v_NBGD], dim=1), self.share) if self.share.ranks > 1 else None
+        q = _adapted(self.query(queries)[0], queries, self.query_adapter, drafts)
+        streams, as_heads = queries.shape[1] // context.shape[1], seen is None
         q_NRHD = q.unflatten(-1, (self.heads, self.head_dim))
         q = rotate_queries(q_NRHD, *query_rope, self.key_heads, streams, as_heads, self.query_norm, self.eps)
         q_SBGRND = q.permute((3, 1, 2, 4, 0, 5) if as_heads else (0, 2, 3, 4, 1, 5))
+        if gathered:
+            k_NBGD, v_NBGD = gathered.finish().unbind(1)
         keys_values = k_NBGD.permute(1, 2, 0, 3), v_NBGD.permute(1, 2, 0, 3)
         inputs = (q_SBGRND, *keys_values, seen, self.causal, self.kernel)
         if self.recompute and torch.is_grad_enabled():

@@ -19,6 +19,7 @@ from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
     vocab_parallel_cross_entropy,
 )
@@ -26,10 +27,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from armd_scale import packing
 from armd_scale.config import AdapterConfig, ModelConfig
-from armd_scale.model import laws
-from armd_scale.model.attention import LONG, Seen
+from armd_scale.model import attention, context, laws
+from armd_scale.model.attention import Seen, Span
 from armd_scale.model.layers import (
     Layer,
     Linears,
@@ -40,7 +40,7 @@ from armd_scale.model.layers import (
     rotary,
 )
 from armd_scale.model.parameters import Initial, describe
-from armd_scale.model.prefix import PrefixAggregation
+from armd_scale.model.prefix import PrefixAggregation, neighbours
 from armd_scale.model.regions import on_cuda
 from armd_scale.rows import Rows
 
@@ -69,6 +69,7 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.draft_law, self.freeze = draft_law, freeze
+        self.share = context.share(config)
         kinds = kinds or linears(bool(config.fp8))
         self.head_batch = head_batch
         last = model_config.layers if last is None else last
@@ -121,7 +122,7 @@ class Stage(nn.Module):
 
         ``teacher``: a whole left-to-right network, for rows in text order. With a teacher or drafts the result is
         [3, B, N]: NLL, KL(teacher || network) in nats, and loss of the drafts times their weights. Stages before the
-        last return their activations.
+        last return their activations. A context-parallel rank has the results of its rows (``context.Share``).
         """
         h = self.hidden(rows)
         if self.is_last:
@@ -134,15 +135,16 @@ class Stage(nn.Module):
 
     def _scored(self, h: Tensor, rows: Rows, teacher: "Stage | None") -> Tensor:
         """The result of the last stage."""
-        h, *ahead = (part.contiguous() for part in h.split(len(rows.target_tokens), dim=1)) if rows.drafts else (h,)
+        own = self.share.of(rows)
+        h, *ahead = (part.contiguous() for part in h.split(len(own.target_tokens), dim=1)) if own.drafts else (h,)
         h = h.detach() if self.freeze else h
-        scores = self.nll(h, rows.target_tokens) if teacher is None else self._taught(h, rows, teacher)
-        scores = scores if rows.weights is None else scores * rows.weights
+        scores = self.nll(h, own.target_tokens) if teacher is None else self._taught(h, rows, teacher)
+        scores = scores if own.weights is None else scores * own.weights
         if teacher is None and not ahead:
             return scores
         planes = list(scores) if teacher else [scores, torch.zeros_like(scores)]
         for drafts in ahead:
-            planes.append(self._drafted(drafts, h, rows))
+            planes.append(self._drafted(drafts, h, own))
         return torch.stack(planes + [torch.zeros_like(planes[0])] * (3 - len(planes)))
 
     def hidden(self, rows: Rows) -> Tensor:
@@ -151,13 +153,14 @@ class Stage(nn.Module):
         assert h is not None
         streams = next(iter(self.layers.values())).streams_in
         h = h[:, : streams * len(rows.target_tokens) + _drafted(rows)]
-        of_context = self._rotary(rows.context_positions)
+        own = self.share.of(rows)
+        of_context = self._rotary(own.context_positions)
         shift = int(self.model_config.prefix.place == "before")
-        of_target = self._rotary(rows.target_positions - shift)
-        of_targets = of_target.repeat(self._rotary(rows.drafts.positions - shift)) if rows.drafts else of_target
+        of_target = self._rotary(own.target_positions - shift)
+        of_targets = of_target.repeat(self._rotary(own.drafts.positions - shift)) if own.drafts else of_target
         of_all = of_context.repeat(of_targets)
         # Made once for all layers, as backends cache data derived from a mask with its tensor (see attention.flex).
-        seen_of_targets, seen_of_context, seen_of_all = self._seen(rows)
+        seen_of_targets, seen_of_context, seen_of_all = self._seen(own, rows.context_tokens.shape[1])
         drafts = int(rows.drafts is not None)
         apart = bool(drafts) and self.freeze and torch.is_grad_enabled()
         update: Tensor | None = None  # residual update of the previous layer, not yet added to h
@@ -182,20 +185,28 @@ class Stage(nn.Module):
                 h, update = self._through(layer, h, update, *inputs, drafts, apart)
         return h if update is None else h + update
 
-    def _seen(self, rows: Rows) -> tuple[Seen | None, Seen | None, Seen | None]:
+    def _seen(self, own: Rows, length: int) -> tuple[Seen | None, Seen | None, Seen | None]:
         """What targets see of targets, targets of the context, and context and targets of the context."""
-        first = None if rows.starts is None else rows.starts[None]
-        if rows.visible is not None:
-            context_of_context, context_of_target, target_of_target = rows.visible
+        first = None if own.starts is None else own.starts[None]
+        if own.visible is not None:
+            context_of_context, context_of_target, target_of_target = own.visible
             both = torch.stack([context_of_context, context_of_target])
             return Seen(target_of_target[None], first), Seen(context_of_target[None], first), Seen(both, first)
-        if first is None:
+        if not self.model_config.traits.causal or (first is None and self.share.ranks == 1):
             return None, None, None
-        length, documents = first.shape[-1], None
-        if first.device.type == "cpu" and length >= LONG:
-            documents = [packing.lengths(starts) for starts in first[0].numpy()]
-        seen = Seen(torch.arange(1, length + 1, device=first.device).expand_as(first), first, documents)
+        end = self.share.part(torch.arange(1, length + 1, device=own.context_tokens.device))[None, None]
+        seen = Seen(end, first, None if first is not None else self._spans(length))
         return seen, seen, seen
+
+    def _spans(self, length: int) -> tuple[Span, ...]:
+        """What the rows of this rank see at most with one token a block."""
+        spans, done = [], 0
+        for chunk in self.share.chunks(length):
+            for start in range(chunk.start, chunk.stop, attention.PIECE):
+                stop = min(start + attention.PIECE, chunk.stop)
+                spans.append(Span(slice(done, done + stop - start), slice(0, stop)))
+                done += stop - start
+        return tuple(spans)
 
     def _through(self, layer: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor]:
         # The context is entered per layer, as recomputation in the backward pass needs the context too.
@@ -246,20 +257,19 @@ class Stage(nn.Module):
             taught = teacher.hidden(rows._replace(drafts=None))
         return self._in_parts(score, h, rows.target_tokens, taught)
 
-    def _drafted(self, ahead: Tensor, h: Tensor, rows: Rows) -> Tensor:
+    def _drafted(self, ahead: Tensor, h: Tensor, own: Rows) -> Tensor:
         """Loss of draft rows from activations [N, B, d] of draft and target rows, times its weights, [B, N]."""
-        assert rows.drafts
+        assert own.drafts
         if not self.draft_law:
-            return self.nll(ahead, rows.drafts.tokens) * rows.drafts.weights
+            return self.nll(ahead, own.drafts.tokens) * own.drafts.weights
 
-        def score(ahead: Tensor, lags_and_tokens: Tensor, h: Tensor) -> Tensor:
-            lags_BN, tokens_BN = lags_and_tokens.unbind(1)
+        def score(ahead: Tensor, tokens_BN: Tensor, judges: Tensor) -> Tensor:
             with torch.no_grad():
-                judged = _later(self.logits(h), lags_BN)
-            return laws.scores(self.logits(ahead), tokens_BN.t(), judged)[1].t()
+                known = self.logits(judges)
+            return laws.scores(self.logits(ahead), tokens_BN.t(), known)[1].t()
 
-        lags_and_tokens = torch.stack([rows.drafts.lags, rows.drafts.tokens], dim=1)
-        return self._in_parts(score, ahead, lags_and_tokens, h.detach()) * rows.drafts.weights
+        judges = self._later(h.detach(), own.drafts.lags)
+        return self._in_parts(score, ahead, own.drafts.tokens, judges) * own.drafts.weights
 
     def _nll(self, h: Tensor, target_tokens_BN: Tensor) -> Tensor:
         if self.config.tensor_model_parallel_size == 1 and on_cuda(h):
@@ -270,23 +280,46 @@ class Stage(nn.Module):
     @torch.no_grad()
     def accepted(self, rows: Rows) -> Tensor:
         """``laws.overlap`` of every draft row and of the target row that predicts the same token: [B, N]."""
-        assert rows.drafts
-        h, ahead = (part.contiguous() for part in self.hidden(rows).split(len(rows.target_tokens), dim=1))
+        own = self.share.of(rows)
+        assert own.drafts
+        h, ahead = (part.contiguous() for part in self.hidden(rows).split(len(own.target_tokens), dim=1))
 
-        def score(ahead: Tensor, lags_BN: Tensor, h: Tensor) -> Tensor:
-            return laws.overlap(self.logits(ahead), _later(self.logits(h), lags_BN)).t()
+        def score(ahead: Tensor, _: Tensor, judges: Tensor) -> Tensor:
+            return laws.overlap(self.logits(ahead), self.logits(judges)).t()
 
-        return self._in_parts(score, ahead, rows.drafts.lags, h)
+        return self._in_parts(score, ahead, own.drafts.tokens, self._later(h, own.drafts.lags))
+
+    @torch.no_grad()
+    def _later(self, h: Tensor, lags_BN: Tensor) -> Tensor:
+        """Activations of the target rows that predict the tokens of draft rows; any for tokens behind the text."""
+        if self.config.sequence_parallel:
+            h = gather_from_sequence_parallel_region(h, tensor_parallel_output_grad=False)
+        length = len(h) * self.share.ranks
+        index_NB = self.share.part(torch.arange(length, device=h.device))[:, None] + lags_BN.t()
+        every = context.gather(h, self.share)
+        later = every.gather(0, index_NB.clamp(max=length - 1)[..., None].expand(-1, -1, h.shape[2]))
+        return scatter_to_sequence_parallel_region(later) if self.config.sequence_parallel else later
 
     def _enter(self, rows: Rows) -> Tensor:
-        h = self.embedding(rows.context_tokens).transpose(0, 1).contiguous()
-        if self.model_config.traits.streams == 2:
-            seen = rows.visible and rows.visible.context_of_target
-            seeds = [self.prefix(h, rows.context_positions, rows.target_positions, seen, rows.starts)]
-            if rows.drafts:
-                of_drafts = rows.context_positions, rows.drafts.positions, None, rows.starts
-                seeds.append(self.prefix(h, *of_drafts, drafts=True))
-            h = torch.cat([h, *seeds], dim=1)
+        if self.model_config.traits.streams == 1:
+            h = self.embedding(self.share.part(rows.context_tokens)).transpose(0, 1).contiguous()
+            return scatter_to_sequence_parallel_region(h) if self.config.sequence_parallel else h
+        length = rows.context_tokens.shape[1]
+        windows = self.prefix.windows(rows)
+        tokens = [rows.context_tokens[:, window] for window in windows]
+        nearest, targets = [], [rows.target_positions, *([rows.drafts.positions] if rows.drafts else [])]
+        if self.model_config.prefix.neighbour:
+            nearest = [neighbours(rows, targets_BN) for targets_BN in targets]
+            tokens += [self.share.part(tokens_BN) for tokens_BN, _ in nearest]
+        embedded = self.embedding(torch.cat(tokens, dim=1)).split([part.shape[1] for part in tokens], dim=1)
+        seeds = self.prefix(embedded[: len(windows)], rows)
+        for number, (_, seen_BN) in enumerate(nearest):
+            seen_NB1 = self.share.part(seen_BN).t()[..., None]
+            seeds[number] = seeds[number] + embedded[len(windows) + number].transpose(0, 1) * seen_NB1
+        chunks = zip(self.share.chunks(length), windows, embedded, strict=False)
+        x = [part[:, chunk.start - window.start :] for chunk, window, part in chunks]
+        context_NBd = torch.cat(x, dim=1).transpose(0, 1)
+        h = torch.cat([context_NBd, *(seed.to(context_NBd.dtype) for seed in seeds)], dim=1)
         return scatter_to_sequence_parallel_region(h) if self.config.sequence_parallel else h
 
     def _rotary(self, positions_BN: Tensor) -> Rotary:
@@ -296,12 +329,6 @@ class Stage(nn.Module):
 def _drafted(rows: Rows) -> int:
     """Columns of draft rows."""
     return len(rows.target_tokens) if rows.drafts else 0
-
-
-def _later(logits_NBV: Tensor, lags_BN: Tensor) -> Tensor:
-    """The logits of the target rows that predict the tokens of draft rows; any for tokens behind the text."""
-    index_NB = torch.arange(len(logits_NBV), device=logits_NBV.device)[:, None] + lags_BN.t()
-    return logits_NBV.gather(0, index_NB.clamp(max=len(logits_NBV) - 1)[..., None].expand_as(logits_NBV))
 
 
 def is_adapter(name: str) -> bool:

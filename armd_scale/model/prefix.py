@@ -11,10 +11,16 @@ embeddings. Rows before the chunk contribute through a running state of d_pe x d
 carries. A target costs (rows of a chunk) x d within its chunk and 2 d_pe x d for the state. So a text of up to 2 d_pe
 rows is one chunk without a state, and the cost per token of longer texts does not depend on their length.
 
-Columns of x do not mix, so each tensor-parallel rank computes a part of them.
+With blocks of several tokens a target does not see the last rows before it, ``Rows.reach`` at most: these are looked
+up as well, and the state ends before them.
+
+Columns of x do not mix, so each tensor-parallel rank computes a part of them. Context-parallel ranks exchange the
+states of their chunks of the text.
 """
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -26,8 +32,10 @@ from torch import Tensor, nn
 
 from armd_scale.config import ModelConfig
 from armd_scale.formulas import position_table, scale_prefix
+from armd_scale.model import context
 from armd_scale.model.parameters import ZEROS, Initial, describe
 from armd_scale.model.regions import fused
+from armd_scale.rows import Rows
 
 CHUNK = 128, 1024
 """Minimum and maximum rows of a chunk of a text with several chunks."""
@@ -61,10 +69,11 @@ def look_up(targets_BC: Tensor, context_BC: Tensor, seen_BCC: Tensor, kernel: Te
 
 
 class PrefixAggregation(nn.Module):
-    """Seeds [N, B, d] of all targets from the embeddings [N, B, d] of the context rows."""
+    """Seeds of all targets from the embeddings of the context rows."""
 
     def __init__(self, config: ModelConfig, parallel: TransformerConfig) -> None:
         super().__init__()
+        self.share = context.share(parallel)
         self.prefix_config = config.prefix
         self.dim = config.prefix_dim
         self.rows = config.length + 1
@@ -94,71 +103,125 @@ class PrefixAggregation(nn.Module):
             self.target_projection = nn.Parameter(torch.empty(config.hidden, self.dim, dtype=dtype))
             describe(self.target_projection, Initial(config.init_std))
 
-    def forward(
-        self,
-        x_NBd: Tensor,
-        context_BN: Tensor,
-        targets_BN: Tensor,
-        visible_BN: Tensor | None,
-        starts_BN: Tensor | None = None,
-        drafts: bool = False,
-    ) -> Tensor:
-        """``context_BN``, ``targets_BN``: positions of the rows; ``visible_BN``: end of the context rows that a target
-        sees (None: row n sees up to n + 1); ``starts_BN``: the first of them (None: 0); ``drafts``: whether the targets
-        are draft rows.
+    def windows(self, rows: Rows) -> list[slice]:
+        """The context rows, of every chunk of the text that this rank holds, whose embeddings its targets need."""
+        chunks = self.share.chunks(rows.context_positions.shape[1])
+        return [slice(max(0, chunk.start - rows.reach), chunk.stop) for chunk in chunks]
+
+    def forward(self, windows_BNd: Sequence[Tensor], rows: Rows) -> list[Tensor]:
+        """Seeds [N, B, d] of the targets, and of the draft rows if there are any, without their neighbours.
+
+        ``windows_BNd``: the embeddings of ``windows``; ``rows``: those of all ranks.
         """
-        batch, length = context_BN.shape
-        # A block may reach back any distance, so block layouts are one chunk.
-        chunk = self.chunk if visible_BN is None else length
-        rows = torch.arange(length, device=x_NBd.device)
+        length, own = rows.context_positions.shape[1], self.share
+        visible_BN = rows.visible.context_of_target if rows.visible else None
         if visible_BN is None:
-            visible_BN = (rows + 1).expand(batch, length)
-        whole_NBd, gates_Kd = x_NBd, self.gate
-        if drafts and self.draft_gate is not None:
-            gates_Kd = self.gate + self.draft_gate
+            visible_BN = torch.arange(1, length + 1, device=windows_BNd[0].device).expand_as(rows.context_positions)
+        kinds = [_Targets(rows.target_positions, self.gate)]
+        if rows.drafts:
+            more = self.draft_gate is not None
+            kinds.append(_Targets(rows.drafts.positions, self.gate + self.draft_gate if more else self.gate))  # type: ignore[operator]
         if self.split:
-            x_NBd = scatter_to_tensor_model_parallel_region(x_NBd)
-            gates_Kd = gates_Kd if gates_Kd is None else scatter_to_tensor_model_parallel_region(gates_Kd)
-        x_BNd, dtype = x_NBd.transpose(0, 1), torch.promote_types(x_NBd.dtype, torch.float32)
-        states_Bpd: list[Tensor] = []
-        seeds = []
-        for start in range(0, length, chunk):
-            here = slice(start, min(start + chunk, length))
-            places = targets_BN[:, here], context_BN[:, here]
-            seen_BCC = rows[here] < visible_BN[:, here, None]
-            if starts_BN is not None:
-                seen_BCC = seen_BCC & (rows[here] >= starts_BN[:, here, None])
-            sums = []
-            for kernel, width in enumerate(self.widths):
-                seed = self._weights(width, *places, seen_BCC, x_NBd.dtype) @ x_BNd[:, here]
-                if states_Bpd:
-                    earlier = self._embedding(width, places[0], dtype)
-                    if starts_BN is not None:  # the state is that of the document at the end of the last chunk
-                        earlier = earlier * (starts_BN[:, here] < start)[..., None]
-                    seed = seed + earlier @ states_Bpd[kernel]
-                sums.append(seed if gates_Kd is None else seed * gates_Kd[kernel])
-            seeds.append(sum(sums[1:], start=sums[0]))
-            if here.stop < length:
-                embedded = [self._embedding(width, places[1], dtype) for width in self.widths]
-                if starts_BN is not None:
-                    last_B1 = starts_BN[:, here.stop - 1, None]
-                    embedded = [keys_BCp * (rows[here] >= last_B1)[..., None] for keys_BCp in embedded]
-                    states_Bpd = [state_Bpd * (last_B1 < start)[..., None] for state_Bpd in states_Bpd]
-                seen_Bpd = [keys_BCp.transpose(1, 2) @ x_BNd[:, here].to(dtype) for keys_BCp in embedded]
-                states_Bpd = [sum(pair) for pair in zip(states_Bpd, seen_Bpd, strict=True)] if states_Bpd else seen_Bpd
-        seed_BNd = torch.cat(seeds, dim=1)
+            windows_BNd = [scatter_to_tensor_model_parallel_region(x_BNd) for x_BNd in windows_BNd]
+            kinds = [kind.map(scatter_to_tensor_model_parallel_region) for kind in kinds]
+        texts = _Texts(rows, visible_BN)
+        parts: list[list[Tensor]] = [[] for _ in kinds]
+        states = self._states_before(windows_BNd, texts)
+        for chunk, window, x_BNd, state in zip(
+            own.chunks(length), self.windows(rows), windows_BNd, states, strict=True
+        ):
+            for start in range(chunk.start, chunk.stop, self.chunk):
+                here = slice(start, min(start + self.chunk, chunk.stop))
+                edge = texts.edge(start)
+                near_BCd = x_BNd[:, edge - window.start : here.stop - window.start]
+                for kind, seeds in zip(kinds, parts, strict=True):
+                    seeds.append(self._sum(kind, near_BCd, texts, here, state))
+                if here.stop < chunk.stop:
+                    state = self._advance(state, near_BCd, texts, slice(edge, texts.edge(here.stop)))
+        count_BN = own.part(visible_BN if rows.starts is None else visible_BN - rows.starts)
+        return [
+            self._finish(torch.cat(seeds, dim=1), own.part(kind.positions_BN), count_BN, drafts=number == 1)
+            for number, (kind, seeds) in enumerate(zip(kinds, parts, strict=True))
+        ]
+
+    def _sum(
+        self, kind: "_Targets", near_BCd: Tensor, texts: "_Texts", here: slice, state: list[Tensor] | None
+    ) -> Tensor:
+        """Weighted sums of the targets ``here``, from the context rows near them and the state of those before."""
+        rows, edge = texts.rows, texts.edge(here.start)
+        near, targets_BC = slice(edge, here.stop), kind.positions_BN[:, here]
+        row = torch.arange(near.start, near.stop, device=near_BCd.device)
+        seen_BCC = row < texts.visible_BN[:, here, None]
+        if rows.starts is not None:
+            seen_BCC = seen_BCC & (row >= rows.starts[:, here, None])
+        sums = []
+        for kernel, width in enumerate(self.widths):
+            weights = self._weights(width, targets_BC, rows.context_positions[:, near], seen_BCC, near_BCd.dtype)
+            seed = weights @ near_BCd
+            if state is not None:
+                earlier = self._embedding(width, targets_BC, state[kernel].dtype)
+                if rows.starts is not None:
+                    earlier = earlier * (rows.starts[:, here] < edge)[..., None]
+                seed = seed + earlier @ state[kernel]
+            sums.append(seed if kind.gates_Kd is None else seed * kind.gates_Kd[kernel])
+        return sum(sums[1:], start=sums[0])
+
+    def _advance(
+        self, state: list[Tensor] | None, near_BCd: Tensor, texts: "_Texts", added: slice
+    ) -> list[Tensor] | None:
+        """The state [B, d_pe, d] of every width behind the rows ``added``, the first of ``near_BCd``.
+
+        It is that of the document of the last of these rows.
+        """
+        if added.start == added.stop:
+            return state
+        starts, dtype = texts.rows.starts, torch.promote_types(near_BCd.dtype, torch.float32)
+        new_BCd = near_BCd[:, : added.stop - added.start].to(dtype)
+        positions_BC = texts.rows.context_positions[:, added]
+        embedded = [self._embedding(width, positions_BC, dtype) for width in self.widths]
+        if starts is not None:
+            last_B1 = starts[:, added.stop - 1, None]
+            row = torch.arange(added.start, added.stop, device=near_BCd.device)
+            embedded = [keys_BCp * (row >= last_B1)[..., None] for keys_BCp in embedded]
+            state = state and [old_Bpd * (last_B1 < added.start)[..., None] for old_Bpd in state]
+        sums = [keys_BCp.transpose(1, 2) @ new_BCd for keys_BCp in embedded]
+        return sums if state is None else [old + new for old, new in zip(state, sums, strict=True)]
+
+    def _states_before(self, windows_BNd: Sequence[Tensor], texts: "_Texts") -> list[list[Tensor] | None]:
+        """The state at the edge of every chunk of this rank: None, or with several ranks a sum of what all hold."""
+        own = self.share
+        if own.ranks == 1:
+            return [None]
+        edges, totals = texts.edges(2 * own.ranks), []
+        for chunk, x_BNd in zip(own.numbers, windows_BNd, strict=True):
+            state = self._advance(None, x_BNd, texts, slice(edges[chunk], edges[chunk + 1]))
+            if state is None:
+                batch, _, columns = x_BNd.shape
+                dtype = torch.promote_types(x_BNd.dtype, torch.float32)
+                state = [x_BNd.new_zeros(batch, self.dim, columns, dtype=dtype) for _ in self.widths]
+            totals.append(torch.stack(state))
+        totals_cKBpd = context.gather(torch.stack(totals), own)
+        states: list[list[Tensor] | None] = []
+        for chunk in own.numbers:
+            before_cKBpd = totals_cKBpd[:chunk]
+            if texts.rows.starts is not None and edges[chunk]:
+                last_Bc = texts.rows.starts[:, [max(0, edge - 1) for edge in edges[1 : chunk + 1]]]
+                before_cKBpd = before_cKBpd * (last_Bc == last_Bc[:, -1:]).t()[:, None, :, None, None]
+            states.append(list(before_cKBpd.sum(0)) if edges[chunk] else None)
+        return states
+
+    def _finish(self, seed_BNd: Tensor, positions_BN: Tensor, count_BN: Tensor, drafts: bool) -> Tensor:
+        dtype = seed_BNd.dtype
         if self.split:
             seed_BNd = gather_from_tensor_model_parallel_region(seed_BNd)
-        count_BN = visible_BN if starts_BN is None else visible_BN - starts_BN
         seed_BNd = scale_prefix(seed_BNd, count_BN[..., None], self.prefix_config.scale)
         if self.target_projection is not None:
-            embedded_BNp = self._embedding(self.widths[0], targets_BN, dtype)
-            seed_BNd = seed_BNd + embedded_BNp @ self.target_projection.to(dtype).t()
+            wide = torch.promote_types(dtype, torch.float32)
+            embedded_BNp = self._embedding(self.widths[0], positions_BN, wide)
+            seed_BNd = seed_BNd + embedded_BNp @ self.target_projection.to(wide).t()
         if drafts and self.draft_seed is not None:
             seed_BNd = seed_BNd + self.draft_seed
-        if self.prefix_config.neighbour:
-            seed_BNd = seed_BNd + neighbours(whole_NBd.transpose(0, 1), context_BN, targets_BN, visible_BN, starts_BN)
-        return seed_BNd.transpose(0, 1).to(x_NBd.dtype).contiguous()
+        return seed_BNd.transpose(0, 1)
 
     def _weights(
         self, width: float, targets_BC: Tensor, context_BC: Tensor, seen_BCC: Tensor, dtype: torch.dtype
@@ -178,18 +241,38 @@ class PrefixAggregation(nn.Module):
         return self.rows, self.prefix_config.kernel, self.dim
 
 
-def neighbours(
-    x_BNd: Tensor, context_BN: Tensor, targets_BN: Tensor, visible_BN: Tensor, starts_BN: Tensor | None = None
-) -> Tensor:
-    """Embeddings [B, N, d] of the token before each target, 0 where the target does not see it."""
-    batch, length = context_BN.shape
-    rows_BN = torch.arange(length, device=x_BNd.device).expand(batch, length)
+def neighbours(rows: Rows, targets_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """The token before each target, [B, N], and whether the target sees it; any token where it does not."""
+    batch, length = rows.context_positions.shape
+    row_BN = torch.arange(length, device=targets_BN.device).expand(batch, length)
     # Every document of n tokens has n + 1 positions, of which the last token of its order has no context row.
-    places, origins_BN = length + 1, torch.zeros_like(rows_BN)
-    if starts_BN is not None:
-        places, origins_BN = 2 * length, starts_BN + (starts_BN == rows_BN).cumsum(1) - 1
-    row_of_BP = torch.full((batch, places), length, device=x_BNd.device).scatter(1, origins_BN + context_BN, rows_BN)
+    places, origins_BN = length + 1, torch.zeros_like(row_BN)
+    if rows.starts is not None:
+        places, origins_BN = 2 * length, rows.starts + (rows.starts == row_BN).cumsum(1) - 1
+    row_of_BP = torch.full((batch, places), length, device=targets_BN.device)
+    row_of_BP = row_of_BP.scatter(1, origins_BN + rows.context_positions, row_BN)
     found_BN = row_of_BP.gather(1, origins_BN + targets_BN - 1)
-    seen_BN = found_BN < visible_BN
-    index_BNd = found_BN.where(seen_BN, 0)[..., None].expand_as(x_BNd)
-    return x_BNd.gather(1, index_BNd) * seen_BN[..., None]
+    seen_BN = found_BN < (rows.visible.context_of_target if rows.visible else row_BN + 1)
+    return rows.context_tokens.gather(1, found_BN.where(seen_BN, 0)), seen_BN
+
+
+class _Targets(NamedTuple):
+    positions_BN: Tensor
+    gates_Kd: Tensor | None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "_Targets":
+        return self if self.gates_Kd is None else self._replace(gates_Kd=change(self.gates_Kd))
+
+
+class _Texts(NamedTuple):
+    rows: Rows
+    visible_BN: Tensor
+
+    def edge(self, row: int) -> int:
+        """Number of first context rows that every target from ``row`` on sees, if they are in its document."""
+        return max(0, row - self.rows.reach)
+
+    def edges(self, chunks: int) -> list[int]:
+        """``edge`` of the first target of each of ``chunks`` chunks, and behind the last one."""
+        size = self.visible_BN.shape[1] // chunks
+        return [self.edge(chunk * size) for chunk in range(chunks + 1)]

@@ -1,7 +1,8 @@
 """Training steps over all processes: Megatron-Core's schedule runs the passes, ZeRO updates the weights.
 
 The schedule runs forward and backward on the bare modules and divides the loss by the number of micro-batches.
-``zero.ZeroStage`` averages gradients over the data-parallel ranks, steps the sharded optimiser and gathers weights.
+``zero.ZeroStage`` averages gradients over the replicas (data x context ranks), steps the sharded optimiser and gathers
+weights.
 
 On CUDA, the host starts a step before it reads the outcome of the previous step. So the device decides whether a step
 is applied and how much its gradients are clipped. (Under ZeRO-3, DeepSpeed's step synchronises with the device.)
@@ -23,11 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from armd_scale.config import RunConfig
+from armd_scale.model.context import share
 from armd_scale.model.flops import stage_edges
 from armd_scale.model.layers import Attention
 from armd_scale.model.network import Stage, is_adapter, left_to_right
 from armd_scale.parallel import zero
-from armd_scale.parallel.groups import transformer_config
+from armd_scale.parallel.groups import replicas, transformer_config
 from armd_scale.parallel.sharding import initialise, is_frozen, is_partial
 from armd_scale.parallel.timeline import Recorder, Timed
 from armd_scale.rows import Rows
@@ -136,8 +138,12 @@ class Engine:
     @property
     def reads_data(self) -> bool:
         """Whether this rank is the first of the ranks that use the same part of the batch."""
-        first_stage = parallel_state.get_pipeline_model_parallel_rank() == 0
-        return first_stage and parallel_state.get_tensor_model_parallel_rank() == 0
+        ranks = (
+            parallel_state.get_pipeline_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_context_parallel_rank(),
+        )
+        return not any(ranks)
 
     def rank_figures(self, figures: Sequence[float] = ()) -> np.ndarray:
         """Mean time of the passes of a step since the last call, and ``figures``: [ranks, 1 + figures]. Collective.
@@ -212,8 +218,9 @@ class Engine:
         loss = means[0]
         if len(means) == 3:
             loss = loss + self.config.train.distill * means[1] + self.config.orders.draft_weight * means[2]
-        # The schedule divides the loss in place, so what is logged is a copy.
-        return loss, F.pad(means.detach(), (0, 3 - len(means))).clone()
+        # The schedule changes the loss in place, so what is logged is a copy. It multiplies by the number of context
+        # ranks, of which each has the mean of its tokens.
+        return loss / self.config.parallel.context, F.pad(means.detach(), (0, 3 - len(means))).clone()
 
     def _agree(self, results: list[Tensor], flag: int) -> Tensor:
         """Means of ``_loss`` over the micro-batches of all ranks, sum of flags, and gradient norm, in an all-reduce."""
@@ -223,8 +230,7 @@ class Engine:
         sums[3].fill_(flag)
         sums[4] = self.zero.squares()
         dist.all_reduce(sums)
-        copies = parallel_state.get_data_parallel_world_size() * parallel_state.get_tensor_model_parallel_world_size()
-        sums[:3] /= copies
+        sums[:3] /= replicas().size() * parallel_state.get_tensor_model_parallel_world_size()
         sums[4].sqrt_()
         return sums
 
@@ -239,7 +245,8 @@ class Engine:
             for rows, of_texts in zip(micro_batches, sums, strict=False):
                 totals[0] += of_texts[: len(rows.target_tokens)].sum()
                 totals[1] += rows.target_tokens.numel() if rows.counted is None else rows.counted.sum()
-        self._sum_over_stages_and_copies(totals)
+            totals[1] /= self.config.parallel.context
+        self._sum_over_stages_and_replicas(totals)
         return float(totals[0]), int(totals[1])
 
     def acceptance(self, micro_batches: Sequence[Rows], lags: int) -> tuple[list[float], list[float]]:
@@ -264,11 +271,11 @@ class Engine:
                 # Draft row n of lag k is judged by target row n + k, which must exist for the longest lag.
                 drafts = micro_batches[first + lags - 1].drafts
                 assert drafts
-                judged = (drafts.weights > 0).to(self.device)
+                judged = share(self._parallel).part(drafts.weights > 0).to(self.device)
                 shared = torch.stack([one[: len(judged)][judged] for one in results[first : first + lags]]).double()
                 totals[0] += shared[0].numel()
                 totals[1:] += torch.cat([shared.sum(1), shared.cumprod(0).sum(1)])
-        self._sum_over_stages_and_copies(totals)
+        self._sum_over_stages_and_replicas(totals)
         means = (totals[1:] / totals[0]).tolist()
         return means[:lags], means[lags:]
 
@@ -282,10 +289,10 @@ class Engine:
             padded += [padded[-1]] * (-len(padded) % self.config.parallel.pipeline)
         return padded
 
-    def _sum_over_stages_and_copies(self, totals: Tensor) -> None:
-        """Sum over the pipeline stages, of which the last one alone counts, and over the data-parallel ranks."""
+    def _sum_over_stages_and_replicas(self, totals: Tensor) -> None:
+        """Sum over the pipeline stages, of which the last one alone counts, and over the replicas."""
         dist.all_reduce(totals, group=parallel_state.get_pipeline_model_parallel_group())
-        dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(totals, group=replicas())
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[Timed]]:

@@ -1,6 +1,7 @@
 """Process groups: torch.distributed, Megatron-Core's model-parallel groups, and DeepSpeed's view of them.
 
 - ``start``: joins the processes of a job and builds the groups of a layout;
+- ``replicas``: the ranks over which gradients are averaged and ZeRO shards;
 - ``transformer_config``: Megatron-Core's description of the model and layout;
 - ``MegatronTopology``: the "mpu" interface of DeepSpeed.
 """
@@ -44,7 +45,13 @@ def start(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.chunks if parallel.chunks > 1 else None,
+        context_parallel_size=parallel.context,
     )
+
+
+def replicas() -> dist.ProcessGroup:
+    """The data-parallel x context-parallel ranks, which hold the same weights."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 def stop() -> None:
@@ -72,6 +79,7 @@ def transformer_config(
         batch_p2p_comm=False,  # with interleaving it silently gives wrong gradients
         overlap_p2p_comm=cuda and parallel.chunks > 1,
         deallocate_pipeline_outputs=cuda,
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -86,7 +94,8 @@ def transformer_config(
 
 
 class MegatronTopology:
-    """The "mpu" interface of DeepSpeed over Megatron-Core's groups; "model parallel" is tensor x pipeline.
+    """The "mpu" interface of DeepSpeed over Megatron-Core's groups; "model parallel" is tensor x pipeline, and "data
+    parallel" is data x context: DeepSpeed averages gradients over it and shards over it.
 
     ``count_by_tensor_rank``: ZeRO-3 counts replicated weights in the gradient norm on model-parallel rank 0 only, so
     under ZeRO-3 the model-parallel rank is the tensor-parallel rank.
@@ -125,13 +134,13 @@ class MegatronTopology:
         return parallel_state.get_pipeline_model_parallel_rank()
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return parallel_state.get_data_parallel_group()
+        return replicas()
 
     def get_data_parallel_world_size(self) -> int:
-        return parallel_state.get_data_parallel_world_size()
+        return replicas().size()
 
     def get_data_parallel_rank(self) -> int:
-        return parallel_state.get_data_parallel_rank()
+        return replicas().rank()
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        return dist.get_process_group_ranks(self.get_data_parallel_group())
+        return dist.get_process_group_ranks(replicas())

@@ -3,7 +3,7 @@
 ``build`` returns the ``ZeroStage`` of a configuration:
 
 ================  ========  ==========  ===========================================================
-class             ZeRO      dtype       what DeepSpeed shards over the data-parallel ranks
+class             ZeRO      dtype       what DeepSpeed shards over the replicas
 ================  ========  ==========  ===========================================================
 ``Zero0``         0         float32     nothing
 ``Zero1``         1         float32     master weights and optimiser states
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from armd_scale.config import RunConfig
 from armd_scale.parallel import optimizer as optimizers
-from armd_scale.parallel.groups import MegatronTopology
+from armd_scale.parallel.groups import MegatronTopology, replicas
 from armd_scale.parallel.optimizer import MASTER
 from armd_scale.parallel.sharding import is_pipeline_copy, partition_dim
 
@@ -127,7 +127,7 @@ class ZeroStage(ABC):
 
     @abstractmethod
     def accumulate(self, idle: Sequence[nn.Parameter] = ()) -> contextlib.AbstractContextManager[None]:
-        """Inside, backward passes add to the gradients; at its end, gradients are averaged over data parallel.
+        """Inside, backward passes add to the gradients; at its end, gradients are averaged over the replicas.
 
         ``idle``: parameters that the passes leave out; their gradient is zero.
         """
@@ -231,11 +231,11 @@ class ZeroStage(ABC):
 
     @abstractmethod
     def _gather_weights(self) -> None:
-        """Copy the master weights of all data-parallel ranks into the weights of the model."""
+        """Copy the master weights of all replicas into the weights of the model."""
 
 
 class Zero0(ZeroStage):
-    """Every data-parallel rank holds and steps all float32 weights."""
+    """Every replica holds and steps all float32 weights."""
 
     stage = 0
 
@@ -247,7 +247,7 @@ class Zero0(ZeroStage):
 
     def squares(self) -> Tensor:
         pairs = ((self.gradient(param), param) for param in self._modules.parameters())
-        return _squares(pairs, self._device) / parallel_state.get_data_parallel_world_size()
+        return _squares(pairs, self._device) / replicas().size()
 
     def read_state(self, param: nn.Parameter, name: str) -> Tensor:
         return param.detach() if name == MASTER else self._optimizer.state[param][name]
@@ -260,7 +260,7 @@ class Zero0(ZeroStage):
 
 
 class Zero1(ZeroStage):
-    """Each data-parallel rank holds and steps its part of the master weights."""
+    """Each replica holds and steps its part of the master weights."""
 
     stage = 1
     compute_grad_norm = False  # DeepSpeed would synchronise with the device
@@ -335,7 +335,7 @@ class Zero1BFloat16(Zero1):
 
     def squares(self) -> Tensor:
         pairs = ((self.gradient(param), param) for param in self._modules.parameters())
-        return _squares(pairs, self._device) / parallel_state.get_data_parallel_world_size()
+        return _squares(pairs, self._device) / replicas().size()
 
     def _step(self) -> None:
         # The same as BF16_Optimizer.step without the norm, which would synchronise with the device.
@@ -361,7 +361,7 @@ class Zero2(Zero1):
 
 
 class Zero3(ZeroStage):
-    """Each data-parallel rank holds its part of the weights, which DeepSpeed gathers for each module in turn.
+    """Each replica holds its part of the weights, which DeepSpeed gathers for each module in turn.
 
     DeepSpeed computes the norm and clips: its step synchronises with the device in any case.
     """
@@ -401,9 +401,9 @@ class Zero3(ZeroStage):
         # DeepSpeed's own setter fails where a parameter does not divide into equal parts.
         key = None if name == MASTER else name
         part, _ = self._wrapper._get_fp32_opt_state_partition(param, release_swap_buffers=False, optim_state_key=key)
-        parts = parallel_state.get_data_parallel_world_size()
+        parts = replicas().size()
         flat = F.pad(value.flatten(), (0, parts * part.numel() - value.numel()))
-        part.copy_(flat.view(parts, -1)[parallel_state.get_data_parallel_rank()])
+        part.copy_(flat.view(parts, -1)[replicas().rank()])
 
     def _masters(self) -> list[Tensor]:
         return self._wrapper.fp32_partitioned_groups_flat
@@ -419,13 +419,13 @@ class Zero3(ZeroStage):
 
 @torch.no_grad()
 def _average(gradients: Iterable[Tensor]) -> None:
-    """Average tensors over the data-parallel ranks in place."""
-    size = parallel_state.get_data_parallel_world_size()
+    """Average tensors over the replicas in place."""
+    size = replicas().size()
     if size == 1:
         return
     for gradient in gradients:
         gradient /= size
-        dist.all_reduce(gradient, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(gradient, group=replicas())
 
 
 @torch.no_grad()

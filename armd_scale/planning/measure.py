@@ -2,7 +2,8 @@
 
 The real ``Stage`` runs forward and backward as one of up to thousands of ranks. Nothing is computed or sent.
 Every operation that PyTorch dispatches is seen, with its tensors: what stays alive, the largest amount alive at once,
-floating-point operations, bytes moved, and what is sent over the tensor-parallel group.
+floating-point operations, bytes moved, and what is sent over the tensor-parallel and the context-parallel
+group.
 
 Layers of the same kind cost the same: a stage is measured with at most two layers of each kind and extrapolated.
 """
@@ -56,6 +57,8 @@ class Pass:
     """Bytes that the operations read and write."""
     sent: float = 0.0
     """Bytes that this rank sends over the tensor-parallel group, by the ring algorithm."""
+    exchanged: float = 0.0
+    """Bytes that this rank sends over the context-parallel group, likewise."""
     products: float = 0.0
     """Seconds of matrix products."""
     attention: float = 0.0
@@ -133,7 +136,7 @@ class Meter:
         length = both + turning + single
         shape = config.model.model_copy(update={"layers": before + length + after, "two_stream_layers": two_stream})
         parallel = config.parallel
-        layout = parallel.tensor, parallel.sequence, parallel.recompute, parallel.pipeline > 1
+        layout = parallel.tensor, parallel.sequence, parallel.context, parallel.recompute, parallel.pipeline > 1
         train = config.train.dtype, config.train.micro_batch, config.train.head_batch, config.train.distill > 0
         drafts = has_drafts(config), config.orders.draft_target, config.train.freeze
         key = repr((shape, layout, train, drafts, has_first, has_last))
@@ -198,13 +201,14 @@ def measure_stage(config: RunConfig, first: int, last: int, gpu: GPU) -> StageCo
             index = torch.zeros(batch, length, dtype=torch.int64)
             drafts = Drafts(index, index, index, torch.zeros(batch, length)) if has_drafts(config) else None
             rows = Rows(index, index, index, index, visible=None, drafts=drafts)
+            own = length // config.parallel.context
             if not stage.is_first:
                 streams = model.streams if config.parallel.pipeline > 1 else streams_of(config.model, first)[0]
                 streams += drafts is not None
-                rank_rows = length // config.parallel.tensor if config.parallel.sequence else length
+                rank_rows = own // config.parallel.tensor if config.parallel.sequence else own
             sharing = config.parallel.sequence and config.parallel.tensor > 1
             gathered = parallel_state.get_global_memory_buffer().get_tensor(
-                [length, model.streams * batch, model.hidden] if sharing else [0], dtype, "mpu"
+                [own, model.streams * batch, model.hidden] if sharing else [0], dtype, "mpu"
             )
             with watch:
                 if not stage.is_first:
@@ -250,6 +254,7 @@ def fake_ranks(config: RunConfig) -> Iterator[None]:
             tensor_model_parallel_size=config.parallel.tensor,
             pipeline_model_parallel_size=config.parallel.pipeline,
             virtual_pipeline_model_parallel_size=config.parallel.chunks if config.parallel.chunks > 1 else None,
+            context_parallel_size=config.parallel.context,
             create_gloo_process_groups=False,
         )
         yield
@@ -298,13 +303,17 @@ class _Watch(Live):
         self.counts = Pass()
         self._inside = False
 
-    def kernel(self, work: Callable[[], Any], inputs: Iterable[Tensor]) -> list[Tensor]:
+    def kernel(self, work: Callable[[], Any], inputs: Iterable[Tensor], flops: float = 0.0) -> list[Tensor]:
         """Results of ``work``, counted as one kernel that reads ``inputs`` and writes the results."""
         self._inside = True
         results = [leaf for leaf in tree_leaves(work()) if isinstance(leaf, Tensor)]
         self._inside = False
         read = sum(tensor.nbytes for tensor in inputs)
-        self.counts.regions += self._count(0.0, read + sum(tensor.nbytes for tensor in results), self.gpu.flops)
+        seconds = self._count(flops, read + sum(tensor.nbytes for tensor in results), self.gpu.flops)
+        if flops:
+            self.counts.attention += seconds
+        else:
+            self.counts.regions += seconds
         return [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in results]
 
     def _count(self, flops: float, moved: float, rate: float) -> float:
@@ -338,8 +347,14 @@ class _Watch(Live):
 
     def _collective(self, name: str, args: Any) -> None:
         size = max(leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
-        ranks = parallel_state.get_tensor_model_parallel_world_size()
-        self.counts.sent += _REDUCED[name] * size * (ranks - 1) / ranks
+        boxes = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.ScriptObject)]
+        group = next(group for group in map(_unboxed, boxes) if group is not None)
+        ranks = group.size()
+        sent = _REDUCED[name] * size * (ranks - 1) / ranks
+        if ranks > 1 and group.group_name == parallel_state.get_context_parallel_group().group_name:
+            self.counts.exchanged += sent
+        else:
+            self.counts.sent += sent
 
     def _charge(self, func: Any, name: str, args: Any, kwargs: Any, out: Any, inputs: Any, outputs: Any) -> None:
         flops = 0.0
@@ -366,13 +381,24 @@ class _Watch(Live):
         return self.gpu.flops_tf32 if self.low else self.gpu.flops_float32
 
 
+def _unboxed(box: torch.ScriptObject) -> dist.ProcessGroup | None:
+    """The process group among the arguments of a collective; other arguments are no groups."""
+    try:
+        return dist.ProcessGroup.unbox(box)
+    except RuntimeError:
+        return None
+
+
 class _Kernel(torch.autograd.Function):
     """A fused region of the network: one kernel forward, one kernel backward, and the saved tensors."""
 
     @staticmethod
     def forward(ctx: Any, watch: _Watch, region: Region, *inputs: Any) -> Any:
         tensors = [value for value in inputs if isinstance(value, Tensor)]
-        outputs = watch.kernel(lambda: region.function(*inputs), tensors)
+        ctx.flops = region.work(*inputs) if region.work else 0.0
+        # Attention has the shape of its queries; a call for every block of rows would take long to trace.
+        work = (lambda: torch.empty_like(tensors[0])) if region.work else (lambda: region.function(*inputs))
+        outputs = watch.kernel(work, tensors, ctx.flops)
         ctx.watch = watch
         ctx.shapes = [
             (value.shape, value.dtype) for value, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needed
@@ -383,7 +409,9 @@ class _Kernel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         computed = ctx.watch.kernel(
-            lambda: [torch.empty(shape, dtype=dtype) for shape, dtype in ctx.shapes], [*ctx.saved_tensors, *gradients]
+            lambda: [torch.empty(shape, dtype=dtype) for shape, dtype in ctx.shapes],
+            [*ctx.saved_tensors, *gradients],
+            2.5 * ctx.flops,
         )
         remaining = iter(computed)
         return None, None, *(next(remaining) if needed else None for needed in ctx.needs_input_grad[2:])

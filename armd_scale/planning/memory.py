@@ -37,7 +37,7 @@ def rank_memory(config: RunConfig, rank: int, stages: list[StageCost], frozen: f
 
     ``frozen``: number of weights that are not trained.
     """
-    zero, ranks = config.parallel.zero, config.data_parallel
+    zero, ranks = config.parallel.zero, config.replicas
     low = config.train.dtype == "bfloat16"
     states = sum(stage.parameters for stage in stages)
     largest = max(stage.largest for stage in stages)

@@ -5,6 +5,7 @@ passes from the pipeline schedule. Times are estimates with the assumptions of `
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,9 @@ from armd_scale.planning.hardware import COMMUNICATION, GPU, MEMORY, RESERVED
 from armd_scale.planning.measure import Meter, Pass, StageCost, add_up, has_drafts
 from armd_scale.planning.memory import Memory, rank_memory
 from armd_scale.planning.schedule import bubble, simulate
+
+ROWS = 4096
+"""Fewest tokens of a text on a context-parallel rank in the search."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +90,14 @@ class Planner:
         times = [(self._pass(config, stage.forward), self._pass(config, stage.backward)) for stage in stages]
         ranks = [stages[rank :: parallel.pipeline] for rank in range(parallel.pipeline)]
         states = max(sum(stage.parameters for stage in rank) for rank in ranks)
-        stage = parallel.tensor * config.data_parallel
+        stage = parallel.tensor * config.replicas
         transfers = [self._link(config, sent, parallel.pipeline, stage) for sent in _boundaries(config, edges)]
         spans = simulate(parallel.pipeline, parallel.chunks, config.micro_batches, times, transfers)
         passes = max(span.stop for rank in spans for span in rank)
         traffic = _traffic(config, ranks, edges)
-        reduction = self._link(config, traffic["data parallel"], config.data_parallel, parallel.tensor)
+        reduction = self._link(config, traffic["data parallel"], config.replicas, parallel.tensor)
         reduction += self._link(config, traffic["tied embedding"], 2, stage)
-        share = states / (config.data_parallel if parallel.zero else 1)
+        share = states / (config.replicas if parallel.zero else 1)
         sums = [add_up([one for stage in rank for one in (stage.forward, stage.backward)]) for rank in ranks]
         return Plan(
             config=config,
@@ -132,7 +136,9 @@ class Planner:
         return replace(last, forward=forward), whole.parameters
 
     def _pass(self, config: RunConfig, work: Pass) -> float:
-        return work.seconds + self._link(config, work.sent, config.parallel.tensor, 1)
+        parallel = config.parallel
+        seconds = self._link(config, work.sent, parallel.tensor, 1)
+        return work.seconds + seconds + self._link(config, work.exchanged, parallel.context, parallel.tensor)
 
     def _link(self, config: RunConfig, sent: float, size: int, stride: int) -> float:
         """Seconds to send ``sent`` bytes in a group of ``size`` ranks with distance ``stride``.
@@ -153,7 +159,7 @@ def _updated(config: RunConfig, weights: float, share: float) -> float:
         moved += 3 * 4  # average and master weight read, average written
     if _width(config) == 2 or config.parallel.zero:
         moved += 4 + _width(config)  # master weight read, working weight written
-    averaged = 8 if config.data_parallel > 1 else 0  # divided by the number of ranks
+    averaged = 8 if config.replicas > 1 else 0  # divided by the number of ranks
     return share * moved + weights * (4 + averaged)  # the gradient is read for its norm
 
 
@@ -173,7 +179,7 @@ def with_recompute(config: RunConfig, recompute: str) -> RunConfig:
 def _boundaries(config: RunConfig, edges: list[int]) -> list[float]:
     """Bytes of a micro-batch between consecutive stages, in either direction."""
     parallel, model = config.parallel, config.model
-    rows = model.length / (parallel.tensor if parallel.sequence else 1)
+    rows = model.length / parallel.context / (parallel.tensor if parallel.sequence else 1)
     stream = rows * config.train.micro_batch * model.hidden * _width(config)
     # All tensors have one size, see Stage.
     return [stream * (model.streams + has_drafts(config)) for _ in edges[1:-1]]
@@ -186,7 +192,7 @@ def _width(config: RunConfig) -> int:
 
 def _traffic(config: RunConfig, ranks: list[list[StageCost]], edges: list[int]) -> dict[str, float]:
     """Bytes that the busiest rank sends in a step, by group."""
-    parallel, size, model = config.parallel, config.data_parallel, config.model
+    parallel, size, model = config.parallel, config.replicas, config.model
     weights = max(sum(stage.parameters for stage in rank) for rank in ranks)
     # Over a ring each of the n ranks sends (n - 1) / n of the data once to reduce and once to gather it. DeepSpeed
     # reduces whole gradients with ZeRO-2 as well; with ZeRO-3 each rank gets its part alone.
@@ -201,6 +207,8 @@ def _traffic(config: RunConfig, ranks: list[list[StageCost]], edges: list[int]) 
     return {
         "tensor parallel": config.micro_batches
         * max(sum(stage.forward.sent + stage.backward.sent for stage in rank) for rank in ranks),
+        "context parallel": config.micro_batches
+        * max(sum(stage.forward.exchanged + stage.backward.exchanged for stage in rank) for rank in ranks),
         "pipeline": config.micro_batches * max(hops),
         "data parallel": (reduced + gathered) * (size - 1) / size,
         "tied embedding": 4 * model.padded_vocab * model.hidden / parallel.tensor if tied else 0.0,
@@ -211,22 +219,27 @@ def alternatives(planner: Planner, config: RunConfig) -> Iterator[Plan]:
     """Plans of the configured layout and of other layouts of the same run and GPUs that fit in memory.
 
     The search skips layouts that are rarely faster: recomputation that is not needed, and more than four times the
-    model-parallel ranks of the smallest layout that fits without recomputation.
+    model-parallel ranks of the smallest layout that fits without recomputation. Context-parallel ranks hold at least
+    ``ROWS`` tokens of a text.
     """
     zeros = (1,) if config.parallel.zero < 2 else (1, config.parallel.zero)
-    sizes = sorted(itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16)), key=lambda size: (size[0] * size[1], size))
+    contexts = [size for size in (1, 2, 4, 8, 16) if size == 1 or config.model.length >= size * ROWS]
+    sizes = sorted(
+        itertools.product((1, 2, 4, 8), contexts, (1, 2, 4, 8, 16)), key=lambda size: (math.prod(size), size)
+    )
     smallest = None
     configured = planner.plan(config)
     if configured.fits:
         yield configured
-    for tensor, pipeline in sizes:
-        if tensor > config.cluster.tasks_per_node or (smallest and tensor * pipeline > 4 * smallest):
+    for tensor, context, pipeline in sizes:
+        ranks = tensor * context * pipeline
+        if tensor > config.cluster.tasks_per_node or (smallest and ranks > 4 * smallest):
             continue
         for chunks, zero, micro_batch in itertools.product((1, 2) if pipeline > 1 else (1,), zeros, (1, 2, 4, 8)):
             for recompute in ("none", "full"):
                 layout = {
-                    "tensor": tensor, "sequence": tensor > 1, "pipeline": pipeline, "chunks": chunks, "cut": None,
-                    "recompute": recompute, "zero": zero,
+                    "tensor": tensor, "sequence": tensor > 1, "context": context, "pipeline": pipeline,
+                    "chunks": chunks, "cut": None, "recompute": recompute, "zero": zero,
                 }  # fmt: skip
                 candidate = _changed(config, layout, micro_batch)
                 if candidate is None or _least_memory(candidate) > planner.gpu.memory:
@@ -235,7 +248,7 @@ def alternatives(planner: Planner, config: RunConfig) -> Iterator[Plan]:
                 if plan.fits and candidate == config:
                     break
                 if plan.fits:
-                    smallest = smallest or (tensor * pipeline if recompute == "none" else None)
+                    smallest = smallest or (ranks if recompute == "none" else None)
                     yield plan
                     break
 
@@ -256,5 +269,5 @@ def _least_memory(config: RunConfig) -> float:
     per_layer = 2 * model.hidden * (model.heads + model.key_heads) * model.head_size
     per_layer += (3 if model.mlp == "swiglu" else 2) * model.hidden * model.ffn_width
     weights = model.layers * per_layer / (config.parallel.tensor * config.parallel.pipeline)
-    states = 4 * (3 + (config.optimizer.ema > 0)) * weights / config.data_parallel
-    return states + _width(config) * weights / (config.data_parallel if zero == 3 else 1)
+    states = 4 * (3 + (config.optimizer.ema > 0)) * weights / config.replicas
+    return states + _width(config) * weights / (config.replicas if zero == 3 else 1)

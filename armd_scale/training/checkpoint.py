@@ -29,6 +29,7 @@ from armd_scale.config import TrainConfig
 from armd_scale.errors import UserError
 from armd_scale.logs import CHECKPOINT as log
 from armd_scale.parallel.engine import Engine
+from armd_scale.parallel.groups import replicas
 from armd_scale.parallel.optimizer import EMA, MASTER, MOMENTS
 from armd_scale.parallel.sharding import is_pipeline_copy, local_part, partition_dim
 from armd_scale.parallel.zero import local_shape
@@ -78,12 +79,12 @@ class Checkpointer:
     def _copies(self) -> dict[str, DTensor]:
         """Copy the tensors that this rank writes to host memory.
 
-        The data-parallel ranks gather the tensors in turn, and each tensor is kept by one rank. A rank holds its share
+        The replicas gather the tensors in turn, and each tensor is kept by one rank. A rank holds its share
         of the checkpoint and at most one tensor more.
         """
         engine = self.engine
         engine.link_states()
-        ranks, tensors = parallel_state.get_data_parallel_world_size(), {}
+        group, tensors = replicas(), {}
         entries = [
             (parameter, param, name)
             for parameter, param in engine.named_parameters()
@@ -92,7 +93,7 @@ class Checkpointer:
         ]
         for number, (parameter, param, name) in enumerate(entries):
             value = engine.read_state(param, name)
-            if number % ranks == engine.data_rank:
+            if number % group.size() == group.rank():
                 copy = value.detach().to("cpu", copy=True)
                 tensors[_key(name, parameter)] = _distributed(copy, param, self._mesh)
         return tensors

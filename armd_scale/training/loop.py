@@ -108,7 +108,7 @@ class _Trainer:
             checkpoint.load_teacher(self.engine, config.run_directory)
         self._resume(checkpoint.newest(self.config.run_directory))
         self.telemetry = Telemetry(config, active=rank == 0, first_step=self.step)
-        first_of_stage = parallel_state.get_tensor_model_parallel_rank() == self.engine.data_rank == 0
+        first_of_stage = parallel_state.get_tensor_model_parallel_rank() == groups.replicas().rank() == 0
         self.profiler = profiling.Profiler(config, rank, active=first_of_stage)
         self.sample_log: Lines | None = None
         if config.train.log_samples and self.engine.reads_data:

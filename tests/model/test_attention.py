@@ -1,6 +1,7 @@
 """Every attention backend against the dense one."""
 
 import functools
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
 from armd_scale.model import attention
-from armd_scale.model.attention import Seen
+from armd_scale.model.attention import Seen, Span
 
 
 def _inputs(streams, batch, heads, key_heads, rows, keys, seed, dtype=torch.float64):
@@ -43,13 +44,8 @@ def _gradients(function, tensors, seen):
 )
 def test_sdpa_equals_dense(streams, batch, heads, rows, seed):
     tensors, visible = _inputs(streams, batch, *heads, rows, rows, seed)
-    for limits in (None, Seen(visible), _run(visible, seed)):
-        expected, expected_gradients = _gradients(attention.dense, tensors, limits)
-        got, gradients = _gradients(attention.sdpa, tensors, limits)
-        torch.testing.assert_close(got, expected)
-        for a, b in zip(gradients, expected_gradients, strict=True):
-            torch.testing.assert_close(a, b)
-        torch.testing.assert_close(attention.attend(*tensors, limits), expected)
+    for limits in (None, Seen(visible), Seen(visible[:, :1]), _run(visible.clone(), seed)):
+        _compare(tensors, limits)
     everything = Seen(torch.full_like(visible, rows))
     torch.testing.assert_close(attention.attend(*tensors, None, causal=False), attention.dense(*tensors, everything))
     torch.testing.assert_close(attention.dense(*tensors, None, causal=False), attention.dense(*tensors, everything))
@@ -61,19 +57,29 @@ def test_sdpa_equals_dense(streams, batch, heads, rows, seed):
     st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=3),
     st.integers(0, 99),
 )
-def test_a_call_for_each_document_equals_dense(streams, heads, sizes, seed):
-    """With one token a block, for texts that are cut into documents in different ways."""
+def test_calls_for_blocks_of_rows_equal_dense(streams, heads, sizes, seed):
+    """With one token a block, for texts that are cut into documents in different ways; blocks cross their borders."""
     rows = max(map(sum, sizes))
     sizes = [[*text, *[1] * (rows - sum(text))] for text in sizes]
     first = torch.tensor([[sum(text[:n]) for n, size in enumerate(text) for _ in range(size)] for text in sizes])
     tensors, _ = _inputs(streams, len(sizes), *heads, rows, rows, seed)
-    seen = Seen(torch.arange(1, rows + 1).expand_as(first)[None], first[None], sizes)
+    for piece in (3, 128):
+        with mock.patch.object(attention, "PIECE", piece):
+            seen = Seen(torch.arange(1, rows + 1).expand_as(first)[None], first[None])
+            _compare(tensors, seen)
+            seen = Seen(torch.arange(1, rows + 1)[None, None])
+            _compare(tensors, seen)
+            starts = range(0, rows, piece)
+            spans = tuple(Span(slice(at, at + piece), slice(0, min(at + piece, rows))) for at in starts)
+            _compare(tensors, Seen(seen.end.clone(), spans=spans))
+
+
+def _compare(tensors, seen):
     expected, expected_gradients = _gradients(attention.dense, tensors, seen)
-    for limits in (seen, seen._replace(documents=None)):
-        got, gradients = _gradients(attention.attend, tensors, limits)
-        torch.testing.assert_close(got, expected)
-        for a, b in zip(gradients, expected_gradients, strict=True):
-            torch.testing.assert_close(a, b)
+    got, gradients = _gradients(attention.attend, tensors, seen)
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 99), st.booleans())
@@ -81,7 +87,7 @@ def test_block_masks_show_what_is_visible(rows, keys, seed, documents):
     """The block mask that is written down at once is the one that PyTorch finds by looking at every key."""
     _, visible = _inputs(1, 2, 1, 1, rows, keys, seed)
     first = _run(visible, seed).first[0] if documents else None
-    mask = attention.block_mask(visible[0], keys, first)
+    mask = attention.block_mask(visible[0], first, keys)
 
     def sees(b, h, row, key):
         return (key < visible[0][b, row]) & (key >= (0 if first is None else first[b, row]))
@@ -113,7 +119,7 @@ def test_kernels_are_measured_and_equal_to_dense(shape):
     tensors, _ = _inputs(streams, batch, key_heads * more, key_heads, rows, rows, 1, torch.float32)
     expected, expected_gradients = _gradients(attention.dense, tensors, None)
     for kernel in table:
-        got, gradients = _gradients(functools.partial(attention.sdpa, kernel=kernel), tensors, None)
+        got, gradients = _gradients(functools.partial(attention.attend, kernel=kernel), tensors, None)
         torch.testing.assert_close(got, expected)
         for a, b in zip(gradients, expected_gradients, strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
@@ -150,7 +156,7 @@ def test_flex_equals_dense(heads, streams):
         expected = attention.dense(*tensors, seen)
         for _ in range(2):  # the second time by the mask that was kept
             torch.testing.assert_close(attention.flex(*tensors, seen), expected, atol=1e-5, rtol=1e-5)
-        assert seen.end in attention._MASKS
+        assert seen.end in attention._KNOWN
     # one mask for all streams, and another number of streams with it
     shared = Seen(visible[:1].clone())
     for count in range(1, streams + 1):

@@ -54,10 +54,10 @@ def agree(found, expected):
 def test_documents_are_scored_as_they_are_alone(kind, order, monkeypatch):
     """Against the float64 reference of every document by itself; gradients against those of the documents alone."""
     config = MODELS[kind]
-    chunks = (16, 3) if order == "left-to-right" else (16,)
-    for chunk, long in zip(chunks, (512, 16), strict=False):  # a mask, and a call for each document
+    chunks = 16, 3
+    for chunk, piece in zip(chunks, (128, 3), strict=True):
         monkeypatch.setattr(prefix, "rows_of_chunk", lambda _, chunk=chunk: chunk)
-        monkeypatch.setattr("armd_scale.model.network.LONG", long)
+        monkeypatch.setattr(attention, "PIECE", piece)
         stage = build(config)
         nll = stage(packed(order, config))
         losses = []
@@ -121,9 +121,7 @@ def test_a_leak_over_a_border_is_seen(monkeypatch):
         patch.setattr("armd_scale.model.network.Seen", lambda end, first, *_: real(end, (first - 1).clamp(min=0)))
         assert not torch.equal(stage(rows)[rest], stage(other)[rest])
     forward = prefix.PrefixAggregation.forward
-    leaks = lambda self, x, context, targets, seen, starts, **more: forward(  # noqa: E731
-        self, x, context, targets, seen, (starts - 1).clamp(min=0), **more
-    )
+    leaks = lambda self, x, rows: forward(self, x, rows._replace(starts=(rows.starts - 1).clamp(min=0)))  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(prefix.PrefixAggregation, "forward", leaks)
         assert not torch.equal(stage(rows)[rest], stage(other)[rest])

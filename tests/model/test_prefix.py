@@ -1,6 +1,8 @@
 """Prefix aggregation: the kernel's shape, and the chunked form against the sum that defines it."""
 
 import math
+import types
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +12,30 @@ from hypothesis import strategies as st
 from armd_scale.config import ModelConfig
 from armd_scale.model import flops, prefix
 from armd_scale.model.prefix import PrefixAggregation, position_table
+from armd_scale.rows import Rows, Visible
 from tests.conftest import MODELS, PAPER
+
+SERIAL = types.SimpleNamespace(params_dtype=torch.float32, tensor_model_parallel_size=1, context_parallel_size=1)
+"""What the layer reads of Megatron's configuration."""
+
+
+def rows_of(context, targets, visible=None):
+    """Rows of which the prefix aggregation reads positions and visibility; tokens are the numbers of the rows."""
+    numbers = torch.arange(context.shape[1]).expand_as(context)
+    if visible is None:
+        return Rows(numbers, context, numbers, targets, None)
+    reach = int((numbers + 1 - visible).max())
+    return Rows(numbers, context, numbers, targets, Visible(visible, visible, visible), reach=reach)
+
+
+def seeds_of(layer, x_NBd, rows):
+    """Seeds of the targets, with their neighbours."""
+    seeds = layer([x_NBd.transpose(0, 1)], rows)[0]
+    if layer.prefix_config.neighbour:
+        row_BN, seen_BN = prefix.neighbours(rows, rows.target_positions)
+        found = x_NBd.gather(0, row_BN.t()[..., None].expand_as(x_NBd))
+        seeds = seeds + found * seen_BN.t()[..., None]
+    return seeds
 
 
 @pytest.mark.parametrize("width", [2.0, 3.0, 8.0])
@@ -49,22 +74,25 @@ def test_short_texts_are_one_chunk_and_long_ones_have_a_state(length, dim, work)
     assert flops.embedding_macs(config) == work * 128
 
 
-@given(st.lists(st.integers(1, 16), min_size=16, max_size=16), st.sampled_from(list(MODELS)))
-def test_any_visibility_equals_the_sum(visible, kind):
+@given(
+    st.lists(st.integers(1, 16), min_size=16, max_size=16), st.sampled_from(list(MODELS)), st.sampled_from([1, 3, 16])
+)
+def test_any_visibility_equals_the_sum(visible, kind, chunk):
     limits = torch.tensor([min(v, n + 1) for n, v in enumerate(sorted(visible))])
-    _compare(MODELS[kind], limits, 1)
+    with mock.patch.object(prefix, "rows_of_chunk", return_value=chunk):
+        _compare(MODELS[kind], limits, 1)
 
 
 def _compare(config, visible, seed):
     generator = torch.Generator().manual_seed(seed)
-    layer = PrefixAggregation(config, type("P", (), {"params_dtype": torch.float32, "tensor_model_parallel_size": 1}))
+    layer = PrefixAggregation(config, SERIAL)
     for param in layer.parameters():
         torch.nn.init.normal_(param, generator=generator)
     x = torch.randn(16, 2, config.hidden, generator=generator, dtype=torch.float64)
     targets = torch.stack([torch.randperm(16, generator=generator) + 1 for _ in range(2)])
     context = torch.cat([torch.zeros(2, 1, dtype=torch.long), targets[:, :-1]], 1)
     limits = None if visible is None else visible.expand(2, 16)
-    got = layer(x, context, targets, limits)
+    got = seeds_of(layer, x, rows_of(context, targets, limits))
     tables = [position_table(17, config.prefix.kernel, config.prefix_dim, width) for width in config.prefix.widths]
     if config.prefix.kernel == "learned":
         tables = [layer.table.double()]
@@ -86,11 +114,11 @@ def _compare(config, visible, seed):
 
 
 def test_unchanged_when_the_future_changes():
-    layer = PrefixAggregation(PAPER, type("P", (), {"params_dtype": torch.float32, "tensor_model_parallel_size": 1}))
+    layer = PrefixAggregation(PAPER, SERIAL)
     x = torch.randn(16, 1, 32)
     positions = torch.arange(16)[None]
-    before = layer(x, positions, positions + 1, None)
+    before = seeds_of(layer, x, rows_of(positions, positions + 1))
     x[10] = 1e6
-    after = layer(x, positions, positions + 1, None)
+    after = seeds_of(layer, x, rows_of(positions, positions + 1))
     assert torch.equal(before[:10], after[:10])
     assert not torch.equal(before[10], after[10])

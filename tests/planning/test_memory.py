@@ -96,6 +96,9 @@ LAYOUTS = {
         "processes": 4, "pipeline": 2, "tensor": 2, "sequence": True, "dtype": "bfloat16", "model": MODERN,
     },
     "pipeline 4": {"processes": 4, "pipeline": 4},
+    "context 2": {"processes": 2, "context": 2},
+    "context 2, tensor 2, sequence": {"processes": 4, "context": 2, "tensor": 2, "sequence": True},
+    "context 4, pipeline 2, zero 0": {"processes": 8, "context": 4, "pipeline": 2, "zero": 0},
     "teacher": {"distill": 0.5},
     "teacher, pipeline 2, tensor 2": {"processes": 4, "pipeline": 2, "tensor": 2, "distill": 0.5},
     "drafts, pipeline 2": {"processes": 2, "pipeline": 2, "drafts": 2},
@@ -111,7 +114,7 @@ def test_planned_memory_is_what_a_run_allocates(layout, shape, request):
         pytest.skip("part of the whole matrix: make parity")
     run = config(shape, **LAYOUTS[layout])
     real = run_processes(run.cluster.processes, _live, run)
-    group = run.parallel.tensor * run.data_parallel
+    group = run.parallel.tensor * run.replicas
     planned = [memory.total for memory in Planner(GPUS["cpu"]).plan(run).memory]
     assert planned == pytest.approx(real[::group], rel=BOUND)
 

@@ -93,6 +93,7 @@ TRAFFIC = {
     "data 2": {"processes": 2},
     "data 2, zero 2": {"processes": 2, "zero": 2},
     "tensor 2, sequence": {"processes": 2, "tensor": 2, "sequence": True},
+    "context 2, pipeline 2": {"processes": 4, "context": 2, "pipeline": 2},
 }
 
 
@@ -104,7 +105,8 @@ def test_traffic_is_what_real_ranks_send(layout):
     real = run_processes(config.cluster.processes, _sent, config)
     planned = Planner(GPUS["cpu"]).plan(config).traffic
     assert max(sent["send"] for sent in real) == planned["pipeline"]
-    collectives = sum(planned[name] for name in ("tensor parallel", "data parallel", "tied embedding"))
+    kinds = "tensor parallel", "context parallel", "data parallel", "tied embedding"
+    collectives = sum(planned[name] for name in kinds)
     # The norm of the gradient and the log are a few bytes more.
     assert max(sent["ring"] for sent in real) == pytest.approx(collectives, rel=0.03, abs=10_000)
 
