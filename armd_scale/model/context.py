@@ -70,10 +70,14 @@ class Gather:
 
 
 class _Messages:
-    """What is on its way: an operation of torch.distributed, and the tensor that it fills."""
+    """What is on its way: an operation of torch.distributed, which keeps its tensors alive, and what it fills."""
 
     work: Any
     received: Tensor
+
+    def wait(self) -> None:
+        self.work.wait()
+        del self.work
 
 
 class _Start(torch.autograd.Function):
@@ -87,15 +91,18 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, sent: Tensor) -> Any:
-        ctx.messages.work.wait()
-        return ctx.messages.received, None, None
+        messages = ctx.messages
+        messages.wait()
+        received = messages.received
+        del messages.received
+        return received, None, None
 
 
 class _Finish(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parts: Tensor, own: Share, messages: _Messages) -> Tensor:
         ctx.own, ctx.messages = own, messages
-        messages.work.wait()
+        messages.wait()
         early, late = parts.unflatten(0, (own.ranks, 2, -1)).unbind(1)
         return torch.cat([early, late.flip(0)]).flatten(0, 1)
 
