@@ -86,7 +86,7 @@ class _Start(torch.autograd.Function):
         ctx.messages = messages
         group = parallel_state.get_context_parallel_group()
         parts = x_n.new_empty(own.ranks * len(x_n), *x_n.shape[1:])
-        messages.work = dist.all_gather_into_tensor(parts, x_n.contiguous(), group=group, async_op=True)
+        messages.work = dist.all_gather_single(parts, x_n.contiguous(), group=group, async_op=True)
         return parts
 
     @staticmethod
@@ -113,5 +113,5 @@ class _Finish(torch.autograd.Function):
         parts = torch.stack([early, late.flip(0)], dim=1).flatten(0, 2)
         messages.received = parts.new_empty(len(parts) // own.ranks, *parts.shape[1:])
         group = parallel_state.get_context_parallel_group()
-        messages.work = dist.reduce_scatter_tensor(messages.received, parts, group=group, async_op=True)
+        messages.work = dist.reduce_scatter_single(messages.received, parts, group=group, async_op=True)
         return parts, None, None

@@ -255,7 +255,7 @@ class Stage(nn.Module):
 
         with torch.no_grad():
             taught = teacher.hidden(rows._replace(drafts=None))
-        return self._in_parts(score, h, rows.target_tokens, taught)
+        return self._in_parts(score, h, self.share.part(rows.target_tokens), taught)
 
     def _drafted(self, ahead: Tensor, h: Tensor, own: Rows) -> Tensor:
         """Loss of draft rows from activations [N, B, d] of draft and target rows, times its weights, [B, N]."""

@@ -198,15 +198,14 @@ LAYOUTS = {
 # Layouts of each model, unless the whole matrix is asked for.
 TRIMMED = {
     id(PAPER): (
-        "dp2", "tp4", "tp2 dp2 sp", "zero0 tp2 dp2 sp", "zero2 dp2", "zero3 tp2 dp2", "pp2", "pp4",
-        "pp2 tp2 dp2 sp recompute", "pp2 interleaved dp2", "recompute full", "recompute selective", "zero3 recompute",
-        "accumulation", "no accumulation", "logits in parts", "tp2 sp, logits in parts",
+        "tp4", "zero0 tp2 dp2 sp", "zero2 dp2", "zero3 tp2 dp2", "pp4", "context4", "pp2 tp2 dp2 sp recompute",
+        "pp2 interleaved dp2", "recompute selective", "zero3 recompute", "accumulation", "tp2 sp, logits in parts",
     ),
-    id(MODERN): ("tp2 dp2 sp", "zero3 dp2", "pp2 tp2 sp", "pp3"),
-    id(BASELINES["ar"]): ("tp2 dp2 sp", "pp2 interleaved"),
-    id(BASELINES["mdm"]): ("zero3 dp2", "pp2 interleaved tp2 sp"),
+    id(MODERN): ("tp2 dp2 sp", "zero3 dp2", "pp3", "context2 tp2 sp"),
+    id(BASELINES["ar"]): ("tp2 dp2 sp", "pp2 interleaved", "context2"),
+    id(BASELINES["mdm"]): ("context2 pp2", "pp2 interleaved tp2 sp"),
     id(BASELINES["card"]): ("tp2 dp2 sp",),
-    id(FEATURES): ("tp2 dp2 sp", "zero3 tp2 dp2"),
+    id(FEATURES): ("tp2 dp2 sp", "context2 dp2 zero3"),
 }  # fmt: skip
 
 

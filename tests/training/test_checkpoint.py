@@ -20,7 +20,7 @@ LAYOUTS = {
     "pipeline 2 interleaved": (2, {"pipeline": 2, "chunks": 2}),
     "zero 3": (2, {"zero": 3}),
     "pipeline 2 tensor 2 sequence": (4, {"pipeline": 2, "tensor": 2, "sequence": True}),
-    "zero 2 recompute": (2, {"zero": 2, "recompute": "full"}),
+    "context 2 zero 2 recompute": (2, {"context": 2, "zero": 2, "recompute": "full"}),
 }
 
 

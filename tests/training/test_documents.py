@@ -19,7 +19,10 @@ from tests.runs import PANGRAMS, run, start
 from tests.training.test_export import _export
 
 
-def configure(folder, **data):
+LAYOUTS = {"stream": {"context": 2}, "best-fit": {"tensor": 2, "sequence": True}}
+
+
+def configure(folder, layout, **data):
     """A run on documents of 1 to 12 words, several of which go into a sample."""
     words, draw = PANGRAMS.split(), np.random.default_rng(0)
     text = folder / "text.jsonl"
@@ -28,13 +31,13 @@ def configure(folder, **data):
     fields = run(folder, text, folder / "run", 2, 1, micro_batch=2, eval_samples=8).model_dump()
     fields["data"] |= {"documents": "separate", **data}
     fields["orders"] |= {"drafts": 2}
-    fields["parallel"] |= {"tensor": 2, "sequence": True}
+    fields["parallel"] |= layout
     return RunConfig.model_validate(fields)
 
 
 @pytest.mark.parametrize("pack", ["stream", "best-fit"])
 def test_held_out_losses_are_those_of_the_documents(tmp_path, pack):
-    config = configure(tmp_path, pack=pack)
+    config = configure(tmp_path, LAYOUTS[pack], pack=pack)
     prepare.prepare(config)
     records = start(config)
     last = [record for record in records if "heldout_strided" in record][-1]

@@ -376,7 +376,7 @@ def test_the_commands(tmp_path):
 LAYOUTS = {
     "tensor 2, sequence": (2, {"tensor": 2, "sequence": True}),
     "pipeline 2": (2, {"pipeline": 2}),
-    "data 2, zero 3": (2, {"zero": 3}),
+    "context 2, zero 3": (2, {"context": 2, "zero": 3}),
     "tensor 2, pipeline 2, recompute": (4, {"tensor": 2, "pipeline": 2, "recompute": "full"}),
 }
 
@@ -414,7 +414,7 @@ def test_every_layout_trains_an_imported_model_alike(tmp_path, frozen):
     if frozen:
         settings |= {"model.adapter.rank": 3, "train.freeze": True, "orders.draft_target": "law", "train.distill": 0.0}
         settings |= {"orders.strided_steps": 0, "train.steps": 4, "optimizer.ema": 0.9}
-        layouts["data 2, zero 2"] = (2, {"zero": 2})
+        layouts["context 2, zero 2"] = (2, {"context": 2, "zero": 2})
         del layouts["pipeline 2"], layouts["tensor 2, sequence"]
     given = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
     first, _ = adopt(tmp_path / "theirs", tmp_path / "one", *given)
