@@ -29,6 +29,11 @@ Store: TypeAlias = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Stores a layer's new keys and values [B, G, R, D] and returns the keys and values to attend to."""
 
 
+ROWS = 1024
+"""Rows of a text that pass through the network together where earlier rows are in a cache: what bounds the memory of a
+long text."""
+
+
 MODEL_TYPE = "armd"
 """Name of the architecture in ``config.json``, whatever the objective."""
 
@@ -159,19 +164,24 @@ class Cache:
     def scatter(self, slots_x: Tensor, slots_g: Tensor, lanes: Tensor | None = None) -> Store:
         """``Store``: write rows of X to ``slots_x`` [B, C] and rows of G to ``slots_g`` [B, T].
 
-        Attends to every slot. With ``lanes`` [B], the sequences of the cache that a prompt fills, attends to the new
-        rows alone.
+        Attends to every slot. With ``lanes`` [B], the sequences of the cache that a prompt fills, the slots are those
+        of all rows of the prompt so far, of which the last ones are new, and it attends to them alone.
         """
         every = torch.arange(self.prefix.shape[0], device=slots_x.device) if lanes is None else lanes
         head = torch.arange(self.key_values.shape[3], device=slots_x.device)[None, :, None]
 
         def store(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
             slots = slots_x if layer < self._two_stream else slots_g
-            at = (every[:, None, None], head, slots[:, None, :])
-            buffer = self.key_values[layer]
+            known, buffer = slots.shape[1] - keys.shape[2], self.key_values[layer]
+            at = every[:, None, None], head, slots[:, None, known:]
             buffer[0].index_put_(at, keys.to(buffer.dtype))  # autocast computes them in another type
             buffer[1].index_put_(at, values.to(buffer.dtype))
-            return (keys, values) if lanes is not None else (buffer[0, :, :, :-1], buffer[1, :, :, :-1])
+            if lanes is None:
+                return buffer[0, :, :, :-1], buffer[1, :, :, :-1]
+            if not known:
+                return keys, values
+            at = every[:, None, None], head, slots[:, None]
+            return buffer[0][at], buffer[1][at]
 
         return store
 
@@ -193,14 +203,14 @@ class Cache:
             self.rows += at.shape[1] if keep is None else keep.sum(1)[:, None, None]
         else:
             assert keep is not None
-            self.prefix[lanes] = (keys.transpose(1, 2) @ rows).to(self.prefix.dtype)
-            self.rows[lanes] = keep.sum(1)[:, None, None].to(self.rows.dtype)
+            self.prefix[lanes] += (keys.transpose(1, 2) @ rows).to(self.prefix.dtype)
+            self.rows[lanes] += keep.sum(1)[:, None, None].to(self.rows.dtype)
         if self.tokens is not None:
             index = at if keep is None else at.where(keep, self.tokens.shape[1] - 1)
             if lanes is None:
                 self.tokens.scatter_(1, index.expand(len(self.tokens), -1), tokens.expand(len(self.tokens), -1))
             else:
-                self.tokens[lanes] = torch.full_like(self.tokens[lanes], -1).scatter(1, index, tokens)
+                self.tokens[lanes] = self.tokens[lanes].scatter(1, index, tokens)
 
 
 class _Norm(nn.Module):
@@ -327,13 +337,16 @@ class Network(nn.Module):
         [B, N]: positions that draft rows predict, each with the knowledge of the target row of its column; their
         activations follow those of the targets. Needs two streams and one token a block.
         """
+        one_by_one = bool((blocks[:, 1:] > blocks[:, :-1]).all())
+        if at.shape[1] > ROWS and one_by_one and ahead is None and not torch.is_grad_enabled():
+            return self.prefill(tokens, at, torch.ones_like(at, dtype=torch.bool), Cache(self, *at.shape), None)
         first = torch.zeros_like(at[:, :1])
         x = self._embed(torch.cat([first + self.config.bos_id, tokens[:, :-1]], dim=1))
         at_x, block_x = (torch.cat([first, rows[:, :-1]], dim=1) for rows in (at, blocks))
         if self.config.traits.streams == 1:
             return self._run(x[:, :0], x, at_x[:, :0], at_x, CAUSAL, None)
         keyed: int | None = None
-        if bool((blocks[:, 1:] > blocks[:, :-1]).all()):
+        if one_by_one:
             sight = CAUSAL
             strict = torch.ones(at.shape[1], at.shape[1], dtype=torch.bool, device=self.device).tril()
         else:
@@ -361,33 +374,65 @@ class Network(nn.Module):
         sight = EVERYTHING if there is None else Sight(None, None, there[:, None])
         return self._run(g[:, :0], g, at[:, :0], at, sight, None)
 
-    def prefill(self, tokens: Tensor, at: Tensor, keep: Tensor, cache: Cache, lanes: Tensor | None) -> None:
-        """Write known tokens to a cache, one token a block in the order of the columns.
+    def prefill(self, tokens: Tensor, at: Tensor, keep: Tensor, cache: Cache, lanes: Tensor | None) -> Tensor:
+        """Write known tokens to a cache, one token a block in the order of the columns -> activations of the targets
+        [B, R, d].
 
         ``tokens``, ``at`` [B, R]: token and position of every row, without BOS; ``keep`` [B, R]: False for padding
         behind a shorter sequence. X takes BOS and all rows but the last of each sequence, which the first step feeds;
-        G takes all rows. ``lanes`` [B]: sequences of the cache, whose slots are positions; None: append the rows
-        (``keep`` is then True everywhere).
+        G takes all rows. ``lanes`` [B]: sequences of the cache, cleared, whose slots are positions; None: append the
+        rows (``keep`` is then True everywhere). ``ROWS`` rows are in memory at a time.
         """
         first = torch.zeros_like(at[:, :1])
         at_x = torch.cat([first, at[:, :-1]], dim=1)
         given = torch.cat([first + self.config.bos_id, tokens[:, :-1]], dim=1)
-        x = self._embed(given)
-        store: Store = cache.append
-        if lanes is not None:
-            store = cache.scatter(at_x.where(keep, cache.slots), at.where(keep, cache.slots), lanes)
+        slots_x, slots_g = (places.where(keep, cache.slots) for places in (at_x, at))
+        hidden = []
+        for start in range(0, at.shape[1], ROWS):
+            here = slice(start, start + ROWS)
+            store: Store = cache.append
+            if lanes is not None:
+                store = cache.scatter(slots_x[:, : here.stop], slots_g[:, : here.stop], lanes)
+            rows = given[:, here], at_x[:, here], at[:, here], keep[:, here]
+            hidden.append(self._prefill(start, *rows, cache, lanes, store))
+        return torch.cat(hidden, dim=1)
+
+    def _prefill(
+        self, start: int, given: Tensor, at_x: Tensor, at: Tensor, keep: Tensor, cache: Cache, lanes: Tensor | None,
+        store: Store,
+    ) -> Tensor:  # fmt: skip
+        """``prefill`` of columns from ``start`` on; those before are in the cache."""
+        x, count = self._embed(given), at.shape[1]
+        sight = CAUSAL
+        if start:
+            row = torch.arange(start, start + count, device=self.device)
+            seen = (torch.arange(start + count, device=self.device) <= row[:, None])[None]
+            sight = Sight(seen, seen, seen) if self.config.traits.streams == 2 else Sight(None, None, seen)
         if self.config.traits.streams == 1:
-            self._run(x[:, :0], x, at_x[:, :0], at_x, CAUSAL, store)
-            return
+            return self._run(x[:, :0], x, at_x[:, :0], at_x, sight, store)
         table = self._positions()
         query, key = table[at], table[at_x] * keep[..., None]
         precise = x.to(self.precise)
-        seed = self._sums(lambda part: (query[..., part] @ key[..., part].transpose(1, 2)).tril() @ precise)
-        rows = torch.arange(at.shape[1], device=self.device)
-        before = self._neighbours(x, at_x, at, rows <= rows[:, None])
-        g = self._finish_seed(seed, query, rows[:, None] + 1, before)
+        before = cache.prefix if lanes is None else cache.prefix[lanes]
+
+        def sum_of(part: slice) -> Tensor:
+            near = (query[..., part] @ key[..., part].transpose(1, 2)).tril() @ precise
+            return near + query[..., part] @ before[:, part] if start else near
+
+        rows = torch.arange(count, device=self.device)
+        near = self._neighbours(x, at_x, at, rows <= rows[:, None])
+        if start and near is not None:
+            near = near + self._nearest(cache, at, lanes)
+        g = self._finish_seed(self._sums(sum_of), query, start + rows[:, None] + 1, near)
         cache.absorb(key, precise, given, at_x, keep, lanes)
-        self._run(x, g, at_x, at, CAUSAL, store)
+        return self._run(x, g, at_x, at, sight, store)
+
+    def _nearest(self, cache: Cache, targets: Tensor, lanes: Tensor | None = None) -> Tensor:
+        """Embeddings of the tokens before ``targets`` [B, T], 0 where they are not among the cache's context rows."""
+        assert cache.tokens is not None
+        tokens = cache.tokens if lanes is None else cache.tokens[lanes]
+        token = tokens.gather(1, (targets - 1).clamp(min=0).expand(len(tokens), -1))
+        return self._embed(token.clamp(min=0)) * (token >= 0)[..., None]
 
     def step(
         self,
@@ -435,9 +480,7 @@ class Network(nn.Module):
             size = cache.rows + before.sum(-1, keepdim=True)
         near: Tensor | None = None
         if cache.tokens is not None:
-            places = (targets - 1).clamp(min=0)
-            token = cache.tokens.gather(1, places.expand(len(cache.tokens), -1))
-            near = self._embed(token.clamp(min=0)) * (token >= 0)[..., None]
+            near = self._nearest(cache, targets)
             fed = None if before is None else self._neighbours(x, at, targets, before)
             near = near if fed is None else near + fed
         g = self._finish_seed(seed, query, size, near, drafts)

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from armd_scale.decoding import lanes as decoding
+from armd_scale.decoding import network
 from armd_scale.decoding.lanes import Exact, Lockstep, Strided
 from armd_scale.decoding.sampling import Sampler, draw
 from armd_scale.inference import FREE, Decoding, Frontier
 from tests import reference
-from tests.conftest import MODELS, standalone, tiny_distribution
+from tests.conftest import BASELINES, MODELS, standalone, tiny_distribution
 
 CASES = {
     "from nothing": [[FREE] * 16] * 3,
@@ -90,6 +91,29 @@ def test_cached_steps_equal_one_pass(kind, streams, case, lockstep, spied, monke
         for block, step, logits in zip(one.blocks, steps, spied["logits"], strict=False):
             assert step.positions[row, : len(block)].tolist() == block
             torch.testing.assert_close(logits[row, : len(block)], expected[[p - 1 for p in block]], atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("lockstep", [True, False])
+@pytest.mark.parametrize("kind", [*MODELS, "ar", "ar modern"])
+def test_prompts_may_pass_in_parts(kind, lockstep, spied, monkeypatch):
+    """Prompts of which a few tokens at a time pass through the network leave the same in the cache."""
+    config = {**MODELS, **BASELINES}[kind]
+    model, cases = standalone(config), CASES
+    if not config.traits.any_order:
+        cases = {name: case for name, case in CASES.items() if "prompt" in name}
+    for case in cases.values():
+        tasks, found = model.plan(case, Decoding(), seed=4), []
+        for rows in (1024, 2, 3):
+            monkeypatch.setattr(network, "ROWS", rows)
+            spied["logits"].clear()
+            steps = list(model.decode(tasks)) if lockstep else _lanes(model, Strided, tasks, 1)
+            found.append((_texts(tasks, steps), torch.stack(spied["logits"])))
+        for texts, logits in found[1:]:
+            assert texts == found[0][0]
+            # lanes that have ended go on with what is left in them
+            last = [len(one.blocks) for one in tasks]
+            for row, count in enumerate(last):
+                torch.testing.assert_close(logits[:count, row], found[0][1][:count, row], atol=1e-10, rtol=0)
 
 
 @torch.no_grad()

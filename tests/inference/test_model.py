@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from armd_scale import inference, orders
+from armd_scale.decoding import network
 from armd_scale.inference import FREE, Decoding, InputError
 from tests import reference
-from tests.conftest import MODELS, layouts, standalone, tiny_distribution
+from tests.conftest import BASELINES, MODELS, layouts, standalone, tiny_distribution
 
 
 def _tensors(layout):
@@ -39,6 +40,19 @@ def test_equals_the_reference_in_every_layout(kind, length):
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=0, msg=name)
         nll = model.nll(tokens, order, blocks)[0, order - 1]
         torch.testing.assert_close(nll, -expected.gather(1, tokens[0, order - 1][:, None])[:, 0], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [*MODELS, "ar", "card"])
+def test_long_texts_pass_in_parts(kind, monkeypatch):
+    """One token a block, in any order: what rows before have left in the cache is what they are in one pass."""
+    config = {**MODELS, **BASELINES}[kind]
+    model, tokens = standalone(config), _random_tokens(3, 16, 40)
+    order = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(n)) + 1 for n in range(3)])
+    order = order if config.traits.any_order else None
+    expected = model.nll(tokens, order)
+    for rows in (1, 5):
+        monkeypatch.setattr(network, "ROWS", rows)
+        torch.testing.assert_close(model.nll(tokens, order), expected, atol=1e-10, rtol=0)
 
 
 @given(st.data())

@@ -18,7 +18,6 @@ from tests.conftest import run_processes
 from tests.runs import PANGRAMS, run, start
 from tests.training.test_export import _export
 
-
 LAYOUTS = {"stream": {"context": 2}, "best-fit": {"tensor": 2, "sequence": True}}
 
 
