@@ -18,6 +18,7 @@ import torch
 from armd_scale import orders
 from armd_scale.errors import UserError
 from armd_scale.evaluation.models import Mapper, Scored
+from armd_scale.formulas import stream_bounds
 from armd_scale.orders import Layout
 
 _UNIT = 16
@@ -129,6 +130,43 @@ def score_unit(model: Scored, unit: Unit, order: str, repeats: int) -> Totals:
         nll = model.nll(tokens, order_BN, blocks_BN)[:, scored(order, tokens.shape[1])]
         totals.append(nll.double().sum(1).tolist())
     return totals
+
+
+def places(order: str, length: int) -> np.ndarray:
+    """Place of every token of a chunk, from 1: its position, in a strided order its position in its stream."""
+    kind, number = parse_order(order)
+    streams = stream_bounds(length, number) if kind == "strided" else [(0, length)]
+    return np.concatenate([np.arange(1, stop - start + 1) for start, stop in streams])
+
+
+def place_totals(model: Scored, unit: Unit, order: str) -> list[float]:
+    """-log p of the tokens at every position of a unit's chunks, summed over the chunks, in nats."""
+    tokens = torch.from_numpy(unit.tokens)
+    layouts = [layout(order, tokens.shape[1], unit.first + number) for number in range(len(tokens))]
+    order_BN, blocks_BN = (torch.from_numpy(np.stack(field)) for field in zip(*layouts, strict=True))
+    return model.nll(tokens, order_BN, blocks_BN).double().sum(0).tolist()
+
+
+def by_place(mapper: Mapper, chunks: Sequence[np.ndarray], order: str) -> list[dict[str, float]]:
+    """Mean -log p of the tokens by their place: ``first``, ``last``, ``tokens``, ``nll`` in nats a token.
+
+    Places are grouped into 1 to 16, 17 to 32, 33 to 64 and so on.
+    """
+    if parse_order(order)[0] in ("bound", "infill"):
+        raise UserError(f"the loss by place needs an exact likelihood of all tokens, which {order} is not")
+    groups = units(chunks)
+    sums: dict[int, list[float]] = {}
+    for unit, totals in zip(groups, mapper(place_totals, [(unit, order) for unit in groups]), strict=True):
+        numbers = np.maximum(4, np.ceil(np.log2(places(order, unit.tokens.shape[1])))).astype(int)
+        for number in np.unique(numbers):
+            here = numbers == number
+            known = sums.setdefault(int(number), [0.0, 0.0])
+            known[0] += float(np.asarray(totals)[here].sum())
+            known[1] += int(here.sum()) * len(unit.tokens)
+    return [
+        {"first": 1 if number == 4 else 2 ** (number - 1) + 1, "last": 2**number, "tokens": count, "nll": total / count}
+        for number, (total, count) in sorted(sums.items())
+    ]
 
 
 def combine(order: str, scored: Sequence[Totals], tokens: int, text_bytes: float) -> Score:

@@ -48,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="left-to-right (exact), shuffled:K, groups:K, strided:S, infill (the middle third of a chunk given the "
         "rest), or bound (masked diffusion); default: those of the model's objective, the first one for --text",
     )
+    parser.add_argument(
+        "--by-place",
+        action="store_true",
+        help="also nats per token by the place of the token in its chunk, or in its stream",
+    )
     parser.add_argument("--repeats", type=int, default=2, help="random orders or noise per chunk (default 2)")
     parser.add_argument("--no-detokenise", action="store_true", help="do not detokenise the texts of the suite")
     parser.add_argument("--no-eos", action="store_true", help="do not append EOS to documents")
@@ -145,8 +150,12 @@ def run(args: argparse.Namespace) -> None:
                     f"{order:<16}{score.perplexity:>12.3f}{score.perplexity_se:>9.3f}{score.nll:>12.4f}"
                     f"{score.nll_se:>9.4f}{score.bits_per_byte:>12.4f}"
                 )
+                places = likelihood.by_place(scorer, chunks, order) if args.by_place else []
+                for group in places:
+                    name = f"  {group['first']:,.0f} to {group['last']:,.0f}"
+                    say(f"{name:<16}{'':>12}{'':>9}{group['nll']:>12.4f}")
                 text_facts = {"text": text.name, "file": text.file, "sha256": text.sha256, "bytes": text.size}
-                results.append({**text_facts, **score.as_dict()})
+                results.append({**text_facts, **score.as_dict(), **({"places": places} if places else {})})
             if text.name == "LAMBADA":
                 words = accuracy.last_words(scorer, tokenizer, text.documents, length)
                 say(f"last word: {words.value:.2%} ± {words.se:.2%} of {words.passages:,}")

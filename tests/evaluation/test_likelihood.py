@@ -1,6 +1,7 @@
 """Scores and the simple models beside them, against direct computations."""
 
 import lzma
+import math
 
 import numpy as np
 import pytest
@@ -53,6 +54,31 @@ def test_infilling_counts_the_middle_third(length):
     assert score.tokens == len(gap)
     assert score.nll == pytest.approx(nll / len(gap), rel=1e-5)
     assert score.bits_per_byte == pytest.approx(nll / len(gap) / np.log(2) / 7, rel=1e-5)
+
+
+@pytest.mark.parametrize("order", ["left-to-right", "strided:2", "shuffled:9"])
+def test_losses_by_place_are_means_over_the_places(order):
+    """In a strided order the place counts from the first token of the stream."""
+    model = standalone(MODELS["paper"].model_copy(update={"length": 70}))
+    chunks = likelihood.cut(np.random.default_rng(0).integers(0, 50, 70 * 18 + 20), 70)
+    expected = {}
+    for number, chunk in enumerate(chunks):
+        layout = likelihood.layout(order, len(chunk), number)
+        nll = model.nll(torch.from_numpy(chunk)[None], *(torch.from_numpy(np.array(field)) for field in layout))[0]
+        for position, value in enumerate(nll.tolist(), start=1):
+            place = (position - 1) % math.ceil(len(chunk) / 2) + 1 if order == "strided:2" else position
+            first, last = next((low + 1, high) for low, high in GROUPS if low < place <= high)
+            expected.setdefault((first, last), []).append(value)
+    found = likelihood.by_place(alone(model), chunks, order)
+    assert [(group["first"], group["last"]) for group in found] == sorted(expected)
+    assert sum(group["tokens"] for group in found) == sum(map(len, chunks))
+    for group in found:
+        assert group["nll"] == pytest.approx(np.mean(expected[group["first"], group["last"]]), rel=1e-6)
+    with pytest.raises(UserError, match="by place"):
+        likelihood.by_place(alone(model), chunks, "infill")
+
+
+GROUPS = (0, 16), (16, 32), (32, 64), (64, 128)
 
 
 def test_orders_differ():
