@@ -103,8 +103,12 @@ def find(config: Mapping[str, Any]) -> Architecture:
     return ARCHITECTURES[name_of(config)]
 
 
-def model_fields(config: Mapping[str, Any], length: int | None = None) -> dict[str, Any]:
+def model_fields(
+    config: Mapping[str, Any], length: int | None = None, rope: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """``config.json`` of transformers -> fields of ``ModelConfig``. ``length``: of the run; None: that of the model.
+
+    ``rope``: fields of ``RopeConfig`` that extend a model without scaling to more positions, ``factor`` times as many.
 
     Raises ``UserError`` for what ``ModelConfig`` cannot express.
     """
@@ -128,12 +132,19 @@ def model_fields(config: Mapping[str, Any], length: int | None = None) -> dict[s
     values["kv_heads"] = values["kv_heads"] or values["heads"]
     values["head_dim"] = values["head_dim"] or values["hidden"] // values["heads"]
     values["length"] = length or longest(config)
-    if values["length"] > longest(config):
-        raise UserError(f"model.length = {length} exceeds the {longest(config)} positions of the model: lower it")
+    rotary = _rope(config)
+    if rope and not rotary["rope"]:
+        rotary["rope"] = {"original_length": longest(config), **rope}
+    most = longest(config) * (rope["factor"] if rope else 1)
+    if values["length"] > most:
+        raise UserError(
+            f"model.length = {length} exceeds the {most:.0f} positions of the model: lower it, or raise "
+            "model.rope.factor with model.rope.scaling=yarn"
+        )
     _check_windows(config, values["length"])
     return {
         **values,
-        **_rope(config),
+        **rotary,
         "norm": "rmsnorm",
         "mlp": "swiglu",
         "qk_norm": architecture.qk_norm,

@@ -150,7 +150,9 @@ def configuration(
         )
     with _named(folder.path):
         longest = architectures.longest(folder.config)
-        fields = architectures.model_fields(folder.config, given.get("length") or min(longest, LENGTH))
+        rope = _extension(folder, given, place)
+        fields = architectures.model_fields(folder.config, given.get("length") or min(longest, LENGTH), rope)
+        given = {name: value for name, value in given.items() if name != "rope" or not rope}
     for name, value in {**fields, "bos_id": tokenizer.bos_id}.items():
         if name in given and given[name] is not None and not _equal(given[name], value, place):
             raise UserError(
@@ -164,6 +166,15 @@ def configuration(
     if config.traits.streams == 2:
         _check_seed(config.model)
     return config
+
+
+def _extension(folder: Folder, given: dict[str, Any], place: object) -> dict[str, Any] | None:
+    """The configured scaling of rotary frequencies for a model that has none, to extend its length."""
+    rope = _section(given, place, "rope", "model")
+    checked = config_files.validated({"model": {"rope": rope}}, place).model.rope
+    if checked.scaling == "none" or architectures.model_fields(folder.config)["rope"]:
+        return None
+    return {**checked.model_dump(include=set(rope)), "factor": checked.factor}
 
 
 def _section(values: dict[str, Any], place: object, name: str, *around: str) -> dict[str, Any]:

@@ -103,6 +103,28 @@ def test_logits_are_those_of_transformers(tmp_path_factory, features, objective,
         _round_trip(folder)
 
 
+def test_rotary_scaling_extends_a_model(tmp_path):
+    """The extended model computes what transformers computes with the same scaling; more positions need a factor."""
+    model = make(tmp_path / "theirs", "LlamaForCausalLM", "default")
+    extended = ["model.rope.scaling=yarn", "model.rope.factor=3", "model.rope.high_turns=32"]
+    pretrained.adopt(tmp_path / "theirs", tmp_path / "run", None, ["model.length=150", *extended])
+    ours = standalone(tmp_path / "run")
+    scaling = {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 64, "rope_theta": 5000.0}
+    model.config.rope_parameters = scaling
+    theirs = type(model)(model.config)
+    theirs.load_state_dict(model.state_dict())
+    tokens = [TOKENS[n % len(TOKENS)] for n in range(150)]
+    with torch.no_grad():
+        expected = theirs(torch.tensor([[ours.config.bos_id, *tokens[:-1]]])).logits[0]
+        got = logits_left_to_right(ours, tokens)
+    assert float((got - expected).abs().max()) < 1e-4
+    with torch.no_grad():
+        plain = model(torch.tensor([[ours.config.bos_id, *tokens[:-1]]])).logits[0]
+    assert float((got - plain).abs().max()) > 1e-2
+    with pytest.raises(UserError, match="model.length = 193 exceeds the 192 positions"):
+        pretrained.adopt(tmp_path / "theirs", tmp_path / "other", None, ["model.length=193", *extended])
+
+
 def _round_trip(folder):
     run = RunDirectory(folder / "run")
     config = fill_vocabulary(config_files.load_run(run))
