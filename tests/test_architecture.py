@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = (
     "armd_scale armd_scale.errors armd_scale.logs armd_scale.files armd_scale.traits armd_scale.formulas"
-    " armd_scale.processes",
+    " armd_scale.processes armd_scale.startup",
     "armd_scale.orders armd_scale.packing armd_scale.config_syntax armd_scale.config armd_scale.config_files"
     " armd_scale.config_reference armd_scale.run_directory",
     "armd_scale.data armd_scale.rows",

@@ -36,12 +36,18 @@ class Region(Generic[_T]):
     """
 
     def __init__(self, function: Callable[..., _T], keeps: Kept, work: Work | None = None) -> None:
-        # The compiler would silently stop after eight shapes.
-        torch._dynamo.config.recompile_limit = _SHAPES
         functools.update_wrapper(self, function)
         self.function, self.keeps, self.work = function, keeps, work
-        self._compiled = function if work else torch.compile(function, dynamic=False)
         REGIONS[function.__name__] = self
+
+    @functools.cached_property
+    def _compiled(self) -> Callable[..., _T]:
+        """The function, compiled; loading the compiler takes seconds, so only where it is used."""
+        if self.work:
+            return self.function
+        # The compiler would silently stop after eight shapes.
+        torch._dynamo.config.recompile_limit = _SHAPES
+        return torch.compile(self.function, dynamic=False)
 
     def __call__(self, x: Tensor, *more: Any) -> _T:
         if _interceptor:

@@ -2,6 +2,7 @@
 
 - ``start``: joins the processes of a job and builds the groups of a layout;
 - ``replicas``: the ranks over which gradients are averaged and ZeRO shards;
+- ``shards``: the ranks that split each layer;
 - ``transformer_config``: Megatron-Core's description of the model and layout;
 - ``MegatronTopology``: the "mpu" interface of DeepSpeed.
 """
@@ -52,6 +53,11 @@ def start(
 def replicas() -> dist.ProcessGroup:
     """The data-parallel x context-parallel ranks, which hold the same weights."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def shards() -> dist.ProcessGroup:
+    """The tensor-parallel ranks, which hold parts of the same weights."""
+    return parallel_state.get_tensor_model_parallel_group()
 
 
 def stop() -> None:

@@ -1,1 +1,5 @@
 """Predicts memory, time and communication of a layout without its GPUs."""
+
+from armd_scale import startup
+
+startup.megatron()

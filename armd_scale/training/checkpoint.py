@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from megatron.core import parallel_state
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
@@ -29,7 +28,7 @@ from armd_scale.config import TrainConfig
 from armd_scale.errors import UserError
 from armd_scale.logs import CHECKPOINT as log
 from armd_scale.parallel.engine import Engine
-from armd_scale.parallel.groups import replicas
+from armd_scale.parallel.groups import replicas, shards
 from armd_scale.parallel.optimizer import EMA, MASTER, MOMENTS
 from armd_scale.parallel.sharding import is_pipeline_copy, local_part, partition_dim
 from armd_scale.parallel.zero import local_shape
@@ -291,7 +290,7 @@ def _key(state: str, parameter: str) -> str:
 
 
 def _mesh(engine: Engine) -> DeviceMesh:
-    return DeviceMesh.from_group(parallel_state.get_tensor_model_parallel_group(), engine.device.type)
+    return DeviceMesh.from_group(shards(), engine.device.type)
 
 
 def _distributed(local: Tensor, param: nn.Parameter, mesh: DeviceMesh) -> DTensor:

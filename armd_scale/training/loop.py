@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
 
 from armd_scale import logs
 from armd_scale.config import RunConfig, identity, with_vocabulary
@@ -108,8 +107,7 @@ class _Trainer:
             checkpoint.load_teacher(self.engine, config.run_directory)
         self._resume(checkpoint.newest(self.config.run_directory))
         self.telemetry = Telemetry(config, active=rank == 0, first_step=self.step)
-        first_of_stage = parallel_state.get_tensor_model_parallel_rank() == groups.replicas().rank() == 0
-        self.profiler = profiling.Profiler(config, rank, active=first_of_stage)
+        self.profiler = profiling.Profiler(config, rank, active=groups.shards().rank() == groups.replicas().rank() == 0)
         self.sample_log: Lines | None = None
         if config.train.log_samples and self.engine.reads_data:
             path = config.run_directory.sample_log_path(rank)
