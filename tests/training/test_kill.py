@@ -12,7 +12,7 @@ from armd_scale.run_directory import RunDirectory
 from armd_scale.training import manifest
 from tests.runs import figures, run
 
-KILLS = int(os.environ.get("ARMD_KILLS", "8"))
+KILLS = int(os.environ.get("ARMD_KILLS", "6"))
 
 
 def _worker(rank, path, store):
@@ -34,7 +34,7 @@ def _start(path, store):
 
 def _prepare(data, folder):
     config = run(
-        data, data / "text.jsonl", folder, 2, 2, steps=120, checkpoint_every=3, eval_every=60, keep_checkpoints=2
+        data, data / "text.jsonl", folder, 2, 2, steps=60, checkpoint_every=3, eval_every=30, keep_checkpoints=2
     )
     folder.mkdir()
     config_files.save(config, folder / "config.yaml")
