@@ -453,12 +453,14 @@ class OptimizerConfig(Section):
 
     lr: Annotated[float, Field(gt=0.0)] = 3e-4
     """Peak learning rate."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate after the warm-up."""
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    """Learning rate after the warm-up. ``wsd``: stable, then a linear decay over ``decay_steps``."""
     warmup_steps: Count = 2_500
     """Steps of linear warm-up from 0."""
+    decay_steps: Positive | None = None
+    """Last steps of the run, in which the learning rate of ``wsd`` decays; null: a tenth of the steps."""
     min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
-    """Learning rate at the end of the cosine, relative to the peak."""
+    """Learning rate at the end of the cosine or of the decay, relative to the peak."""
     beta1: Fraction = 0.9
     """Decay of the first moment."""
     beta2: Fraction = 0.999
@@ -768,6 +770,12 @@ class RunConfig(Section):
             )
         if self.cluster.gpus_per_node and self.cluster.gpus_per_node != self.cluster.tasks_per_node:
             raise ValueError("cluster.tasks_per_node must equal cluster.gpus_per_node: one process per GPU")
+        decay, warmup = self.optimizer.decay_steps or 0, self.optimizer.warmup_steps
+        if self.optimizer.schedule == "wsd" and decay + warmup > self.total_steps:
+            raise ValueError(
+                f"optimizer.warmup_steps + optimizer.decay_steps = {decay + warmup} exceed the {self.total_steps} "
+                "steps of the run"
+            )
         if self.traits.phases:
             self._check_orders()
         if self.model.adapter.rank and self.traits.streams == 1:

@@ -75,37 +75,38 @@ def _rank(rank: int, config: RunConfig, steps: int, folder: str) -> None:
         with engine.recording() as passes:
             engine.train_step(rows, 0.0)
     place = {
-        "tensor": parallel_state.get_tensor_model_parallel_rank(),
+        "tensor": groups.shards().rank(),
         "pipeline": parallel_state.get_pipeline_model_parallel_rank(),
-        "data": parallel_state.get_data_parallel_rank(),
+        "replica": groups.replicas().rank(),
     }
     torch.save({**place, "passes": [tuple(timed) for timed in passes]}, f"{folder}/{rank}")
     groups.stop()
 
 
 def _draw_processes(config: RunConfig, ranks: list[dict[str, Any]], path: Path) -> None:
-    """A box for every rank: a column of boxes for each pipeline stage, a row for each data-parallel copy."""
+    """A box for every rank: a column of boxes for each pipeline stage, a row for each replica."""
     from matplotlib.figure import Figure
 
     from armd_scale.model.flops import stage_edges
 
     parallel, edges = config.parallel, stage_edges(config)
     width = parallel.tensor * parallel.pipeline
-    figure = Figure(figsize=(1.5 + 1.3 * width, 1.6 + 0.8 * config.data_parallel), layout="constrained")
+    figure = Figure(figsize=(1.5 + 1.3 * width, 1.6 + 0.8 * config.replicas), layout="constrained")
     axes = figure.subplots()
     for number, rank in enumerate(ranks):
         left = rank["pipeline"] * (parallel.tensor + 0.4) + rank["tensor"]
-        axes.add_patch(_box(left, -rank["data"], f"C{rank['pipeline'] % 10}"))
-        axes.text(left + 0.45, 0.3 - rank["data"], f"rank {number}\ntensor {rank['tensor']}", ha="center", va="center")
+        axes.add_patch(_box(left, -rank["replica"], f"C{rank['pipeline'] % 10}"))
+        axes.text(left + 0.45, 0.3 - rank["replica"], f"rank {number}\ntensor {rank['tensor']}", ha="center", va="center")
     for stage in range(parallel.pipeline):
         runs = range(stage, len(edges) - 1, parallel.pipeline)
         layers = ", ".join(f"{edges[run]}-{edges[run + 1] - 1}" for run in runs)
         centre = stage * (parallel.tensor + 0.4) + (parallel.tensor - 0.1) / 2
         axes.text(centre, 0.85, f"stage {stage}: layers {layers}", ha="center")
-    axes.set_yticks([0.3 - copy for copy in range(config.data_parallel)])
-    axes.set_yticklabels([f"data {copy}" for copy in range(config.data_parallel)])
+    axes.set_yticks([0.3 - copy for copy in range(config.replicas)])
+    of_context = [f", context {part}" for part in range(parallel.context)] if parallel.context > 1 else [""]
+    axes.set_yticklabels([f"data {data}{part}" for data in range(config.data_parallel) for part in of_context])
     axes.set_xlim(-0.2, width + 0.4 * parallel.pipeline - 0.2)
-    axes.set_ylim(0.8 - config.data_parallel - 0.1, 1.2)
+    axes.set_ylim(0.8 - config.replicas - 0.1, 1.2)
     axes.set_xticks([])
     axes.spines[:].set_visible(False)
     figure.savefig(path, dpi=110)
@@ -124,7 +125,7 @@ def _draw_timeline(config: RunConfig, ranks: list[dict[str, Any]], path: Path) -
     from armd_scale.planning.schedule import operations
 
     parallel = config.parallel
-    chosen = sorted((rank for rank in ranks if rank["tensor"] == rank["data"] == 0), key=lambda rank: rank["pipeline"])
+    chosen = sorted((rank for rank in ranks if rank["tensor"] == rank["replica"] == 0), key=lambda rank: rank["pipeline"])
     first = min(rank["passes"][0][1] for rank in chosen)
     last = max(rank["passes"][-1][2] for rank in chosen)
     figure = Figure(figsize=(11, 0.9 + 0.55 * len(chosen)), layout="constrained")

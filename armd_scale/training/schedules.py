@@ -21,20 +21,25 @@ _FIELDS = {
         "group_share",
         "group_decay",
     ),
-    "optimizer": ("lr", "schedule", "warmup_steps", "min_lr_ratio"),
+    "optimizer": ("lr", "schedule", "warmup_steps", "decay_steps", "min_lr_ratio"),
 }
 _LENGTHS = {f"{section}.{name}" for section, names in _FIELDS.items() for name in names if name.endswith("steps")}
 """Fields that move the schedule of all steps."""
 
 
 def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float:
-    """Learning rate of ``step`` (from 0): linear warm-up, then constant or a cosine down to ``min_lr_ratio``."""
+    """Learning rate of ``step`` (from 0): linear warm-up, then constant, or down to ``min_lr_ratio`` in a cosine or
+    (``wsd``: warm-up, stable, decay) linearly over the last steps.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     floor = config.lr * config.min_lr_ratio
+    if config.schedule == "wsd":
+        decay = config.decay_steps or max(1, total_steps // 10)
+        return floor + (config.lr - floor) * min(1.0, max(0, total_steps - step) / decay)
+    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     return floor + (config.lr - floor) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 

@@ -18,6 +18,16 @@ def test_learning_rate():
     assert rates[8] == pytest.approx(0.55)
     constant = options.model_copy(update={"schedule": "constant"})
     assert schedules.learning_rate(10**6, constant, 12) == 1.0
+    stable = options.model_copy(update={"schedule": "wsd", "decay_steps": 3})
+    rates = [schedules.learning_rate(step, stable, 12) for step in range(13)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, *[1.0] * 7, 0.7, 0.4, 0.1])
+    tenth = stable.model_copy(update={"decay_steps": None})
+    assert [schedules.learning_rate(step, tenth, 50) for step in (45, 47, 50)] == pytest.approx([1.0, 0.64, 0.1])
+
+
+def test_a_decay_must_fit_into_the_run():
+    with pytest.raises(ValueError, match="= 125 exceed the 120 steps"):
+        changed({}, {"optimizer": {"schedule": "wsd", "decay_steps": 120, "warmup_steps": 5}}, 60)
 
 
 RUN = {
@@ -39,6 +49,7 @@ def changed(before, after, step):
 
 
 COSINE = {"optimizer": {"schedule": "cosine"}}
+WSD = {"optimizer": {"schedule": "wsd", "decay_steps": 20}}
 
 
 @pytest.mark.parametrize(
@@ -49,6 +60,8 @@ COSINE = {"optimizer": {"schedule": "cosine"}}
         (COSINE, {"train": {"steps": 200}}, 60, "the learning rate was"),
         ({"objective": "ar", **COSINE}, {"train": {"steps": 200}}, 100, "the learning rate was"),
         ({}, {"orders": {"ar_steps": 80, "permutation_steps": 90}}, 60, "becomes left-to-right"),
+        (WSD, {"train": {"steps": 200}}, 110, "the learning rate was"),
+        (WSD, {"optimizer": {"schedule": "wsd", "decay_steps": 60}}, 100, "the learning rate was"),
         ({}, {"optimizer": {"warmup_steps": 1000}}, 60, "the learning rate was 0.0003 and becomes 1.8e-05"),
     ],
 )
@@ -73,6 +86,8 @@ def test_a_schedule_that_jumps_is_refused(before, after, step, jump):
         ({}, {"optimizer": {"lr": 1e-4}}, 60, ["optimizer.lr = 0.0001 (before: 0.0003)"]),
         ({}, {"orders": {"streams": [8]}}, 110, ["orders.streams = [8] (before: [1, 2, 4])"]),
         ({"objective": "mdm"}, {"orders": {"ar_steps": 20}}, 60, []),
+        (WSD, {"train": {"steps": 200}}, 60, ["train.steps = 200 (before: 100)"]),
+        (WSD, {"train": {"steps": 60}}, 55, ["train.steps = 60 (before: 100)"]),
         (COSINE, {"train": {"steps": 200}}, 0, ["train.steps = 200 (before: 100)"]),
     ],
 )  # fmt: skip
