@@ -96,7 +96,8 @@ def _draw_processes(config: RunConfig, ranks: list[dict[str, Any]], path: Path) 
     for number, rank in enumerate(ranks):
         left = rank["pipeline"] * (parallel.tensor + 0.4) + rank["tensor"]
         axes.add_patch(_box(left, -rank["replica"], f"C{rank['pipeline'] % 10}"))
-        axes.text(left + 0.45, 0.3 - rank["replica"], f"rank {number}\ntensor {rank['tensor']}", ha="center", va="center")
+        words = f"rank {number}\ntensor {rank['tensor']}"
+        axes.text(left + 0.45, 0.3 - rank["replica"], words, ha="center", va="center")
     for stage in range(parallel.pipeline):
         runs = range(stage, len(edges) - 1, parallel.pipeline)
         layers = ", ".join(f"{edges[run]}-{edges[run + 1] - 1}" for run in runs)
@@ -125,7 +126,8 @@ def _draw_timeline(config: RunConfig, ranks: list[dict[str, Any]], path: Path) -
     from armd_scale.planning.schedule import operations
 
     parallel = config.parallel
-    chosen = sorted((rank for rank in ranks if rank["tensor"] == rank["replica"] == 0), key=lambda rank: rank["pipeline"])
+    chosen = [rank for rank in ranks if rank["tensor"] == rank["replica"] == 0]
+    chosen.sort(key=lambda rank: rank["pipeline"])
     first = min(rank["passes"][0][1] for rank in chosen)
     last = max(rank["passes"][-1][2] for rank in chosen)
     figure = Figure(figsize=(11, 0.9 + 0.55 * len(chosen)), layout="constrained")
