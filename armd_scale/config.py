@@ -797,11 +797,11 @@ class RunConfig(Section):
             )
 
     def _check_fp8(self) -> None:
-        model, parts = self.model, self.parallel.tensor
+        model, parts, context = self.model, self.parallel.tensor, self.parallel.context
         sizes = {
             "model.hidden": model.hidden,
-            "model.length / parallel.context": model.length
-            // (self.parallel.context * (parts if self.parallel.sequence else 1)),
+            "model.length" + " / parallel.context" * (context > 1): model.length
+            // (context * (parts if self.parallel.sequence else 1)),
             "model.ffn / parallel.tensor": model.ffn_width // parts,
             "heads x width / parallel.tensor": model.heads * model.head_size // parts,
             "2 x key heads x width / parallel.tensor": 2 * model.key_heads * model.head_size // parts,
