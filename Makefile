@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 tiny: $(READY)  ## set up, then train, export and sample a small model on real text: about 6 minutes on 2 cores
 	$(VENV)/bin/python launchers/slurm.py --config configs/tiny.yaml --cluster local
 
-test: $(READY)  ## set up, then run the tests: under 15 minutes on 2 cores
+test: $(READY)  ## set up, then run the tests: 15 to 35 minutes on 2 cores
 	$(VENV)/bin/python -m pytest
 
 parity: $(READY)  ## the long ones: every parallel layout with every model, every planned memory, every fault on a real Slurm
