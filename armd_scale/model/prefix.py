@@ -205,7 +205,8 @@ class PrefixAggregation(nn.Module):
         for chunk in own.numbers:
             before_cKBpd = totals_cKBpd[:chunk]
             if texts.rows.starts is not None and edges[chunk]:
-                last_Bc = texts.rows.starts[:, [max(0, edge - 1) for edge in edges[1 : chunk + 1]]]
+                ends = [max(0, edge - 1) for edge in edges[1 : chunk + 1]]
+                last_Bc = torch.stack([texts.rows.starts[:, end] for end in ends], dim=1)
                 before_cKBpd = before_cKBpd * (last_Bc == last_Bc[:, -1:]).t()[:, None, :, None, None]
             states.append(list(before_cKBpd.sum(0)) if edges[chunk] else None)
         return states
