@@ -229,6 +229,21 @@ def test_layouts_agree(reference, layout, request):
             torch.testing.assert_close(found[name], tensor, atol=3e-6, rtol=2e-5, msg=name)
 
 
+@pytest.mark.parametrize("broken", ["states", "order"])
+def test_a_broken_exchange_is_seen(broken, monkeypatch):
+    """Context parallelism without the states of earlier chunks, and with the gathered rows in another order."""
+    from armd_scale.model import context, prefix
+
+    run = config(processes=2, parallel__context=2)
+    losses = start(run)[0]
+    if broken == "states":
+        monkeypatch.setattr(prefix.PrefixAggregation, "_states_before", lambda *_: [None, None])
+    else:
+        finish = context.Gather.finish
+        monkeypatch.setattr(context.Gather, "finish", lambda self: finish(self).roll(1, 0))
+    assert np.abs(np.subtract(start(run)[0], losses)).max() > 1e-4
+
+
 def test_one_process_is_plain_adamw():
     """The engine against torch.optim.AdamW, clip_grad_norm_ and a hand-written moving average on the same network."""
     run = config()
