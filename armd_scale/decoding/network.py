@@ -12,7 +12,7 @@ Shapes: B sequences, R rows, d hidden, H query and G key heads, D head width, V 
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -339,7 +339,8 @@ class Network(nn.Module):
         """
         one_by_one = bool((blocks[:, 1:] > blocks[:, :-1]).all())
         if at.shape[1] > ROWS and one_by_one and ahead is None and not torch.is_grad_enabled():
-            return self.prefill(tokens, at, torch.ones_like(at, dtype=torch.bool), Cache(self, *at.shape), None)
+            keep, cache = torch.ones_like(at, dtype=torch.bool), Cache(self, *at.shape)
+            return torch.cat(list(self._parts(tokens, at, keep, cache, None)), dim=1)
         first = torch.zeros_like(at[:, :1])
         x = self._embed(torch.cat([first + self.config.bos_id, tokens[:, :-1]], dim=1))
         at_x, block_x = (torch.cat([first, rows[:, :-1]], dim=1) for rows in (at, blocks))
@@ -374,28 +375,30 @@ class Network(nn.Module):
         sight = EVERYTHING if there is None else Sight(None, None, there[:, None])
         return self._run(g[:, :0], g, at[:, :0], at, sight, None)
 
-    def prefill(self, tokens: Tensor, at: Tensor, keep: Tensor, cache: Cache, lanes: Tensor | None) -> Tensor:
-        """Write known tokens to a cache, one token a block in the order of the columns -> activations of the targets
-        [B, R, d].
+    def prefill(self, tokens: Tensor, at: Tensor, keep: Tensor, cache: Cache, lanes: Tensor | None) -> None:
+        """Write known tokens to a cache, one token a block in the order of the columns.
 
         ``tokens``, ``at`` [B, R]: token and position of every row, without BOS; ``keep`` [B, R]: False for padding
         behind a shorter sequence. X takes BOS and all rows but the last of each sequence, which the first step feeds;
         G takes all rows. ``lanes`` [B]: sequences of the cache, cleared, whose slots are positions; None: append the
         rows (``keep`` is then True everywhere). ``ROWS`` rows are in memory at a time.
         """
+        for _ in self._parts(tokens, at, keep, cache, lanes):
+            pass
+
+    def _parts(self, tokens: Tensor, at: Tensor, keep: Tensor, cache: Cache, lanes: Tensor | None) -> Iterator[Tensor]:
+        """``prefill``, yielding the activations [B, ROWS, d] of the targets of ``ROWS`` columns after the others."""
         first = torch.zeros_like(at[:, :1])
         at_x = torch.cat([first, at[:, :-1]], dim=1)
         given = torch.cat([first + self.config.bos_id, tokens[:, :-1]], dim=1)
         slots_x, slots_g = (places.where(keep, cache.slots) for places in (at_x, at))
-        hidden = []
         for start in range(0, at.shape[1], ROWS):
             here = slice(start, start + ROWS)
             store: Store = cache.append
             if lanes is not None:
                 store = cache.scatter(slots_x[:, : here.stop], slots_g[:, : here.stop], lanes)
             rows = given[:, here], at_x[:, here], at[:, here], keep[:, here]
-            hidden.append(self._prefill(start, *rows, cache, lanes, store))
-        return torch.cat(hidden, dim=1)
+            yield self._prefill(start, *rows, cache, lanes, store)
 
     def _prefill(
         self, start: int, given: Tensor, at_x: Tensor, at: Tensor, keep: Tensor, cache: Cache, lanes: Tensor | None,

@@ -123,13 +123,17 @@ def score_unit(model: Scored, unit: Unit, order: str, repeats: int) -> Totals:
     if kind == "bound":
         draws = [[number * repeats + draw for number in numbers] for draw in range(repeats)]
         return [model.bound(tokens, _NOISE, seeds).tolist() for seeds in draws]
-    totals = []
-    for draw in range(repeats if kind == "shuffled" else 1):
-        layouts = [layout(order, tokens.shape[1], number, draw) for number in numbers]
-        order_BN, blocks_BN = (torch.from_numpy(np.stack(field)) for field in zip(*layouts, strict=True))
-        nll = model.nll(tokens, order_BN, blocks_BN)[:, scored(order, tokens.shape[1])]
-        totals.append(nll.double().sum(1).tolist())
-    return totals
+    counted = scored(order, tokens.shape[1])
+    draws_of_order = range(repeats if kind == "shuffled" else 1)
+    return [_nll(model, unit, order, draw)[:, counted].double().sum(1).tolist() for draw in draws_of_order]
+
+
+def _nll(model: Scored, unit: Unit, order: str, draw: int = 0) -> torch.Tensor:
+    """-log p of every token of a unit under a draw of an order, in nats: [B, N]."""
+    count, length = unit.tokens.shape
+    layouts = [layout(order, length, unit.first + number, draw) for number in range(count)]
+    order_BN, blocks_BN = (torch.from_numpy(np.stack(field)) for field in zip(*layouts, strict=True))
+    return model.nll(torch.from_numpy(unit.tokens), order_BN, blocks_BN)
 
 
 def places(order: str, length: int) -> np.ndarray:
@@ -141,10 +145,7 @@ def places(order: str, length: int) -> np.ndarray:
 
 def place_totals(model: Scored, unit: Unit, order: str) -> list[float]:
     """-log p of the tokens at every position of a unit's chunks, summed over the chunks, in nats."""
-    tokens = torch.from_numpy(unit.tokens)
-    layouts = [layout(order, tokens.shape[1], unit.first + number) for number in range(len(tokens))]
-    order_BN, blocks_BN = (torch.from_numpy(np.stack(field)) for field in zip(*layouts, strict=True))
-    return model.nll(tokens, order_BN, blocks_BN).double().sum(0).tolist()
+    return _nll(model, unit, order).double().sum(0).tolist()
 
 
 def by_place(mapper: Mapper, chunks: Sequence[np.ndarray], order: str) -> list[dict[str, float]]:
